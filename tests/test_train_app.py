@@ -1,5 +1,6 @@
 """`lorasweep train`: Hydra's syntax and flags, grids, and what a run says at its end."""
 
+import csv
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import signal
 import pytest
 import yaml
 from tests.files import list_names
+from tests.word_chats import make_word_chats
 
 from lorasweep import sessions
 from lorasweep.cli import run
@@ -119,17 +121,23 @@ def test_train_runs_once_in_a_new_folder_and_says_the_score(capsys, here, short_
     [
         (["data=chat", "data.train=talks.jsonl"], "<|endoftext|>one\n⟦1<|endoftext|>⟧\n"),
         (["data=text", "data.train=letters.txt", "data.block_length=8"], "a⟦bcdefghi⟧\n"),
+        (
+            ["data=preferences", "data.train=pairs.jsonl"],
+            "chosen: <|endoftext|>none\n⟦0<|endoftext|>⟧\nrejected: <|endoftext|>none\n⟦no<|endoftext|>⟧\n",
+        ),
     ],
 )
 def test_examples_are_shown_with_what_is_scored_and_nothing_is_trained(capsys, here, monkeypatch, words, example):
     rows = [{"prompt": prompt, "completion": str(n)} for n, prompt in enumerate(("none", "one", "two", "three"))]
     (here / "talks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no"} for row in rows]
+    (here / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     (here / "letters.txt").write_text("abcdefghijk" * 40)
     assert run(["train", *words, "--show-examples", "1"]) == DONE
     shown = capsys.readouterr()
     assert shown.out.partition("\n")[2] == example
     assert "validation is" in shown.err
-    assert list_names(here) == {"talks.jsonl", "letters.txt"}
+    assert list_names(here) == {"talks.jsonl", "pairs.jsonl", "letters.txt"}
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -148,6 +156,28 @@ def test_a_grid_runs_every_combination_and_leaves_nothing_else(here, short_words
     assert [line.partition(": complete: ")[0] for line in shown] == ["method.rank=1", "method.rank=2"]
     assert {path.name for path in here.iterdir()} == {"outputs"}
     assert {path.name for path in (here / "outputs" / "train").iterdir()} == {"0001", "0002", "multirun.yaml"}
+
+
+def test_pairs_of_answers_train_with_a_chat_template_and_their_prompts_are_answered(here):
+    chats = make_word_chats(here)
+    rows = [json.loads(line) for line in (here / "chat.jsonl").read_text().splitlines()]
+    pairs = [{"prompt": [{"role": "user", "content": row["prompt"]}], "chosen": row["completion"]} for row in rows]
+    pairs = [{**pair, "rejected": f"w{(n + 7) % 40} w1"} for n, pair in enumerate(pairs)]
+    pairs[3]["rejected"] = pairs[3]["chosen"]
+    (here / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    changed = {"data": "preferences", "data.train": "pairs.jsonl", "data.answers.on_validation": True}
+    words = [f"{key}={value}" for key, value in {**chats, **changed, "trainer.max_steps": 30}.items()]
+    assert run(["train", *words, "objective.beta=0.5", "output=run"]) == DONE
+    record = read_run(here / "run")
+    assert record.metric == "preference_accuracy"
+    assert record.score > 0.5
+    assert any("have equal answers and are not used: rows [4]." in note for note in record.notes)
+    with (here / "run" / "validation_answers.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == record.data["validation"]["examples"] == record.answers["validation"]["examples"]
+    asked = {row["prompt"].split()[-1] for row in rows}
+    assert all(line["reference"] == line["prompt"].removesuffix(" <end> <bot>").split()[-1] for line in lines)
+    assert {line["reference"] for line in lines} <= asked
 
 
 @pytest.mark.slow

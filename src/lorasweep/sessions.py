@@ -135,6 +135,7 @@ def run_config(
         folder = run_on_first(group, lambda: claim.enter_context(_claim_run_folder(path, resume=resume)))
         with StopSignal(f"To resume add `output={folder} resume=true` to the same command") as stop:
             run_folder = RunFolder(path=folder, origin=origin)
+            inputs = inputs.prepare(config, folder=folder)
             record = train_run(config, run_folder, inputs=inputs, stop_requested=stop, resume=resume)
         return RunResult(folder=folder, record=record)
 

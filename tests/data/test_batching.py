@@ -22,7 +22,7 @@ class LengthsOnly:
     name = "validation"
 
     def __init__(self, lengths, weights=None):
-        self.lengths = torch.tensor(lengths)
+        self.lengths = self.padded_lengths = torch.tensor(lengths)
         self.weights = self.lengths.float() if weights is None else torch.tensor(weights)
 
     def __len__(self):

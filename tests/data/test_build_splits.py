@@ -9,7 +9,16 @@ from tests.data.conftest import make_data
 from tests.tiny_tokenizer import load_tokenizer
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data.source import Conversation, DataSource, Document, LabelledText, Message, collect_examples
+from lorasweep.data.source import (
+    Conversation,
+    DataSource,
+    Document,
+    LabelledText,
+    Message,
+    Preference,
+    collect_examples,
+)
+from lorasweep.data.split import PreferenceSplit, list_passages
 from lorasweep.errors import ConfigError
 from lorasweep.models.load import load_base
 from lorasweep.objectives.data_splits import build_data_splits
@@ -22,9 +31,24 @@ CONVERSATIONS = [
     Conversation([Message("user", "hi"), Message("assistant", "yes")]),
     Conversation([Message("user", "a long question"), Message("assistant", "no")]),
 ]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
 DOCUMENTS = [Document("0", "x" * 80)]
 NAMES = ("bad", "good")
 TINY = load_base(compose_run({}).model, dtype=torch.float32).model
+
+
+def pair(prompt, chosen, rejected, **settings):
+    sides = [
+        Conversation([*TALK[:2], Message("user", prompt), Message("assistant", answer)], prompt)
+        for answer in (chosen, rejected)
+    ]
+    return Preference(*sides, **settings)
+
+
+PAIRS = [pair("hi", "yes", "no, never"), pair("so", "a longer answer", "a")]
 
 
 def label(*labels):
@@ -34,7 +58,12 @@ def label(*labels):
 
 def build(kind, items, *, data, model_kind="causal_lm", names=(), tokenizer=None, model=None, test=None, **settings):
     """Builds the splits of a source whose splits all have these items; `test` may have others."""
-    required = {"stdlib_docs": {}, "chat": {"train": "x"}, "table": {"train": "x", "text": "text", "label": "label"}}
+    required = {
+        "stdlib_docs": {},
+        "chat": {"train": "x"},
+        "preferences": {"train": "x"},
+        "table": {"train": "x", "text": "text", "label": "label"},
+    }
     source = DataSource(
         kind=kind,
         label_names=names,
@@ -111,6 +140,9 @@ def test_balanced_weights_give_every_class_the_same_say_in_training_alone():
         ("regression", label(0.5, 1, 2), "table", "classifier", {"metric": "f1"}, "`data.metric` must be"),
         ("regression", label(0.5, 1, 2), "table", "classifier", {"class_weights": "balanced"}, "`data.class_weights`"),
         ("conversations", CONVERSATIONS, "chat", "causal_lm", {"max_length": 2}, "`data.max_length`"),
+        ("preferences", PAIRS, "preferences", "causal_lm", {"max_length": 2}, "`data.max_length`"),
+        ("preferences", PAIRS, "preferences", "causal_lm", {"metric": "bits_per_byte"}, "`data.metric`"),
+        ("preferences", [pair("a", "b", "c", has_messages=True)], "preferences", "causal_lm", {}, "a chat template"),
     ],
 )
 def test_data_that_does_not_fit_the_model_or_the_settings_is_refused(kind, items, data, model_kind, settings, words):
@@ -153,3 +185,30 @@ def test_reasoning_that_a_template_leaves_out_is_said():
     splits = build("conversations", [Conversation([TALK[0], REASONED], "a")], data="chat")
     assert splits.train.describe()["without_reasoning"] == 1
     assert any("lack reasoning" in note for note in splits.notes)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_pairs_are_tokenised_as_conversations_whose_last_answer_is_scored(template):
+    tokenizer = load_tokenizer()
+    tokenizer.chat_template = template
+    split = build("preferences", PAIRS, data="preferences", tokenizer=tokenizer).train
+    assert isinstance(split, PreferenceSplit)
+    assert (len(split), split.groups, split.completions.groups) == (2, ("hi", "so"), ("hi", "hi", "so", "so"))
+    chats = [side for pair in PAIRS for side in (pair.chosen, pair.rejected)]
+    same = build("conversations", chats, data="chat", tokenizer=tokenizer, turns="last").train
+    for row in range(4):
+        assert split.completions.tokens[row].tolist() == same.tokens[row].tolist()
+        assert split.completions.targets[row].tolist() == same.targets[row].tolist()
+    shown = list_passages(split, 1, tokenizer=tokenizer)
+    end = tokenizer.eos_token
+    assert [text for text, is_scored in shown if is_scored] == [f"a longer answer{end}", f"a{end}"]
+    assert [text for text, is_scored in shown if text in ("chosen: ", "\nrejected: ")] == ["chosen: ", "\nrejected: "]
+
+
+def test_pairs_whose_answers_are_cut_off_are_counted_and_dropped_without_a_scored_token():
+    cut = pair("a prompt of which nothing is left to be scored", "yes", "no")
+    splits = build("preferences", [*PAIRS, cut], data="preferences", template="plain", max_length=22)
+    assert (len(splits.train), splits.train.describe()["left_out"], splits.train.describe()["truncated"]) == (2, 1, 3)
+    notes = "3 examples of {} are longer than `data.max_length`, so their end is cut off; 1 have no answer left"
+    assert any(note.startswith(notes.format("train")) for note in splits.notes)
+    assert any(note.startswith(notes.format("test")) for note in splits.test().notes)

@@ -1,5 +1,7 @@
 """Splits make padded batches that give the same losses and gradients, and blocks that score every token once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -12,13 +14,14 @@ from lorasweep.data import split as split_file
 from lorasweep.data.batching import StepBatchSampler
 from lorasweep.data.build_splits import build_block_split
 from lorasweep.data.source import Document, collect_examples
-from lorasweep.data.split import IGNORED, CompletionSplit, LabelledSplit, choose_evenly
+from lorasweep.data.split import IGNORED, CompletionSplit, LabelledSplit, PreferenceSplit, choose_evenly
 from lorasweep.errors import ConfigError
 from lorasweep.objectives.labels import Classification
 from lorasweep.objectives.next_tokens import NextTokens
 
 cut_blocks = jaxtyped(typechecker=beartype)(split_file.cut_blocks)
 TOKENS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15], [16, 17, 18, 19]]
+TARGETS = [[IGNORED, *tokens[2:], 3] if len(tokens) > 1 else [3] for tokens in TOKENS]
 SPLIT = {"name": "train", "fingerprint": "0", "tokens": make_ragged(TOKENS), "pad_token": 0, "bytes": 9}
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -28,9 +31,14 @@ def make_labelled(**settings):
 
 
 def make_completions():
-    targets = [[IGNORED, *tokens[2:], 3] if len(tokens) > 1 else [3] for tokens in TOKENS]
     columns = {"answer_starts": torch.ones(len(TOKENS)), "rows": (None,) * len(TOKENS)}
-    return CompletionSplit(targets=make_ragged(targets), scored_bytes=30, **columns, **SPLIT)
+    return CompletionSplit(targets=make_ragged(TARGETS), scored_bytes=30, **columns, **SPLIT)
+
+
+def make_preferences(**settings):
+    """Two pairs; the fifth example is left out."""
+    four = replace(make_completions(), tokens=make_ragged(TOKENS[:4]), targets=make_ragged(TARGETS[:4]))
+    return PreferenceSplit(name="train", fingerprint="0", groups=("a", "b"), completions=four, **settings)
 
 
 def make_llama():
@@ -116,3 +124,19 @@ def test_chosen_blocks_are_spread_evenly_over_documents(counts, limit):
     shares = [[owners[index] for index in chosen].count(document) for document in range(len(counts))]
     # a document that has fewer blocks than another one has no blocks left, or only the last block of a round
     assert all(share >= min(count, max(shares) - 1) for share, count in zip(shares, counts, strict=True))
+
+
+def test_a_pair_of_answers_is_one_example_with_two_rows_that_stay_together():
+    split = make_preferences()
+    assert (len(split), split.lengths.tolist(), split.weights.tolist()) == (2, [5, 6], [1, 1])
+    facts = split.describe()
+    # scored tokens: 2 and 1 in the first pair, 4 and 1 in the second
+    assert [facts[f"{name}_tokens"] for name in ("chosen", "rejected")] == [3.0, 1.0]
+    assert (facts["examples"], facts["longer_accuracy"]) == (2, 1.0)
+    batch = split.batch([1, 0])
+    assert batch["input_ids"].tolist() == [[10, 11, 12, 13, 14], [15, 0, 0, 0, 0], [5, 6, 7, 0, 0], [8, 9, 0, 0, 0]]
+    assert batch["targets"][0].tolist() == TARGETS[2]
+    assert batch["reference"].isnan().all()  # not computed yet
+    assert split.fill_reference().batch([1])["reference"].tolist() == [0.0, 0.0]
+    known = make_preferences(reference=torch.tensor([-1.0, -2.0, -3.0, -4.0]))
+    assert known.batch([1, 0])["reference"].tolist() == [-3.0, -4.0, -1.0, -2.0]

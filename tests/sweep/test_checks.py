@@ -1,16 +1,21 @@
 """Each arm is checked against its base model and data before anything is written."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from tests.objectives.test_objectives import make_splits
 
+from lorasweep.cli import run
 from lorasweep.errors import ConfigError
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.models.load import load_base
 from lorasweep.objectives.labels import Classification
+from lorasweep.outcome import WRONG_REQUEST
 from lorasweep.sweep.checks import (
     check_definition,
     describe_coverages,
@@ -79,6 +84,34 @@ def test_trials_with_different_metrics_are_refused(write_file, content, of_all, 
 
     with pytest.raises(ConfigError, match=message):
         find_metric(read_definition(write_file(content)), SimpleNamespace(load=load))
+
+
+@pytest.mark.parametrize(
+    "of_lora",
+    [
+        {"data": "chat", "data.train": "chats.jsonl"},
+        {"data": "chat", "data.train": "chats.jsonl", "data.metric": "loss"},
+        {"data.train": "others.jsonl"},
+        {"data.test": "others.jsonl"},
+    ],
+)
+def test_preferences_are_not_compared_with_other_data(tmp_path, monkeypatch, of_lora, capsys):
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"prompt": f"ask {n}", "chosen": f"yes {n}", "rejected": "no", "completion": "yes"} for n in range(90)]
+    for name, rows in {"pairs": pairs[:60], "others": pairs[60:], "chats": pairs[:60]}.items():
+        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lora = {"settings": {"method": "lora", **of_lora}, "space": {"optim.lr": [1e-3, 1e-2]}, "trials": 2}
+    settings = {"data": "preferences", "data.train": "pairs.jsonl", "data.metric": "loss", "trainer.max_steps": 2}
+    content = {
+        "name": "mixed",
+        "settings": settings,
+        "arms": {"frozen": {"settings": {"method": "frozen"}}, "lora": lora},
+    }
+    Path("mixed.yaml").write_text(yaml.safe_dump(content))
+    assert run(["sweep", "mixed.yaml", "sweep.output=new"]) == WRONG_REQUEST
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "must be the same for all arms" in line or "in all arms, because preferences are compared" in line
+    assert not Path("new").exists()
 
 
 def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, content, tiny_inputs):

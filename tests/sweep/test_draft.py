@@ -113,6 +113,31 @@ def test_pairs_conversations_and_running_text_are_recognised(here):
 
 
 @pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "ask {}", "chosen": "yes", "rejected": "no"},
+        {"chosen": "ask {} yes", "rejected": "ask {} no"},
+        {"conversations": [{"from": "human", "value": "ask {}"}], "chosen": "yes", "rejected": "no"},
+    ],
+)
+def test_pairs_of_answers_are_recognised_and_get_lower_rates(here, row, capsys):
+    lines = [json.dumps({**row, "score": n}).replace("{}", str(n)) for n in range(200)]
+    (here / "pairs.jsonl").write_text("\n".join(lines))
+    sweep = draft(MODEL, "data.train=pairs.jsonl", "data.template=plain")
+    settings, full = sweep["settings"], sweep["arms"]["full"]["space"]["optim.lr"]
+    assert (settings["data"], settings["model"], settings["data.metric"]) == (
+        "preferences",
+        "causal_lm",
+        "preference_accuracy",
+    )
+    assert settings["data.max_length"] == 16  # tokens of one conversation, not of the pair
+    assert (full["low"], full["high"]) == (1e-6, 1e-4)  # the base is narrow: 160
+    assert "Columns that are not used: ['score']." in (here / "mine.yaml").read_text()
+    words = [MODEL, "data.train=pairs.jsonl", "data.template=plain"]
+    assert draft_definition(SweepOverrides.parse(words), InputsCache()).arms[0].base.data.name == "preferences"
+
+
+@pytest.mark.parametrize(
     ("columns", "words"),
     [
         (("prompt", "completion"), ["data.turns=last", "data.metric=bits_per_byte"]),

@@ -24,6 +24,8 @@ TextMetric = Literal["bits_per_byte", "loss", "perplexity"]
 """Scores of predicted text, per token or byte; lower is better for each."""
 LabelMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss"]
 """Scores of predicted labels. `auto`: accuracy of classes, Pearson's correlation of numbers."""
+PreferenceMetric = Literal["auto", "preference_accuracy", "reward_margin", "loss"]
+"""Scores of pairs of answers. `auto`: the accuracy, which is 0.5 for the base."""
 AnswerMetric = Literal["exact_match", "last_number"]
 """Scores of a generated answer: 1 if its whole text, or the last number in it, is right, else 0."""
 LabelTask = Literal["single_label", "regression"]
@@ -33,7 +35,7 @@ Quoting = Literal["auto", "csv", "none"]
 DEFAULT_SPLIT_PERCENT = 10
 """Percentage of the training data that a split gets if neither its source nor its share is set."""
 METRIC_RANGES: Mapping[str, tuple[float, float]] = {
-    **dict.fromkeys(("accuracy", "f1", *get_args(AnswerMetric)), (0.0, 1.0)),
+    **dict.fromkeys(("accuracy", "f1", "preference_accuracy", *get_args(AnswerMetric)), (0.0, 1.0)),
     **dict.fromkeys(("matthews", "pearson", "spearman"), (-1.0, 1.0)),
     **dict.fromkeys(("bits_per_byte", "loss", "mse"), (0.0, math.inf)),
     "perplexity": (1.0, math.inf),
@@ -256,16 +258,9 @@ class TableConfig(RowSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig(RowSettings):
-    """Prompts with completions, or conversations. The loss covers only the answers of the assistant."""
+class ConversationSettings(RowSettings):
+    """Settings of data whose examples are conversations: how they become text, and which answers are generated."""
 
-    name: Literal["chat"]
-    prompt: str | None
-    """Column of the prompt. If `completion` and `messages` are null too, the columns are found by their usual names."""
-    completion: str | None
-    """Column of the answer, which the model learns."""
-    messages: str | None
-    """Column of a list of messages, each with `role` and `content`; instead of `prompt` and `completion`."""
     template: str
     """`model`: the tokenizer's chat template; `plain`: texts with `separator` between them; `auto`: `model` if the
     tokenizer has a template, else `plain`; or a template's file, whose name ends with `.jinja`."""
@@ -273,12 +268,9 @@ class ChatConfig(RowSettings):
     """Variables of the template by name, such as `{enable_thinking: false}`. Serve the model with the same."""
     template_date: str
     """The day that a template gets as today, as YEAR-MONTH-DAY, so that the data does not change from day to day."""
-    turns: Literal["all", "last"]
-    """Answers of a conversation that are scored: all, or only the last."""
     separator: str
-    """Text between the prompt and the completion of a `plain` template."""
-    metric: TextMetric | MetricComponent
-    """Metric of the answers that is the run's score. Lower is better, except for a `_target_` that says otherwise."""
+    """Text between the prompt and the answer of a `plain` template."""
+    metric: TextMetric | PreferenceMetric | MetricComponent
     answers: AnswersConfig
     """Generated answers and their score."""
     max_generated_examples: Positive | None
@@ -287,7 +279,7 @@ class ChatConfig(RowSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         name, own = self.answers.metric.name, getattr(self.metric, "name", None)
-        if name in (*get_args(TextMetric), own):
+        if name in (*get_args(TextMetric), *get_args(PreferenceMetric), own):
             raise ConfigError(
                 f"`data.answers.score` must have another name than a metric of the loss, but got {name!r}. Rename it."
             )
@@ -301,6 +293,26 @@ class ChatConfig(RowSettings):
             raise ConfigError(
                 f"`data.template_date` must be a day such as 2024-07-26, but got {self.template_date!r}."
             ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(ConversationSettings):
+    """Prompts with completions, or conversations. The loss covers only the answers of the assistant."""
+
+    name: Literal["chat"]
+    prompt: str | None
+    """Column of the prompt. If `completion` and `messages` are null too, the columns are found by their usual names."""
+    completion: str | None
+    """Column of the answer, which the model learns."""
+    messages: str | None
+    """Column of a list of messages, each with `role` and `content`; instead of `prompt` and `completion`."""
+    turns: Literal["all", "last"]
+    """Answers of a conversation that are scored: all, or only the last."""
+    metric: TextMetric | MetricComponent
+    """Metric of the answers that is the run's score. Lower is better, except for a `_target_` that says otherwise."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.messages is not None and (self.prompt, self.completion) != (None, None):
             raise ConfigError(
                 f"`data.messages` must be null if `data.prompt` or `data.completion` is set, but got {self.messages!r}."
@@ -310,6 +322,24 @@ class ChatConfig(RowSettings):
                 "`data.prompt` and `data.completion` must be set together, but got "
                 f"{self.prompt!r} and {self.completion!r}."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferencesConfig(ConversationSettings):
+    """Pairs of answers to one prompt, of which one was preferred. The last answer of each conversation is scored."""
+
+    turns: ClassVar[Literal["last"]] = "last"
+
+    name: Literal["preferences"]
+    prompt: str | None
+    """Column of the prompt, a text or a list of messages; null finds it by its usual names. Without such a column, the
+    prompt is what both answers begin with."""
+    chosen: str
+    """Column of the preferred answer: a text, a message, or a list of messages."""
+    rejected: str
+    """Column of the other answer, in the same form."""
+    metric: PreferenceMetric | MetricComponent
+    """Metric of the pairs that is the run's score. `auto`: the accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,6 +354,6 @@ class ModuleDataConfig(DataSettings):
 
 
 DataConfig = Annotated[
-    StdlibConfig | TextConfig | TableConfig | ChatConfig | ModuleDataConfig,
+    StdlibConfig | TextConfig | TableConfig | ChatConfig | PreferencesConfig | ModuleDataConfig,
     Field(discriminator="name"),
 ]

@@ -249,7 +249,8 @@ class ObjectiveConfig(Settings):
     """The objective: what is learned from the data. All keys beside `_target_` are its arguments."""
 
     target: str | None = None
-    """A class of your own; null is the objective of the data: next tokens, classes or numbers."""
+    """A class of your own; null is the objective of the data: next tokens, classes, numbers or preferences (DPO), which
+    has `beta` (default 0.1) and `label_smoothing` (0)."""
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
@@ -378,7 +379,7 @@ class RunConfig(Settings):
             "compiles": trainer.is_sharded and "`trainer.compile` must be false unless the strategy is ddp.",
             "unpads": (trainer.compile or trainer.is_sharded)  # both have hooks of their own
             and "`trainer.compile` must be false and the strategy ddp.",
-            "generates": not hasattr(self.data, "answers") and f"`data={self.data.name}` has no answers; chat has.",
+            "generates": not hasattr(self.data, "answers") and f"`data={self.data.name}` has no answers; chats have.",
             "exports": self.method.trains_nothing and f"`method={method}` trains nothing. Use {self.model.path!r}.",
         }
         if self.module is not None:

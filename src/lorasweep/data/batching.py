@@ -126,7 +126,7 @@ class StepBatchSampler(MicroBatchSampler):
         indices = self.get_step_indices(step)
         weight = float(self.split.weights.numpy()[indices].sum(dtype="float64"))
         if self.accumulate > 1:
-            indices.sort(key=lambda index: int(self.split.lengths[index]))  # equal lengths keep their order
+            indices.sort(key=lambda index: int(self.split.padded_lengths[index]))  # equal lengths keep their order
         remaining = iter(indices)
         return [MicroBatch(list(itertools.islice(remaining, size)), weight) for size in self.sizes]
 
@@ -151,7 +151,8 @@ class EvaluationSampler(MicroBatchSampler):
     ) -> None:
         super().__init__(share)
         part = choose_part(len(split), fraction)
-        batches = batch_by_length(split.lengths[torch.tensor(part)], budget=batch_size * int(split.lengths.max()))
+        lengths = split.padded_lengths
+        batches = batch_by_length(lengths[torch.tensor(part)], budget=batch_size * int(lengths.max()))
         self.batches = [[part[place] for place in batch] for batch in batches]
         self.name = split.name
 

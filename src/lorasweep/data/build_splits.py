@@ -13,19 +13,21 @@ from transformers import PreTrainedTokenizerBase
 from lorasweep.config.data import (
     ChatConfig,
     DataConfig,
+    PreferencesConfig,
     RowSettings,
     StdlibConfig,
     TableConfig,
     TextConfig,
 )
 from lorasweep.config.run import ModelKind
-from lorasweep.data.source import Conversation, DataSource, Document, Examples, LabelledText
+from lorasweep.data.source import Conversation, DataSource, Document, Examples, LabelledText, Preference
 from lorasweep.data.split import (
     IGNORED,
     BlockSplit,
     CompletionSplit,
     ExampleSplit,
     LabelledSplit,
+    PreferenceSplit,
     Ragged,
     Split,
     choose_evenly,
@@ -35,7 +37,7 @@ from lorasweep.data.tokenise import describe_chat_format, tokenise_chats, tokeni
 from lorasweep.errors import ConfigError
 
 MODEL_KINDS: Mapping[str, ModelKind] = {
-    **dict.fromkeys(("documents", "conversations"), "causal_lm"),
+    **dict.fromkeys(("documents", "conversations", "preferences"), "causal_lm"),
     **dict.fromkeys(("single_label", "regression"), "classifier"),
 }
 """For each kind of data: the kind of model that can learn from it."""
@@ -74,6 +76,8 @@ def build_splits(
             return _build_labelled(examples, config=config, source=source, tokenizer=tokenizer)
         if isinstance(config, ChatConfig):
             return _build_chats(examples, config=config, tokenizer=tokenizer)
+        if isinstance(config, PreferencesConfig):
+            return _build_preferences(examples, config=config, tokenizer=tokenizer)
         assert isinstance(config, StdlibConfig | TextConfig)
         return build_block_split(examples, config=config, tokenizer=tokenizer)
 
@@ -90,6 +94,7 @@ def build_splits(
 
 def describe_cut(split: Split) -> list[str]:
     """Returns a sentence on examples that were cut off; none if there are none."""
+    split = split.completions if isinstance(split, PreferenceSplit) else split
     if not isinstance(split, ExampleSplit) or not split.truncated:
         return []
     left_out = split.facts.get("left_out", 0)
@@ -99,6 +104,7 @@ def describe_cut(split: Split) -> list[str]:
 
 def describe_template(split: Split) -> list[str]:
     """Returns sentences on how a chat template changed conversations."""
+    split = split.completions if isinstance(split, PreferenceSplit) else split
     if not isinstance(split, ExampleSplit):
         return []
     facts = {"conversations": len(split), "without_reasoning": 0, "after_added_end": 0, **split.facts}
@@ -175,8 +181,27 @@ def _build_labelled(
     )
 
 
+def _build_preferences(
+    examples: Examples[Preference], *, config: PreferencesConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreferenceSplit:
+    has_messages = any(pair.has_messages for pair in examples.items)
+    if has_messages and config.template == "auto" and tokenizer.chat_template is None:
+        raise ConfigError(
+            "`model.path` must have a tokenizer with a chat template, because the data has lists of messages, but has "
+            "none. Use another model, `data.template=FILE.jinja`, or `data.template=plain` to join the texts."
+        )
+    answers = [answer for pair in examples.items for answer in (pair.chosen, pair.rejected)]
+    shared: Any = {"name": examples.name, "fingerprint": examples.fingerprint, "notes": examples.notes}
+    rows = _build_chats(Examples(items=answers, **shared), config=config, tokenizer=tokenizer, size=2)
+    return PreferenceSplit(completions=rows, groups=rows.groups[::2], **shared)
+
+
 def _build_chats(
-    examples: Examples[Conversation], *, config: ChatConfig, tokenizer: PreTrainedTokenizerBase
+    examples: Examples[Conversation],
+    *,
+    config: ChatConfig | PreferencesConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    size: int = 1,
 ) -> CompletionSplit:
     columns = tokenise_chats(examples, config=config, tokenizer=tokenizer)
     texts = [message.content for conversation in examples.items for message in conversation.messages]
@@ -197,7 +222,7 @@ def _build_chats(
             **describe_chat_format(config, tokenizer),
         },
     )
-    split = split.drop_unscored()
+    split = split.drop_unscored(size=size)
     if not len(split):
         raise ConfigError(
             f"the {split.name} split of `data={config.name}` must have a token to predict, but all its answers are "

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from lorasweep.config.data import ChatConfig
+from lorasweep.config.data import ConversationSettings
 from lorasweep.data.rendering import Rendering, render
 from lorasweep.data.source import MAX_NAMED_ROWS, Conversation
 from lorasweep.disk import read_bounded
@@ -156,7 +156,7 @@ def _describe_conversation(conversation: Conversation, *, only_last: bool) -> di
     return {"messages": messages, "tools": tools, "answers": answers[-1:] if only_last else answers}
 
 
-def read_template(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+def read_template(config: ConversationSettings, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
     """Returns the template of the settings; None for `plain`, and for `auto` if the tokenizer has no template.
 
     Raises ConfigError if the template's file can't be read, or the tokenizer has no template.

@@ -20,7 +20,7 @@ from lorasweep.errors import ConfigError
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 MAX_NAMED_ROWS = 10
 """Maximum number of wrong rows that an error names."""
-DataKind = Literal["documents", "single_label", "regression", "conversations"]
+DataKind = Literal["documents", "single_label", "regression", "conversations", "preferences"]
 Label = int | float
 """A class index; for regression a number."""
 
@@ -79,8 +79,21 @@ class Conversation(NamedTuple):
     source: str = ""
 
 
+class Preference(NamedTuple):
+    """Two conversations with the same prompt, whose last message is the preferred answer or the other one."""
+
+    chosen: Conversation
+    rejected: Conversation
+    has_messages: bool = False
+    """Whether the row has lists of messages, which only a chat template can write."""
+
+    def replace_both(self, **values: Any) -> Preference:
+        """Returns the pair with these fields of both conversations."""
+        return self._replace(chosen=self.chosen._replace(**values), rejected=self.rejected._replace(**values))
+
+
 Example = TypeVar("Example")
-"""A `Document`, `LabelledText` or `Conversation`."""
+"""A `Document`, `LabelledText`, `Conversation` or `Preference`."""
 FIRST_BUCKETS: Mapping[str, int] = {"validation": 0, "test": 10}
 """The first of the hash buckets, out of 100, whose examples go to a split that the data set lacks. A larger share for
 test leaves validation as it is."""
@@ -137,7 +150,9 @@ def collect_examples(name: str, items: list[Example], notes: tuple[str, ...] = (
 
 def list_texts(item: Any) -> Iterator[str]:
     """Yields every text and label of an example, and a document's name, but not its group."""
-    if isinstance(item, Conversation):
+    if isinstance(item, Preference):
+        yield from (text for side in (item.chosen, item.rejected) for text in list_texts(side))
+    elif isinstance(item, Conversation):
         yield str(len(item.messages))  # keeps two conversations apart from one long one
         for message in item.messages:
             yield from message.texts

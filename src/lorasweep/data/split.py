@@ -1,9 +1,10 @@
-"""Tokenised splits: texts with labels, conversations, and running text in blocks; and the keys of their batches."""
+"""Tokenised splits: texts with labels, conversations, pairs of answers, blocks of text; the keys of their batches."""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ Batch = dict[str, Tensor]
 
 - `targets`: the next token at each position, (batch, length) int64, or `IGNORED`. For labels: one label per example.
 - `weights`: the weight of each example's loss, (examples,) float. Only if weights differ.
+- `reference`: the log probability of each row's scored tokens under the base, (rows,). Only for pairs of answers.
 - a setting of the objective by its name, such as `beta`: one number for each row (`Objective.slot_settings`).
 - `step_weight`: the number that divides the step's loss, a scalar, or in a pack one for each slot. Only in training.
 - `num_tokens`: number of positions without padding, a scalar. Only in batches of a loader.
@@ -57,6 +59,11 @@ class SplitFacts(ABC):
         """Number of tokens of each example."""
 
     @property
+    def padded_lengths(self) -> Int[Tensor, " examples"]:
+        """Number of positions of each example in a batch where no other example is longer."""
+        return self.lengths
+
+    @property
     @abstractmethod
     def weights(self) -> Float[Tensor, " examples"]:
         """Weight of each example in the loss: its number of scored tokens, or its class weight.
@@ -79,6 +86,10 @@ class Split(SplitFacts):
     @abstractmethod
     def batch(self, indices: Sequence[int]) -> Batch:
         """Returns the examples at these indices, padded to the longest."""
+
+    def fill_reference(self, values: Float[Tensor, " rows"] | None = None) -> Split:
+        """Returns the split with the numbers of `Objective.compute_reference`, or with zeros, to measure time."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -197,19 +208,25 @@ class CompletionSplit(ExampleSplit):
         """Number of bytes per scored token."""
         return self.scored_bytes / max(float(self.weights.sum()), 1.0)
 
-    def drop_unscored(self) -> CompletionSplit:
-        """Returns the split without examples that have no scored token, because their answers were cut off."""
-        is_scored = self.weights > 0
-        if is_scored.all():
-            return self
+    def drop_unscored(self, *, size: int = 1) -> CompletionSplit:
+        """Returns the split without rows that have no scored token, because their answers were cut off.
+
+        With a `size`, that many rows in a row belong together, and are kept or dropped together.
+        """
+        is_scored = (self.weights > 0).view(-1, size).all(1)
+        num_dropped = int((~is_scored).sum())
+        facts = {**self.facts, "left_out": num_dropped} if num_dropped else self.facts
+        return replace(self.select(is_scored.repeat_interleave(size)), facts=facts)
+
+    def select(self, mask: Tensor) -> CompletionSplit:
+        """Returns the rows that a boolean mask, (examples,), selects."""
         return replace(
             self,
-            tokens=self.tokens.select(is_scored),
-            targets=self.targets.select(is_scored),
-            answer_starts=self.answer_starts[is_scored],
-            rows=tuple(itertools.compress(self.rows, is_scored.tolist())),
-            groups=tuple(itertools.compress(self.groups, is_scored.tolist())),
-            facts={**self.facts, "left_out": int((~is_scored).sum())},
+            tokens=self.tokens.select(mask),
+            targets=self.targets.select(mask),
+            answer_starts=self.answer_starts[mask],
+            rows=tuple(itertools.compress(self.rows, mask.tolist())),
+            groups=tuple(itertools.compress(self.groups, mask.tolist())),
         )
 
     def split_last_answer(self, index: int) -> tuple[Tensor, Tensor]:
@@ -219,6 +236,54 @@ class CompletionSplit(ExampleSplit):
 
     def batch(self, indices: Sequence[int]) -> Batch:
         return {**self._inputs(indices), "targets": self.targets.padded(indices, fill=IGNORED)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreferenceSplit(Split):
+    """Pairs of answers to one prompt. An example is a pair, and has two rows in a batch, which never part."""
+
+    completions: CompletionSplit
+    """The rows: 2i has the chosen answer of pair i, and 2i + 1 the rejected one. Each has a scored token."""
+    reference: Float[Tensor, " rows"] | None = None
+    """The log probability of each row's scored tokens under the frozen base, fp64; None until it is computed."""
+
+    @functools.cached_property
+    def lengths(self) -> Tensor:
+        """Number of tokens of both rows of each pair."""
+        return self.completions.lengths.view(-1, 2).sum(1)
+
+    @functools.cached_property
+    def padded_lengths(self) -> Tensor:
+        return 2 * self.completions.lengths.view(-1, 2).amax(1)
+
+    @functools.cached_property
+    def weights(self) -> Tensor:
+        return torch.ones(len(self.lengths))
+
+    def describe(self) -> dict[str, Any]:
+        """Returns also how many tokens are scored, and the accuracy of always choosing the longer answer."""
+        chosen, rejected = self.completions.weights.double().view(-1, 2).unbind(1)
+        return self.completions.describe() | {
+            "examples": len(self),
+            "chosen_tokens": float(chosen.mean()),
+            "rejected_tokens": float(rejected.mean()),
+            "longer_accuracy": float((1 + (chosen - rejected).sign()).mean() / 2),
+        }
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Returns both rows of each pair, one after the other. A `reference` that is not known is NaN."""
+        rows = self.list_rows(indices)
+        unknown = torch.full(rows.shape, math.nan, dtype=torch.float64)
+        reference = unknown if self.reference is None else self.reference[rows]
+        return {**self.completions.batch(rows.tolist()), "reference": reference}
+
+    def list_rows(self, indices: Sequence[int]) -> Int[Tensor, " rows"]:
+        """Returns the indices of both rows of each pair, one after the other."""
+        return torch.tensor([row for index in indices for row in (2 * index, 2 * index + 1)])
+
+    def fill_reference(self, values: Tensor | None = None) -> PreferenceSplit:
+        zeros = torch.zeros(len(self.completions), dtype=torch.float64)
+        return replace(self, reference=zeros if values is None else values)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -289,6 +354,9 @@ class Splits:
 
 def list_passages(split: Split, index: int, *, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """Returns the text of an example in passages, and whether each is scored. A label is the last passage."""
+    if isinstance(split, PreferenceSplit):
+        sides = [list_passages(split.completions, row, tokenizer=tokenizer) for row in (2 * index, 2 * index + 1)]
+        return [("chosen: ", False), *sides[0], ("\nrejected: ", False), *sides[1]]
     batch = split.batch([index])
     ids, targets = batch["input_ids"][0].tolist(), batch["targets"][0].tolist()
     if not isinstance(targets, list):
@@ -325,10 +393,10 @@ def cut_blocks(tokens: Int[Tensor, " tokens"], *, block_length: int) -> Int[Tens
     return tokens.unfold(0, block_length + 1, block_length)
 
 
-def padding_fraction(lengths: Int[Tensor, " examples"], batches: Sequence[Sequence[int]]) -> float:
+def padding_fraction(split: SplitFacts, batches: Sequence[Sequence[int]]) -> float:
     """Returns the fraction of positions that is padding when each batch is padded to its longest example."""
-    padded = sum(len(batch) * int(lengths[torch.tensor(batch)].max()) for batch in batches)
-    real = sum(int(lengths[torch.tensor(batch)].sum()) for batch in batches)
+    padded = sum(len(batch) * int(split.padded_lengths[torch.tensor(batch)].max()) for batch in batches)
+    real = sum(int(split.lengths[torch.tensor(batch)].sum()) for batch in batches)
     return 1.0 - real / padded if padded else 0.0
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lorasweep.config.data import ChatConfig
+from lorasweep.config.data import ChatConfig, ConversationSettings, PreferencesConfig
 from lorasweep.data.chat_template import ChatTemplate, Turn, digest_template, read_template
 from lorasweep.data.source import Conversation, Document, Example, Examples, LabelledText, list_texts
 from lorasweep.data.split import IGNORED, Ragged
@@ -95,7 +95,7 @@ def tokenise_labelled(
 
 
 def tokenise_chats(
-    examples: Examples[Conversation], *, config: ChatConfig, tokenizer: PreTrainedTokenizerBase
+    examples: Examples[Conversation], *, config: ChatConfig | PreferencesConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Ragged]:
     """Returns the examples of conversations for a causal model.
 
@@ -145,7 +145,7 @@ def tokenise_chats(
     return map_cached(examples, tokenise, key=key)
 
 
-def describe_chat_format(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def describe_chat_format(config: ConversationSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Returns `format`, Python code for the tokens of a prompt, or without a template of a prompt with its completion.
 
     With a template, also returns `template`: the first 16 hex digits of its SHA-256.

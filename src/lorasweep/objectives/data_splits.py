@@ -21,6 +21,7 @@ from lorasweep.models.load import BaseModel
 from lorasweep.objectives.labels import Classification, Regression
 from lorasweep.objectives.next_tokens import NextTokens
 from lorasweep.objectives.objective import Objective, build_own_metric
+from lorasweep.objectives.preferences import Preferences
 from lorasweep.wording import join_words
 
 OBJECTIVES: Mapping[DataKind, type[Objective]] = {
@@ -28,6 +29,7 @@ OBJECTIVES: Mapping[DataKind, type[Objective]] = {
     "conversations": NextTokens,
     "single_label": Classification,
     "regression": Regression,
+    "preferences": Preferences,
 }
 """The objective of each kind of data, unless `objective._target_` names another one."""
 DATA_OBJECTIVE = ObjectiveConfig()
@@ -42,6 +44,8 @@ class DataSplits(Splits):
     validation: Split
     test: Callable[[], Split]
     objective: Objective
+    has_reference: bool = False
+    """Whether the splits have the numbers of `Objective.compute_reference`, the test split at its first use."""
 
     def describe(self, split: SplitFacts) -> dict[str, Any]:
         """Returns the entry of a scored split in a run record: with `constant_answer` if it has labels."""
@@ -90,28 +94,36 @@ def build_objective(config: ObjectiveConfig, *, source: DataSource, model: nn.Mo
     if config.target is None and not config.arguments:
         return own(**own.find_facts(source, model))
     target = config.target or f"{own.__module__}.{own.__qualname__}"
-    component = Component(target=target, arguments=drop_slot_settings(config).arguments)
     expected: type[Objective] = Objective  # type: ignore[type-abstract]
-    facts = find_class(target, key="objective", expected=expected).find_facts(source, model)
+    chosen = find_class(target, key="objective", expected=expected)
+    fitting = [kind for kind, objective in OBJECTIVES.items() if issubclass(chosen, objective)]
+    if fitting and source.kind not in fitting:
+        raise ConfigError(
+            f"`objective._target_` must be an objective for {source.kind}, but {target!r} is one for "
+            f"{join_words(fitting)}. Use other data, or remove `objective._target_`."
+        )
+    arguments = {name: value for name, value in config.arguments.items() if name not in chosen.slot_settings}
+    component, facts = Component(target=target, arguments=arguments), chosen.find_facts(source, model)
     return instantiate(component, key="objective", expected=expected, **facts)
 
 
-def list_slot_settings(config: ObjectiveConfig) -> dict[str, Any]:
-    """Returns the settings of an objective that may differ between the slots of a pack, with their types."""
-    if not config.arguments:
-        return {}
+def list_objectives(config: ObjectiveConfig) -> list[type[Objective]]:
+    """Returns the class of `objective._target_`, or without it those of all kinds of data."""
     if config.target is None:
-        classes = list(OBJECTIVES.values())
-    else:
-        classes = [find_class(config.target, key="objective", expected=Objective)]  # type: ignore[type-abstract]
-    return {name: kind for each in classes for name, kind in each.slot_settings.items()}
+        return list(dict.fromkeys(OBJECTIVES.values()))
+    return [find_class(config.target, key="objective", expected=Objective)]  # type: ignore[type-abstract]
 
 
-def read_slot_settings(config: ObjectiveConfig) -> dict[str, float]:
-    """Returns the values of `list_slot_settings` in a run. Raises ConfigError if one is missing or wrong."""
+def list_slot_settings(config: ObjectiveConfig) -> list[str]:
+    """Returns the names of the settings of an objective that may differ between the slots of a pack."""
+    return [name for each in list_objectives(config) for name in each.slot_settings]
+
+
+def read_slot_settings(config: ObjectiveConfig, objective: type[Objective]) -> dict[str, float]:
+    """Returns the values of `Objective.slot_settings` in a run. Raises ConfigError if one is missing or wrong."""
+    given = {**objective.slot_defaults, **config.arguments}
     return {
-        name: convert(kind, config.arguments.get(name), key=f"objective.{name}")
-        for name, kind in list_slot_settings(config).items()
+        name: convert(kind, given.get(name), key=f"objective.{name}") for name, kind in objective.slot_settings.items()
     }
 
 

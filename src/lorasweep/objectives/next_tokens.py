@@ -1,4 +1,4 @@
-"""Next-token prediction: the objective of running text and conversations."""
+"""Next-token prediction: the objective of running text and conversations; and the base of objectives of tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,28 @@ from lorasweep.objectives.scored_tokens import can_score_by_chunk, score_tokens
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class NextTokens(Objective):
+class TokenObjective(Objective):
+    """Base of objectives that score tokens of a causal model."""
+
+    by_chunk: bool = False
+    """Whether the base model is one for which `can_score_by_chunk` is True."""
+
+    @classmethod
+    def find_facts(cls, source: DataSource, model: nn.Module) -> dict[str, Any]:
+        return {"by_chunk": can_score_by_chunk(model)}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if self.by_chunk:
+            return ()
+        return (
+            "The logits of all tokens are computed, which needs more memory, because this model does not compute the "
+            "logits of a token from its last hidden state alone.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NextTokens(TokenObjective):
     """Predicts the next token.
 
     - `loss`: nats per scored token, L = Σ nats / Σ tokens.
@@ -30,12 +51,6 @@ class NextTokens(Objective):
 
     bytes_per_token: float = math.nan
     """Number of UTF-8 bytes of the scored text divided by its number of tokens, > 0. `for_split` sets it."""
-    by_chunk: bool = False
-    """Whether the base model is one for which `can_score_by_chunk` is True."""
-
-    @classmethod
-    def find_facts(cls, source: DataSource, model: nn.Module) -> dict[str, Any]:
-        return {"by_chunk": can_score_by_chunk(model)}
 
     def for_split(self, split: Split) -> NextTokens:
         return replace(self, bytes_per_token=split.bytes_per_token)  # type: ignore[attr-defined]
@@ -73,12 +88,3 @@ class NextTokens(Objective):
 
     def from_mean(self, metric: str, mean: Tensor) -> Tensor:
         return mean.exp() if metric == "perplexity" else mean
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        if self.by_chunk:
-            return ()
-        return (
-            "The logits of all tokens are computed, which needs more memory, because this model does not compute the "
-            "logits of a token from its last hidden state alone.",
-        )

@@ -114,6 +114,11 @@ class Objective(ABC):
     slot_settings: ClassVar[Mapping[str, Any]] = {}
     """Numbers that may differ between the slots of a pack, each with its type, such as `PositiveFloat`. They are no
     fields: a batch has the number of each row."""
+    slot_defaults: ClassVar[Mapping[str, float]] = {}
+    """Values of `slot_settings` that need not be set."""
+    needs_reference: ClassVar[bool] = False
+    """Whether each row of a batch needs a number of the frozen base, which `compute_reference` returns. It is computed
+    once for all runs, and a batch has it as `reference`."""
 
     own_metric: OwnMetric | None = None
     """The metric of `data.metric._target_`, which `compute` adds to the objective's metrics."""
@@ -126,6 +131,10 @@ class Objective(ABC):
     def for_split(self, split: Split) -> Objective:
         """Returns the objective that scores a split. It differs if a metric needs a fact of the split."""
         return self
+
+    def compute_reference(self, model: nn.Module, batch: Batch) -> Float[Tensor, " rows"]:
+        """Returns the number of the frozen base for each row. Only for an objective that `needs_reference`."""
+        raise NotImplementedError
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " examples"]:

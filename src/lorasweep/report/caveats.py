@@ -206,6 +206,20 @@ def describe_unpredicted_labels(data: SweepData) -> list[str]:
     ]
 
 
+def describe_longer_answers(data: SweepData) -> list[str]:
+    """Returns a sentence on the lengths of preferred answers; none for other data."""
+    for name, records in {"test": [run.record for run in data.confirm_runs], "validation": data.run_records}.items():
+        for facts in (record.data.get(name, {}) for record in records if record):
+            if is_number(accuracy := facts.get("longer_accuracy")):
+                means = [f"{facts[f'{side}_tokens']:.0f}" for side in ("chosen", "rejected")]
+                return [
+                    f"Always choosing the longer answer has preference accuracy {format_score(accuracy)} on {name} "
+                    f"data: chosen answers have {means[0]} scored tokens on average, rejected ones {means[1]}. A "
+                    "method that scores no higher may have learned lengths alone."
+                ]
+    return []
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fairness:
     """Whether arms were treated alike and their searches found the best, as far as it matters for the comparison."""

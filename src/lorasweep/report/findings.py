@@ -13,6 +13,7 @@ from lorasweep.report.answers import AnswerLine, build_entry, list_answer_lines
 from lorasweep.report.caveats import (
     Fairness,
     Learning,
+    describe_longer_answers,
     describe_unpredicted_labels,
     describe_unstable_rates,
     judge_fairness,
@@ -99,7 +100,11 @@ def read_findings(folder: Path, record: SweepRecord | None = None) -> Findings:
             *unfair,
             *describe_unstable_rates(data, learning),
         ),
-        notes=(*_describe_cut_off(data, are_many=False), *_list_notes(data, fairness)),
+        notes=(
+            *describe_longer_answers(data),
+            *_describe_cut_off(data, are_many=False),
+            *_list_notes(data, fairness),
+        ),
         recommended=tuple(recommend(data, learning)),
     )
 

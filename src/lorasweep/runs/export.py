@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from lorasweep.config.build import flatten
-from lorasweep.config.data import ChatConfig
+from lorasweep.config.data import ConversationSettings
 from lorasweep.config.method import PeftConfig
 from lorasweep.config.run import ModelConfig, RunConfig, refuse_code, require_exportable
 from lorasweep.data.chat_template import digest_template, read_template
@@ -130,7 +130,7 @@ def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> Non
 
 def _read_own_template(record: RunRecord, config: RunConfig) -> str | None:
     """Returns the chat template of the user's file; None if the run has the tokenizer's template, or none."""
-    if not isinstance(config.data, ChatConfig) or not config.data.template.endswith(".jinja"):
+    if not isinstance(config.data, ConversationSettings) or not config.data.template.endswith(".jinja"):
         return None
     template = read_template(config.data, load_tokenizer(config.model))
     if template is None or digest_template(template) != record.data["train"].get("template"):

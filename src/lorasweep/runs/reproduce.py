@@ -102,6 +102,7 @@ def reproduce_run(
         torch.set_num_threads(threads)  # the order of sums depends on it
     inputs = build_inputs(config)
     check_run(config, inputs.base)
+    inputs = inputs.prepare(config, folder=output)
     failure, step = "", itertools.count()
 
     def is_done() -> bool:  # called before the first step and after every step

@@ -121,6 +121,13 @@ def find_metric(definition: Definition, inputs_cache: InputsCache) -> ScoreMetri
     metrics = sorted({inputs_cache.load(config).splits.metric for config in configs})
     if len(metrics) > 1:
         raise ConfigError(f"`data.metric` must be the same for all arms, but got {', '.join(metrics)}.")
+    if any(config.data.name == "preferences" for config in configs):
+        scored = {(inputs_cache.load(c).splits.validation.fingerprint, getattr(c.data, "test", "")) for c in configs}
+        if len(scored) > 1:
+            raise ConfigError(
+                "`data` must have the same validation and test examples in all arms, because preferences are compared "
+                "pair by pair, but they differ. Set it once for the whole sweep."
+            )
     components = [c.data.metric for c in configs if isinstance(c.data.metric, MetricComponent)]
     if any(component != components[0] for component in components):
         raise ConfigError(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from optuna.distributions import CategoricalDistribution
 
 from lorasweep.config.compose import choose_evaluation_interval
-from lorasweep.config.data import BlockSettings, ChatConfig, DataConfig, RowSettings
+from lorasweep.config.data import BlockSettings, ConversationSettings, DataConfig, RowSettings
 from lorasweep.config.run import STEPS_KEY, RunConfig
 from lorasweep.config.sweep import MINUTES_KEY, RayWorkers
 from lorasweep.errors import ConfigError
@@ -122,6 +122,8 @@ class Rates:
     """Maximum number of trials that train together."""
     reason: str
     """Why packs have this number of slots; empty if `worker.pack_size` says it."""
+    reference_s: float = 0.0
+    """Seconds in which the base scores every split once, before the sweep's first step; 0 if nothing needs it."""
     loading_s: float
     step_s: float
     step_tokens: float
@@ -160,7 +162,7 @@ class Rates:
         step = _share(budget.batch_size, config.trainer.batch_size)
         validation, test = (_share(budget.examples, self.num_scored.get(name)) for name in ("validation", "test"))
         answers_s = self.answers_s
-        if answers_s and isinstance(config.data, ChatConfig):
+        if answers_s and isinstance(config.data, ConversationSettings):
             tokens = _share(budget.new_tokens, config.data.answers.max_new_tokens)
             most = {
                 name: min(self.num_scored[name], config.data.max_generated_examples or math.inf) for name in answers_s
@@ -205,7 +207,8 @@ def estimate_cost(definition: Definition, rates: Sequence[Rates], *, budget: Bud
     """
     looks = definition.sweep_config.confirm.list_looks() if budget.looks is None else budget.looks
     seeds = looks[look] if looks else 0
-    low = high = confirm = 0.0
+    low = high = max((group.reference_s for group in rates), default=0.0)
+    confirm = 0.0
     for group in rates:
         whole = [definition.find_arm(name) for name in group.arms if name not in (budget.left_out or ())]
         if not whole:
@@ -383,7 +386,7 @@ def list_cuts(definition: Definition, rates: Sequence[Rates]) -> dict[str, list[
     for size in (most >> number for number in range(1, 20) if most >> number >= MIN_EXAMPLES):
         loss = 2.0 * math.log2(most / size) + 20.0 * MIN_EXAMPLES / size
         add("examples", size, loss, f"at most {size:,} of {most:,} scored examples (small differences stay open)")
-    if get_answers(config) is not None and isinstance(config.data, ChatConfig):
+    if get_answers(config) is not None and isinstance(config.data, ConversationSettings):
         most = config.data.answers.max_new_tokens
         for tokens, loss in ((most // 2, 2.0), (most // 4, 8.0)) if most >= 32 else ():
             add("new_tokens", tokens, loss, f"{tokens} of {most} tokens an answer (longer ones are cut off)")

@@ -25,6 +25,7 @@ from lorasweep.console import say
 from lorasweep.data.reading.conversations import KNOWN_COLUMNS, TOOLS_COLUMN
 from lorasweep.data.reading.files import find_files, find_suffix, open_text
 from lorasweep.data.reading.local import DEFAULT_DIALECTS, TABLE_SUFFIXES
+from lorasweep.data.reading.preferences import PROMPT_COLUMNS
 from lorasweep.data.reading.tables import load_tables
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.checks import MAX_STEPS, count_steps
@@ -57,6 +58,8 @@ MIN_TEXT_SHARE = 0.5
 """Share of the values of a column that must have several words, so that the column may hold second texts."""
 EPOCHS = 3
 MAX_VALIDATION_EXAMPLES = 1000
+MEASURED_DATA = ("table", "chat", "preferences")
+"""Kinds of data whose examples have lengths that `data.max_length` may cut."""
 MAX_MEASURED_TOKENS = 4096
 """Length up to which examples are measured."""
 MAX_BALANCED_SHARE = 0.8
@@ -71,6 +74,8 @@ RATE_TIMES_WIDTH = 0.05
 proportional to 1 / width (Yang et al. 2022, arXiv 2203.03466). So the middle is 3e-4 at a width of 160, 6.5e-5 at 768
 and 1.2e-5 at 4,096, and the best recorded rates, 7e-4 at 160 and 1.6e-4 at 384, lie inside. LoRA's rates are ten times
 as high, which is the ratio of "LoRA Without Regret" (2025)."""
+PREFERENCE_RATE_TIMES_WIDTH = 0.002
+"""The same for pairs of answers: 5e-7 at a width of 4,096 (Zephyr, arXiv 2310.16944; Tülu 3, arXiv 2411.15124)."""
 SWEEP_SETTINGS = {"sweep.trials": 16, "confirm.looks": [3, 6, 10], "confirm.margin": "5%"}
 COMMENTS = {
     "confirm.looks": "numbers of seeds at which the questions are tested",
@@ -162,7 +167,7 @@ def draft_sweep(path: Path, settings: Mapping[str, Any], inputs_cache: InputsCac
 
     def load(settings: Mapping[str, Any]) -> RunInputs:
         # blocks of text have a fixed length; the length of examples is measured
-        lengths = {"data.max_length": MAX_MEASURED_TOKENS} if settings["data"] in ("table", "chat") else {}
+        lengths = {"data.max_length": MAX_MEASURED_TOKENS} if settings["data"] in MEASURED_DATA else {}
         # absolute paths as in a definition, which then shares what is loaded here
         return inputs_cache.build(compose_run(make_paths_absolute({**lengths, **settings})))
 
@@ -211,9 +216,15 @@ def _choose_data(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     table, *_ = load_tables(config, "train", lambda names, source: names)
     names = list(table.columns)
     columns = {name: table.get_values(name) for name in names}
+    of_others = {"data.label", "data.text", "data.text_pair", "data.completion", "data.messages"} & settings.keys()
+    answers = [settings.get(f"data.{key}", key) for key in ("chosen", "rejected")]
+    if set(answers) <= set(names) and not of_others:
+        prompts = [settings["data.prompt"]] if "data.prompt" in settings else PROMPT_COLUMNS
+        of_pairs = [*prompts, *answers, TOOLS_COLUMN, settings.get("data.group")]
+        return {"data": "preferences"}, _describe_unused(columns, of_pairs)
     known = next((known.split() for known in KNOWN_COLUMNS if set(known.split()) <= set(names)), None)
     of_chat = [settings[key] for key in ("data.prompt", "data.completion", "data.messages") if key in settings]
-    if of_chat or (known and not {"data.label", "data.text", "data.text_pair"} & settings.keys()):
+    if of_chat or (known and not of_others):
         of_conversations = [*(of_chat or known or []), TOOLS_COLUMN, settings.get("data.group")]
         return {"data": "chat"}, _describe_unused(columns, of_conversations)
     guessed = _guess_columns(columns, settings)
@@ -292,8 +303,8 @@ def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any]) -> dict[str, i
     train = inputs.splits.train
     batch_size = int(chosen.get("trainer.batch_size", min(16, len(train))))
     numbers = {}
-    if chosen["data"] in ("table", "chat"):
-        covered = int(train.lengths.double().quantile(COVERED_SHARE))
+    if chosen["data"] in MEASURED_DATA:
+        covered = int(getattr(train, "completions", train).lengths.double().quantile(COVERED_SHARE))
         limit = getattr(inputs.base.model.config, "max_position_embeddings", None) or MAX_MEASURED_TOKENS
         numbers["data.max_length"] = min(limit, MAX_MEASURED_TOKENS, 8 * math.ceil(covered / 8))
         if len(inputs.splits.validation) > MAX_VALIDATION_EXAMPLES:
@@ -334,13 +345,14 @@ def _fill_template(
     if not is_advised and "f1" in others and rarest < MIN_LABEL_SHARE:
         is_advised, advice = True, f"; a label has {format_share(rarest)} of the examples, so f1 says more"
     epochs = trainer.max_steps * trainer.batch_size / len(train)
-    longest = int(train.lengths.max())
+    lengths = getattr(train, "completions", train).lengths.double()
+    longest = int(lengths.max())
     is_cut = "; longer ones are cut off" if longest > settings.get("data.max_length", longest) else ""
     comments = {
         **COMMENTS,
         "sweep.trials": "; ".join(searches),
         "data.metric": f"or {join_words(others, last='or')}{advice if is_advised else ''}",
-        "data.max_length": f"{train.lengths.double().mean():.0f} tokens on average, {longest} at most{is_cut}",
+        "data.max_length": f"{lengths.mean():.0f} tokens on average, {longest} at most{is_cut}",
         STEPS_KEY: f"{epochs:.1f} epochs of {len(train):,} training examples"
         + (f"; the draft has at most {MAX_STEPS} steps, set more if needed" if trainer.max_steps == MAX_STEPS else ""),
     }
@@ -348,7 +360,8 @@ def _fill_template(
         f"  {key}: {_format_value(value)}" + (f" # {comments[key]}" if key in comments else "")
         for key, value in {**settings, **of_sweep}.items()
     ]
-    middle = RATE_TIMES_WIDTH / (getattr(inputs.base.model.config, "hidden_size", None) or DEFAULT_WIDTH)
+    times_width = PREFERENCE_RATE_TIMES_WIDTH if settings["data"] == "preferences" else RATE_TIMES_WIDTH
+    middle = times_width / (getattr(inputs.base.model.config, "hidden_size", None) or DEFAULT_WIDTH)
     low, high = (float(f"{rate:.0e}") for rate in (middle / 10, middle * 10))
     return TEMPLATE.format(
         path=path,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorasweep.activity import doing
 from lorasweep.config.build import as_settings
-from lorasweep.config.data import ChatConfig
+from lorasweep.config.data import ConversationSettings
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import StepBatchSampler, choose_part
 from lorasweep.data.split import Batch, Split, SplitFacts
@@ -193,16 +193,20 @@ def scale_up(
     num_scored = {"validation": len(validation)}
     evaluated_share = len(choose_part(len(validation), config.eval_fraction)) / len(validation)
     peak_bytes, test_tokens = training.record.peak_memory_bytes, 0
+    reference_tokens = int(train.lengths.sum()) + int(validation.lengths.sum())
     if sample.slots < size.slots:
         peak_bytes += (size.slots - sample.slots) * count_slot_bytes(sample.config, inputs=inputs)
     if definition.sweep_config.confirm.list_looks():
         retained = [inputs_cache.load_splits(data, sample.config) for data in definition.retained.values()]
         test_tokens = sum(int(splits.test().lengths.sum()) for splits in (inputs.splits, *retained))
         num_scored["test"] = len(inputs.splits.test())
+        reference_tokens += int(inputs.splits.test().lengths.sum())
+    needs_reference = isinstance(inputs.splits, DataSplits) and inputs.data.objective.needs_reference
     return Rates(
         arms=tuple(largest),
         slots=size.slots,
         reason=size.reason,
+        reference_s=token_s * reference_tokens if needs_reference else 0.0,
         loading_s=scale * training.loading_s,
         step_s=scale * training.training_s * step_tokens / counted_tokens,
         step_tokens=step_tokens,
@@ -240,9 +244,11 @@ def choose_sample(config: RunConfig, inputs: RunInputs, *, slots: int, token_s: 
         validation = inputs.splits.validation
         row_s = token_s / 3 * float(validation.lengths.double().mean())  # a step has two backward products
         num_rows = int(min(EVALUATION_SHARE * limit_s / row_s, config.trainer.eval_batch_size)) // measured_slots or 1
-        indices = choose_evaluated(validation.lengths, batch_size=num_rows)
-        part = SplitPart(name="validation", fingerprint="", split=validation, indices=indices)
-        inputs = replace(inputs, splits=replace(inputs.splits, validation=part))
+        indices = choose_evaluated(validation.padded_lengths, batch_size=num_rows)
+        filled = validation.fill_reference()
+        part = SplitPart(name="validation", fingerprint="", split=filled, indices=indices)
+        splits = replace(inputs.splits, train=inputs.splits.train.fill_reference(), validation=part)
+        inputs = replace(inputs, splits=splits)
     # telemetry of its own, because a sweep that begins after the measurement records the telemetry of `inputs`
     return Sample(config=short, slots=measured_slots, inputs=replace(inputs, telemetry=Telemetry()))
 
@@ -253,7 +259,7 @@ def measure_answers(config: RunConfig, inputs: RunInputs, *, num_rows: int) -> d
     The base model answers a batch of validation examples, with one token and with a few more.
     """
     answers, data = get_answers(config), config.data
-    if answers is None or not isinstance(data, ChatConfig):
+    if answers is None or not isinstance(data, ConversationSettings):
         return {}
     num_rows, seconds = max(1, min(num_rows, config.trainer.eval_batch_size)), list[float]()
     for num_tokens in (1, 1, NUM_MEASURED_TOKENS):  # the first warms up
@@ -279,6 +285,10 @@ class SplitPart(Split):
     @property
     def lengths(self) -> Tensor:
         return self.split.lengths[self.indices]
+
+    @property
+    def padded_lengths(self) -> Tensor:
+        return self.split.padded_lengths[self.indices]
 
     @property
     def weights(self) -> Tensor:

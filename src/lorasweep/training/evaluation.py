@@ -87,7 +87,7 @@ def evaluate_slots(
     model.eval()
     for micro in batches:
         batch = repeat_batch(move_batch(split.batch(micro.indices), device), slots=slots)
-        scores = objective.score(model, add_slot_settings(batch, configs))
+        scores = objective.score(model, add_slot_settings(batch, configs, objective))
         for slot, evaluation in enumerate(evaluations):
             evaluation.update(scores.select_slot(slot, slots=slots))
     return evaluations

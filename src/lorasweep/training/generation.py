@@ -17,10 +17,10 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from lorasweep.activity import Activity, doing
 from lorasweep.config.components import find_function
-from lorasweep.config.data import AnswersConfig, AnswerScore, ChatConfig
+from lorasweep.config.data import AnswersConfig, AnswerScore, ConversationSettings
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import batch_by_length
-from lorasweep.data.split import CompletionSplit, SplitFacts, choose_evenly
+from lorasweep.data.split import CompletionSplit, PreferenceSplit, SplitFacts, choose_evenly
 from lorasweep.disk import csv_text
 from lorasweep.errors import ConfigError, describe_error
 from lorasweep.models.pretrained import quiet_transformers
@@ -50,7 +50,7 @@ class ScoredAnswers:
 
 def get_answers(config: RunConfig) -> AnswersConfig | None:
     """Returns the settings of the answers that a model must generate; None if it must generate none."""
-    answers = config.data.answers if isinstance(config.data, ChatConfig) else None
+    answers = config.data.answers if isinstance(config.data, ConversationSettings) else None
     return answers if answers is not None and answers.score is not None else None
 
 
@@ -151,7 +151,9 @@ def match_last_number(answer: str, reference: str, example: Any = None) -> float
 
 def _choose_examples(config: RunConfig, split: SplitFacts) -> tuple[AnswersConfig, CompletionSplit, list[int]]:
     """Returns the settings, the split, and the indices of the examples to answer, spread evenly over groups."""
-    assert isinstance(config.data, ChatConfig)
+    assert isinstance(config.data, ConversationSettings)
+    if isinstance(split, PreferenceSplit):  # the reference is the chosen answer
+        split = split.completions.select(torch.arange(len(split.completions)) % 2 == 0)
     assert isinstance(split, CompletionSplit)
     usable = split.answer_starts.nonzero().flatten().tolist()
     if not usable:
@@ -178,7 +180,7 @@ def _generate(
     activity: Activity,
 ) -> tuple[list[Tensor], int]:
     """Returns the tokens of each answer without the end-of-turn token, and the number of answers that were cut off."""
-    assert isinstance(config.data, ChatConfig)
+    assert isinstance(config.data, ConversationSettings)
     tokenizer, limit, device = inputs.base.tokenizer, config.data.answers.max_new_tokens, get_device(config.trainer)
     # An answer ends with the end-of-turn token that the references end with, or where the model's makers say.
     own = model.generation_config.eos_token_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lorasweep.config.data import DataConfig
@@ -15,6 +16,7 @@ from lorasweep.objectives.data_splits import DataSplits, build_data_splits
 from lorasweep.training.loaded_parts import LoadedParts
 from lorasweep.training.memory import free_memory_bytes
 from lorasweep.training.own_module import OwnModule
+from lorasweep.training.reference import add_reference
 from lorasweep.training.run_inputs import RunInputs, cache_key, get_labels
 from lorasweep.training.telemetry import Telemetry
 from lorasweep.training.workload import ModelWorkload, Workload
@@ -43,6 +45,8 @@ class InputsCache:
     """Loads the inputs of a worker's runs. Runs with the same model and data share one `RunInputs`."""
 
     def __init__(self) -> None:
+        self.folder: Path | None = None
+        """The folder of the sweep that trains. If it is set, the splits have the reference (`RunInputs.prepare`)."""
         self.telemetry = Telemetry()
         self._parts = LoadedParts()
         self._loaded: dict[tuple[Any, ...], RunInputs] = {}
@@ -54,6 +58,8 @@ class InputsCache:
             if len(self._loaded) >= MAX_LOADED_INPUTS:
                 self._loaded.clear()
             self._loaded[key] = self.build(config)
+        if self.folder is not None:
+            self._loaded[key] = self._loaded[key].prepare(config, folder=self.folder)
         return self._loaded[key]
 
     def build(self, config: RunConfig) -> RunInputs:
@@ -66,15 +72,18 @@ class InputsCache:
         Raises:
             ConfigError: The data can't be read, or the model can't predict it.
         """
-        key = data, cache_key(config)
+        key, base = (data, cache_key(config)), self.load(config).base
         if key not in self._other_splits:
-            base = self.load(config).base
             source = self._parts.read_source(data)
             splits = build_data_splits(data, source=source, base=base)
             labels, learned = get_labels(source), base.labels and replace(base.labels, constant=())
             if labels is not None and labels != learned:
                 names, found = (join_words(one.names if one else []) for one in (learned, labels))
                 raise ConfigError(f"labels must be those that the model learns ({names}), but are {found}.")
+            self._other_splits[key] = splits
+        if self.folder is not None:  # only the test split is scored
+            splits = self._other_splits[key]
+            splits = add_reference(splits, base=base, trainer=config.trainer, folder=self.folder, names=())
             self._other_splits[key] = splits
         return self._other_splits[key]
 
@@ -97,6 +106,6 @@ def describe_batching(inputs: RunInputs, config: TrainerConfig, *, accumulate: i
     split = inputs.splits.validation
     batches = EvaluationSampler(split, batch_size=config.eval_batch_size).batches
     # `TrainingProgress.write_to` later replaces the 0
-    padding = {"train": 0.0, "validation": round(measure_padding(split.lengths, batches), 4)}
+    padding = {"train": 0.0, "validation": round(measure_padding(split, batches), 4)}
     attention = None if inputs.attention is None else inputs.attention._asdict()
     return {"micro_batches": accumulate, "padding_fraction": padding, "attention": attention}

@@ -27,7 +27,7 @@ from lorasweep.errors import ConfigError, RecordError
 from lorasweep.lora.inject import replace_dropout
 from lorasweep.methods import METHODS
 from lorasweep.models.load import BaseModel
-from lorasweep.objectives.data_splits import read_slot_settings
+from lorasweep.objectives.data_splits import list_objectives, read_slot_settings
 from lorasweep.objectives.objective import EXAMPLE_FIELDS, Evaluation, ExampleScores
 from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
 from lorasweep.training.checkpoint import read_rng_state, restore_rng_state
@@ -227,7 +227,7 @@ class TrainingModule(lightning.LightningModule):
         return {name: rows[name] for name in EXAMPLE_FIELDS if rows[name] is not None}
 
     def _score(self, batch: Batch) -> ExampleScores:
-        return self.objective.score(self.model, add_slot_settings(batch, [self.config]))
+        return self.objective.score(self.model, add_slot_settings(batch, [self.config], self.objective))
 
     def _log_evaluation(self, split: str) -> dict[str, Tensor]:
         values = self.evaluation.compute()
@@ -301,6 +301,7 @@ def check_run(config: RunConfig, base: BaseModel) -> None:
     METHODS[config.method.name].check(base.model, config.method, new_head_names=base.new_head_names)
     check_optim(config)
     check_components(config)
-    read_slot_settings(config.objective)
+    for objective in list_objectives(config.objective):
+        read_slot_settings(config.objective, objective)
     if config.trainer.is_sharded:
         check_shardable(base.model)

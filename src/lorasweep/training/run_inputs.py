@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 from weakref import WeakValueDictionary
 
@@ -27,6 +28,7 @@ from lorasweep.objectives.data_splits import DataSplits, build_data_splits, drop
 from lorasweep.record import compute_sha256
 from lorasweep.training.environment import DTYPES, Precision, get_device, resolve_precision
 from lorasweep.training.loaded_parts import LoadedParts
+from lorasweep.training.reference import add_reference
 from lorasweep.training.telemetry import Telemetry
 from lorasweep.training.unpadded import Layout, can_unpad, drops_attention, find_layers, lay_out
 
@@ -52,6 +54,13 @@ class RunInputs:
         """The splits of a workload with an objective."""
         assert isinstance(self.splits, DataSplits)
         return self.splits
+
+    def prepare(self, config: RunConfig, *, folder: Path | None) -> RunInputs:
+        """Returns inputs for training, whose splits have the reference if the objective needs one (`add_reference`)."""
+        if not isinstance(self.splits, DataSplits):
+            return self
+        splits = add_reference(self.splits, base=self.base, trainer=config.trainer, folder=folder)
+        return self if splits is self.splits else replace(self, splits=splits)
 
     def needs_autocast(self, config: RunConfig) -> bool:
         """Returns whether a run computes in bf16 by autocast, because its method adds fp32 weights to a bf16 base."""
@@ -151,7 +160,8 @@ def share_inputs(config: RunConfig) -> RunInputs:
     """Returns the inputs of a run. Loads them, unless another object of this process still uses the same inputs."""
     key = cache_key(config)
     if (inputs := _USED_INPUTS.get(key)) is None:
-        inputs = _USED_INPUTS[key] = load_model_inputs(config, telemetry=Telemetry(), parts=LoadedParts())
+        inputs = load_model_inputs(config, telemetry=Telemetry(), parts=LoadedParts()).prepare(config, folder=None)
+        _USED_INPUTS[key] = inputs
     return inputs
 
 
@@ -190,7 +200,7 @@ def load_model_inputs(config: RunConfig, *, telemetry: Telemetry, parts: LoadedP
 
 
 def get_labels(source: DataSource) -> Labels | None:
-    if source.kind in ("documents", "conversations"):
+    if source.kind not in ("single_label", "regression"):
         return None
     names = ("value",) if source.kind == "regression" else source.label_names
     return Labels(kind=source.kind, names=names)  # type: ignore[arg-type]

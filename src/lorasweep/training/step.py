@@ -15,6 +15,7 @@ from lorasweep.data.split import Batch, move_tensor
 from lorasweep.lora.dropout import FunctionalDropout, drop_from_default_stream
 from lorasweep.lora.packed.slots import Slots
 from lorasweep.objectives.data_splits import read_slot_settings
+from lorasweep.objectives.objective import Objective
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.unpadded import ignore_lengths, unpadded
 
@@ -46,14 +47,15 @@ def compute_losses(
     # a compiled model keeps torch's functional dropout; no pack has one
     dropout = nullcontext() if configs[0].trainer.compile else FunctionalDropout(drop)
     with dropout, unpadded(model, layout, note_lengths=note_lengths):
-        losses = inputs.data.objective.losses(model, add_slot_settings(batch, configs))
+        objective = inputs.data.objective
+        losses = objective.losses(model, add_slot_settings(batch, configs, objective))
     positions = batch["input_ids"].numel() if layout is None else layout.num_positions
     return StepLosses(losses.view(num_slots, -1).sum(1) / batch["step_weight"], positions)
 
 
-def add_slot_settings(batch: Batch, configs: Sequence[RunConfig]) -> Batch:
+def add_slot_settings(batch: Batch, configs: Sequence[RunConfig], objective: Objective) -> Batch:
     """Returns a batch of all slots' rows with a number for each row for each setting of `Objective.slot_settings`."""
-    by_slot = [read_slot_settings(config.objective) for config in configs]
+    by_slot = [read_slot_settings(config.objective, type(objective)) for config in configs]
     ids = batch["input_ids"]
     values = {name: torch.tensor([settings[name] for settings in by_slot]) for name in by_slot[0]}
     rows = len(ids) // len(configs)

@@ -21,6 +21,10 @@ CHATS = [
     {"messages": [{"role": "user", "content": f"q {number}"}, {"role": "assistant", "content": "a"}]}
     for number in range(30)
 ]
+PAIRS = [
+    {"chosen": chat["messages"], "rejected": [chat["messages"][0], {"role": "assistant", "content": "b"}]}
+    for chat in CHATS
+]
 ARRAYS = st.sampled_from(
     [
         pyarrow.array([10**9, 5], pyarrow.int32()).cast(pyarrow.date32()),  # this and the next three: out of range
@@ -81,9 +85,12 @@ def compress_or_not(draw, content):
 
 TEXT = compress_or_not("Ein Satz, größer.\r\n\n".encode() * 50).flatmap(damage_bytes)
 FUZZED = {kind: ("table", damage_table(kind, ROWS)) for kind in ("csv", "tsv", "txt", "jsonl", "json", "parquet")}
-FUZZED |= {f"chat.{kind}": ("chat", damage_table(kind, CHATS)) for kind in ("jsonl", "parquet")} | {
-    "text.txt": ("text", TEXT)
+FUZZED |= {
+    f"{name}.{kind}": (name, damage_table(kind, rows))
+    for name, rows in (("chat", CHATS), ("preferences", PAIRS))
+    for kind in ("jsonl", "parquet")
 }
+FUZZED |= {"text.txt": ("text", TEXT)}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +99,7 @@ def configs():
     return {
         "table": [make_data("table", train="x", **more) for more in ({}, {"task": "regression"}, {"group": "group"})],
         "chat": [make_data("chat", train="x")],
+        "preferences": [make_data("preferences", train="x")],
         "text": [make_data("text", train="x")],
     }
 

@@ -103,6 +103,28 @@ CHATS = [
     (talk(USER, {**ANSWER, "weight": 0}), ["whose weight is not 0"]),
     (talk(USER, ANSWER, tools="get"), ["JSON list", "`tools`", "'get'"]),
 ]
+BAD = said("assistant", "go")
+PAIRS = [
+    ({"prompt": "a", "chosen": "b"}, ["`data.rejected`", "'train.jsonl'", "'rejected'"]),
+    ({"prompt": "a", "answer": "b", "rejected": "c"}, ["`data.chosen`", "'chosen'"]),
+    ({"prompt": [USER], "chosen": [ANSWER], "rejected": "go"}, ["two texts or two lists of messages", "one of each"]),
+    ({"prompt": "a", "chosen": [USER, ANSWER], "rejected": [USER, BAD]}, ["continues the prompt", "in `chosen`"]),
+    ({"chosen": [USER, ANSWER], "rejected": [said("user", "ho"), BAD]}, ["answers to one prompt"]),
+    ({"chosen": [USER, ANSWER, USER, ANSWER], "rejected": [USER, BAD, USER, BAD]}, ["answers to one prompt"]),
+    ({"chosen": [ANSWER], "rejected": [BAD]}, ["answers to one prompt", "has none"]),
+    ({"chosen": "yes", "rejected": "no"}, ["must have a prompt", "same words"]),
+    (
+        {"prompt": [USER, USER], "chosen": [ANSWER], "rejected": [BAD]},
+        ["roles that alternate", "['user', 'user', 'ass"],
+    ),
+    ({"prompt": [USER, ANSWER], "chosen": "b", "rejected": "c"}, ["roles that alternate"]),
+    ({"prompt": "a", "chosen": "b", "rejected": [said("bot", "c")]}, ["one of each"]),
+    ({"prompt": "a", "chosen": [ANSWER], "rejected": [said("bot", "c")]}, ["'bot'", "message 1", "in `rejected`"]),
+    ({"prompt": "a", "chosen": 5, "rejected": 6}, ["must have a text", "5"]),
+    ({"prompt": None, "chosen": "b", "rejected": "c"}, ["must have a text", "None"]),
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, ["`data.train`", "pairs of different answers", "rows [1]"]),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, ["`data.train`", "at least 3 different examples", "has 1"]),
+]
 # kind of data, files, settings, words of the message
 CASES = [
     *(("table", {file: content}, {"train": file}, [f"'{file}'", *words]) for file, content, words in FILES),
@@ -162,6 +184,7 @@ CASES = [
         ["`data.train`", "same columns", "['prompt', 'completion']", "'b.jsonl'"],
     ),
     *(("chat", {"train.jsonl": content}, {}, words) for content, words in CHATS),
+    *(("preferences", {"train.jsonl": jsonl(row)}, {}, words) for row, words in PAIRS),
 ]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from lorasweep.config.data import ChatConfig, DataConfig, StdlibConfig, TableConfig, TextConfig
+from lorasweep.config.data import ChatConfig, DataConfig, PreferencesConfig, StdlibConfig, TableConfig, TextConfig
 from lorasweep.data.reading.conversations import read_conversations
 from lorasweep.data.reading.documents import read_texts
 from lorasweep.data.reading.labels import read_labelled
+from lorasweep.data.reading.preferences import read_preferences
 from lorasweep.data.source import DataSource
 from lorasweep.data.stdlib import read_stdlib
 
@@ -24,5 +25,7 @@ def read_source(config: DataConfig) -> DataSource:
         return read_texts(config)
     if isinstance(config, ChatConfig):
         return read_conversations(config)
+    if isinstance(config, PreferencesConfig):
+        return read_preferences(config)
     assert isinstance(config, TableConfig)
     return read_labelled(config)

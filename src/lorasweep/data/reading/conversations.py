@@ -37,7 +37,7 @@ def read_conversations(config: ChatConfig) -> DataSource:
 
     def read(split: str) -> ReadExamples[Conversation]:
         table = tables.pop(split)
-        items, notes = parse_rows(table, functools.partial(_parse_row, has_tools=TOOLS_COLUMN in table.columns))
+        items, notes = parse_rows(table, functools.partial(parse_chat, has_tools=TOOLS_COLUMN in table.columns))
         items = [
             item._replace(number=number, source=config.sources[split]) for number, item in enumerate(items, start=1)
         ]
@@ -45,27 +45,27 @@ def read_conversations(config: ChatConfig) -> DataSource:
 
     train = read("train")
     # Conversations with the same prompt go to the same split, so that validation repeats no prompt of training.
-    is_split_by_prompt = len(set(map(_prompt_key, train[0]))) >= MIN_PROMPTS
+    is_split_by_prompt = len(set(map(prompt_key, train[0]))) >= MIN_PROMPTS
     return build_source(
         train,
         read,
         kind="conversations",
         missing=config.split_percents,
-        key=_prompt_key if is_split_by_prompt else lambda conversation: _hash_messages(conversation.messages),
+        key=prompt_key if is_split_by_prompt else lambda conversation: hash_messages(conversation.messages),
         describe=lambda train, _: [
-            f"train has {len(train)} conversations with {len(set(map(_prompt_key, train)))} different prompts."
+            f"train has {len(train)} conversations with {len(set(map(prompt_key, train)))} different prompts."
         ],
         shared="prompt" if is_split_by_prompt else "content",
         max_examples=config.max_examples,
     )
 
 
-def _prompt_key(conversation: Conversation) -> int:
+def prompt_key(conversation: Conversation) -> int:
     """Returns the content key of the messages before the assistant's first answer."""
-    return _hash_messages(itertools.takewhile(lambda message: message.role != "assistant", conversation.messages))
+    return hash_messages(itertools.takewhile(lambda message: message.role != "assistant", conversation.messages))
 
 
-def _hash_messages(messages: Iterable[Message]) -> int:
+def hash_messages(messages: Iterable[Message]) -> int:
     return content_key(text for message in messages for text in message.texts)
 
 
@@ -83,22 +83,13 @@ def _choose_columns(config: ChatConfig, names: Sequence[str], source: str) -> li
     )
 
 
-def _parse_row(*values: Any, group: str | None, has_tools: bool, row: Mapping[str, Any] | None = None) -> Conversation:
+def parse_chat(*values: Any, group: str | None, has_tools: bool, row: Mapping[str, Any] | None = None) -> Conversation:
     """Returns the messages of a row. A prompt or completion may be a list of messages (TRL's conversational format)."""
     roles: Sequence[Role] = ("user", "assistant")
-    messages: list[Message] = []
     texts = values[:-1] if has_tools else values
-    for role, value in zip(roles, texts, strict=False):
-        if isinstance(value, list):
-            for number, message in enumerate(value, start=1):
-                try:
-                    messages.append(_parse_message(message))
-                except ValueError as error:
-                    raise ValueError(f"{error} in message {number}") from error
-        elif len(texts) == 2:
-            messages.append(Message(role, require_text(value)))
-        else:
-            raise ValueError(f"must have a list of messages, but has {shorten(value)}")
+    if len(texts) == 1 and not isinstance(texts[0], list):
+        raise ValueError(f"must have a list of messages, but has {shorten(texts[0])}")
+    messages = [message for role, text in zip(roles, texts, strict=False) for message in parse_messages(text, role)]
     if not messages or messages[-1].role != "assistant":
         roles_given = [message.role for message in messages]
         raise ValueError(f"must have messages that end with the assistant's, but has the roles {shorten(roles_given)}")
@@ -116,7 +107,20 @@ def _parse_row(*values: Any, group: str | None, has_tools: bool, row: Mapping[st
     messages = messages[: trained[-1] + 1]  # nothing is learned from what follows the last trained answer
     tools = _parse_objects(values[-1], kind="tools") if has_tools else []
     conversation = Conversation(messages, group, json.dumps(tools) if tools else "", row)
-    return conversation if group is not None else conversation._replace(group=f"{_prompt_key(conversation):016x}")
+    return conversation if group is not None else conversation._replace(group=f"{prompt_key(conversation):016x}")
+
+
+def parse_messages(value: Any, role: Role) -> list[Message]:
+    """Returns a list of messages, or a text as a message of this role. Raises ValueError if it is neither."""
+    if not isinstance(value, list):
+        return [Message(role, require_text(value))]
+    messages: list[Message] = []
+    for number, message in enumerate(value, start=1):
+        try:
+            messages.append(_parse_message(message))
+        except ValueError as error:
+            raise ValueError(f"{error} in message {number}") from error
+    return messages
 
 
 def _parse_message(message: Any) -> Message:
@@ -129,7 +133,7 @@ def _parse_message(message: Any) -> Message:
     weight = message.get("weight")
     if weight is not None and weight not in (0, 1):
         raise ValueError(f"must have messages of weight 0 (not trained) or 1, but has {shorten(weight)}")
-    content = _join_parts(message["content"] if message.get("content") is not None else message.get("value"))
+    content = get_content(message)
     if ROLES[role] == "tool":
         named = {key: str(message[key]) for key in ("tool_call_id", "name") if message.get(key) is not None}
         return Message("tool", content if content == "" else require_text(content), json.dumps(named) if named else "")
@@ -148,8 +152,9 @@ def _parse_message(message: Any) -> Message:
     return Message("assistant", require_text(content) if content else "", json.dumps(fields) if fields else "")
 
 
-def _join_parts(content: Any) -> Any:
-    """Returns the text of a content that is a list of texts (`{"type": "text", "text": ...}`), or else the content."""
+def get_content(message: Mapping[str, Any]) -> Any:
+    """Returns the content of a message, as one text if it is a list of texts (`{"type": "text", "text": ...}`)."""
+    content = message["content"] if message.get("content") is not None else message.get("value")
     parts = content if isinstance(content, list) else []
     texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
     return "".join(map(str, texts)) if texts and len(texts) == len(parts) and None not in texts else content

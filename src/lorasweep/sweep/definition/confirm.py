@@ -9,7 +9,7 @@ import itertools
 import zlib
 from dataclasses import astuple
 
-from lorasweep.config.data import BlockSettings, ChatConfig, ModuleDataConfig
+from lorasweep.config.data import BlockSettings, ConversationSettings, ModuleDataConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import ConfigError
@@ -110,7 +110,8 @@ def find_warnings(definition: Definition) -> list[str]:
             f"`confirm.seeds={MIN_RELIABLE_SEEDS}` or more."
         )
     data = definition.arms[0].base.data
-    if not num_seeds and isinstance(data, ChatConfig) and data.answers.score and not data.answers.on_validation:
+    answers = data.answers if isinstance(data, ConversationSettings) else None
+    if not num_seeds and answers and answers.score and not answers.on_validation:
         warnings.append(
             "`data.answers` has no effect, because answers are generated in the confirm stage. Set `confirm.seeds`, or "
             "`data.answers.on_validation=true`."

@@ -89,7 +89,7 @@ def explain_bases(definition: Definition) -> list[str]:
 
 def _plan_arm(arm: Arm) -> ArmPacking:
     config, objective, own = arm.base, arm.base.objective, [*SLOT_GROUPS]
-    if objective.arguments:
+    if objective.arguments or any(key.startswith("objective.") for key in arm.space):
         from lorasweep.objectives.data_splits import drop_slot_settings, list_slot_settings  # noqa: PLC0415 (torch is slow to import)
 
         own += [f"objective.{name}" for name in list_slot_settings(objective)]

@@ -195,6 +195,7 @@ class WorkerActor:
     ) -> None:
         """Trains a run together with the other ranks. `ranks` has the environment variables of this rank."""
         os.environ.update(ranks)
+        self._inputs_cache.folder = self._context.sweep_path
         try:
             train_run(config, run_folder, inputs=self._inputs_cache.load(config), resume=resume)
         except BaseException as error:

@@ -60,6 +60,7 @@ class Worker:
     """Replaces `train_run` for runs outside of packs, for example to train with several processes."""
 
     def __post_init__(self) -> None:
+        self.inputs_cache.folder = self.path
         self._pack_file = self.path / (f"pack-{self.name}.json" if self.name else PACK_FILE)
         self._requests = itertools.count(1)  # Ray may repeat a call. The controller knows it by its number.
         self._plans = plan_packing(self.definition)

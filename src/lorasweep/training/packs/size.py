@@ -107,7 +107,7 @@ def count_slot_bytes(config: RunConfig, *, inputs: RunInputs) -> int:
     with fork_random_streams(device):
         model, _ = build_pack([config], inputs=inputs)
         micros = build_first_micro_batches(config, inputs, num_steps=NUM_COUNTED_STEPS)
-        largest = max(micros, key=lambda m: len(m.indices) * int(split.lengths[torch.tensor(m.indices)].max()))
+        largest = max(micros, key=lambda m: len(m.indices) * int(split.padded_lengths[torch.tensor(m.indices)].max()))
         batch, slots = move_batch(build_pack_batch(split, [largest]), device), find_slots(model)
         saved = count_saved_bytes(
             lambda: compute_losses(model, batch, inputs=inputs, configs=[config], slots=slots).losses,
