@@ -110,7 +110,7 @@ def test_preferences_are_not_compared_with_other_data(tmp_path, monkeypatch, of_
     Path("mixed.yaml").write_text(yaml.safe_dump(content))
     assert run(["sweep", "mixed.yaml", "sweep.output=new"]) == WRONG_REQUEST
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "must be the same for all arms" in line or "in all arms, because preferences are compared" in line
+    assert "must be the same for all arms" in line or "same validation and test examples in all arms" in line
     assert not Path("new").exists()
 
 

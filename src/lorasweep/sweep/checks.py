@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from lorasweep.activity import doing
-from lorasweep.config.data import MetricComponent, ScoreMetric
+from lorasweep.config.data import MetricComponent, ScoreMetric, SplitSettings
 from lorasweep.config.run import STEPS_KEY, RunConfig
 from lorasweep.disk import require_new_folder
 from lorasweep.errors import ConfigError
@@ -81,7 +81,21 @@ def check_definition(
                     check_answers(config, test, inputs=inputs)
     metric = find_metric(definition, inputs_cache)
     list_test_metrics(definition, metric)
+    check_same_examples(definition, inputs_cache)
     return metric
+
+
+def check_same_examples(definition: Definition, inputs_cache: InputsCache) -> None:
+    """Raises ConfigError if arms are scored on different examples of the user's data."""
+    configs = [config for config in _list_corner_configs(definition) if isinstance(config.data, SplitSettings)]
+    has_test = definition.sweep_config.confirm.seeds != 0
+    splits = [inputs_cache.load(config).splits for config in configs]
+    scored = {(one.validation.fingerprint, one.test().fingerprint if has_test else "") for one in splits}
+    if len(scored) > 1:
+        raise ConfigError(
+            "`data` must have the same validation and test examples in all arms, because they are compared example by "
+            "example, but they differ. Set `data.validation` and `data.test` once for the whole sweep."
+        )
 
 
 def list_test_metrics(definition: Definition, metric: ScoreMetric) -> list[ScoreMetric]:
@@ -121,13 +135,6 @@ def find_metric(definition: Definition, inputs_cache: InputsCache) -> ScoreMetri
     metrics = sorted({inputs_cache.load(config).splits.metric for config in configs})
     if len(metrics) > 1:
         raise ConfigError(f"`data.metric` must be the same for all arms, but got {', '.join(metrics)}.")
-    if any(config.data.name == "preferences" for config in configs):
-        scored = {(inputs_cache.load(c).splits.validation.fingerprint, getattr(c.data, "test", "")) for c in configs}
-        if len(scored) > 1:
-            raise ConfigError(
-                "`data` must have the same validation and test examples in all arms, because preferences are compared "
-                "pair by pair, but they differ. Set it once for the whole sweep."
-            )
     components = [c.data.metric for c in configs if isinstance(c.data.metric, MetricComponent)]
     if any(component != components[0] for component in components):
         raise ConfigError(
