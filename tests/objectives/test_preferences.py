@@ -339,7 +339,7 @@ def test_a_beta_that_is_not_positive_is_refused(value):
 
 @pytest.mark.parametrize("value", [-0.1, 0.5, "much"])
 def test_a_smoothing_outside_of_its_range_is_refused(value):
-    with pytest.raises(ConfigError, match=r"objective\.label_smoothing < 0\.5` must hold"):
+    with pytest.raises(ConfigError, match=r"objective\.label_smoothing"):
         Preferences(label_smoothing=value)
 
 

@@ -56,6 +56,17 @@ def test_trials_that_score_like_the_majority_class_are_the_headline_everywhere(s
     assert console.export_text().startswith(headline)
 
 
+def test_what_the_longer_answer_scores_is_said_once_and_a_damaged_record_does_not_matter(sweep):
+    facts = {"longer_accuracy": 0.61, "chosen_tokens": 30.4, "rejected_tokens": 20.6}
+    runs = sorted(sweep.glob("runs/*/run.json"))
+    for number, run in enumerate(runs):
+        shown = facts | ({"chosen_tokens": "many"} if number == 0 else {})
+        edit_json(run, lambda raw, shown=shown: raw["data"].update(validation={"examples": 9, **shown}))
+    found = [text for text in report(sweep).warnings if "longer answer" in text]
+    assert len(found) == 1
+    assert all(word in found[0] for word in ("0.610 on validation data", "30 scored tokens", "rejected ones 21"))
+
+
 def test_an_arm_that_learned_nothing_beside_one_that_did_is_a_warning(sweep):
     classify(sweep, lambda trial: 0.8 if trial["arm"] == "lora" else MAJORITY)
     findings = report(sweep)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from lorasweep.config.build import PositiveFloat
+from lorasweep.config.build import PositiveFloat, convert
 from lorasweep.config.data import Direction
 from lorasweep.data.split import Batch
-from lorasweep.errors import ConfigError
 from lorasweep.objectives.next_tokens import TokenObjective
 from lorasweep.objectives.objective import ExampleScores
 from lorasweep.objectives.scored_tokens import score_tokens
@@ -46,14 +46,10 @@ class Preferences(TokenObjective):
     needs_reference: ClassVar[bool] = True
 
     label_smoothing: float = 0.0
-    """Probability ε that a label is wrong, 0 <= ε < 0.5."""
+    """Probability ε that the answers of a pair are swapped, 0 <= ε < 0.5."""
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.label_smoothing, int | float) and 0 <= self.label_smoothing < 0.5):
-            raise ConfigError(
-                f"`0 <= objective.label_smoothing < 0.5` must hold, but got {self.label_smoothing!r}. It is the share "
-                "of pairs whose answers are taken to be swapped."
-            )
+        convert(Annotated[float, Field(ge=0, lt=0.5)], self.label_smoothing, key="objective.label_smoothing")
 
     def compute_reference(self, model: nn.Module, batch: Batch) -> Float[Tensor, " rows"]:
         """Returns the log probability of each row's answer.

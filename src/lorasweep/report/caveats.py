@@ -210,12 +210,12 @@ def describe_longer_answers(data: SweepData) -> list[str]:
     """Returns a sentence on the lengths of preferred answers; none for other data."""
     for name, records in {"test": [run.record for run in data.confirm_runs], "validation": data.run_records}.items():
         for facts in (record.data.get(name, {}) for record in records if record):
-            if is_number(accuracy := facts.get("longer_accuracy")):
-                means = [f"{facts[f'{side}_tokens']:.0f}" for side in ("chosen", "rejected")]
+            values = [facts.get(key) for key in ("longer_accuracy", "chosen_tokens", "rejected_tokens")]
+            if all(map(is_number, values)):
                 return [
-                    f"Always choosing the longer answer has preference accuracy {format_score(accuracy)} on {name} "
-                    f"data: chosen answers have {means[0]} scored tokens on average, rejected ones {means[1]}. A "
-                    "method that scores no higher may have learned lengths alone."
+                    f"Always choosing the longer answer has preference accuracy {format_score(values[0])} on {name} "
+                    f"data: chosen answers have {values[1]:.0f} scored tokens on average, rejected ones "
+                    f"{values[2]:.0f}. A method that scores no higher may have learned lengths alone."
                 ]
     return []
 

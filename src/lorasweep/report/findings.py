@@ -96,15 +96,12 @@ def read_findings(folder: Path, record: SweepRecord | None = None) -> Findings:
         warnings=(
             *learning.warnings,
             *describe_unpredicted_labels(data),
+            *describe_longer_answers(data),
             *_describe_cut_off(data, are_many=True),
             *unfair,
             *describe_unstable_rates(data, learning),
         ),
-        notes=(
-            *describe_longer_answers(data),
-            *_describe_cut_off(data, are_many=False),
-            *_list_notes(data, fairness),
-        ),
+        notes=(*_describe_cut_off(data, are_many=False), *_list_notes(data, fairness)),
         recommended=tuple(recommend(data, learning)),
     )
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -40,12 +41,7 @@ SAVE_INTERVAL_S = 30.0
 
 
 def add_reference(
-    splits: DataSplits,
-    *,
-    base: BaseModel,
-    trainer: TrainerConfig,
-    folder: Path | None,
-    names: Sequence[str] = ("train", "validation"),
+    splits: DataSplits, *, base: BaseModel, trainer: TrainerConfig, folder: Path | None, names: Sequence[str]
 ) -> DataSplits:
     """Returns splits with the reference: those of `names` at once, and the test split at its first use.
 
@@ -54,7 +50,7 @@ def add_reference(
     if splits.has_reference or not splits.objective.needs_reference:
         return splits
     add = functools.partial(_add, objective=splits.objective, base=base, trainer=trainer, folder=folder)
-    chosen = {name: add(getattr(splits, name)) for name in names}
+    chosen: dict[str, Any] = {name: add(getattr(splits, name)) for name in names}
     return replace(splits, **chosen, test=functools.cache(lambda: add(splits.test())), has_reference=True)
 
 
@@ -98,7 +94,8 @@ def read_reference(file: Path | None, split: PreferenceSplit) -> Tensor:
     try:
         require_regular_file(file)
         with safe_open(file, "pt") as opened:
-            values, name = opened.get_tensor("values"), (opened.metadata() or {}).get("name")
+            values: Tensor = opened.get_tensor("values")
+            name = (opened.metadata() or {}).get("name")
         if (values.shape, values.dtype, name) == (unknown.shape, unknown.dtype, file.name) and not (values > 0).any():
             return values
         reason = "it is of other data or another base"

@@ -59,7 +59,8 @@ class RunInputs:
         """Returns inputs for training, whose splits have the reference if the objective needs one (`add_reference`)."""
         if not isinstance(self.splits, DataSplits):
             return self
-        splits = add_reference(self.splits, base=self.base, trainer=config.trainer, folder=folder)
+        names = "train", "validation"
+        splits = add_reference(self.splits, base=self.base, trainer=config.trainer, folder=folder, names=names)
         return self if splits is self.splits else replace(self, splits=splits)
 
     def needs_autocast(self, config: RunConfig) -> bool:
@@ -203,4 +204,4 @@ def get_labels(source: DataSource) -> Labels | None:
     if source.kind not in ("single_label", "regression"):
         return None
     names = ("value",) if source.kind == "regression" else source.label_names
-    return Labels(kind=source.kind, names=names)  # type: ignore[arg-type]
+    return Labels(kind=source.kind, names=names)
