@@ -209,6 +209,6 @@ def test_pairs_whose_answers_are_cut_off_are_counted_and_dropped_without_a_score
     cut = pair("a prompt of which nothing is left to be scored", "yes", "no")
     splits = build("preferences", [*PAIRS, cut], data="preferences", template="plain", max_length=22)
     assert (len(splits.train), splits.train.describe()["left_out"], splits.train.describe()["truncated"]) == (2, 1, 3)
-    notes = "3 examples of {} are longer than `data.max_length`, so their end is cut off; 1 have no answer left"
+    notes = "3 answers of {} are longer than `data.max_length`, so their end is cut off; 1 pairs lack an answer"
     assert any(note.startswith(notes.format("train")) for note in splits.notes)
     assert any(note.startswith(notes.format("test")) for note in splits.test().notes)

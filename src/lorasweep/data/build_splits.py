@@ -94,12 +94,13 @@ def build_splits(
 
 def describe_cut(split: Split) -> list[str]:
     """Returns a sentence on examples that were cut off; none if there are none."""
-    split = split.completions if isinstance(split, PreferenceSplit) else split
-    if not isinstance(split, ExampleSplit) or not split.truncated:
+    rows = split.completions if isinstance(split, PreferenceSplit) else split
+    if not isinstance(rows, ExampleSplit) or not rows.truncated:
         return []
-    left_out = split.facts.get("left_out", 0)
-    cut = f"{split.truncated} examples of {split.name} are longer than `data.max_length`, so their end is cut off"
-    return [cut + (f"; {left_out} have no answer left and are not used." if left_out else ".")]
+    what, lack = ("examples", "have no answer left") if rows is split else ("answers", "pairs lack an answer then")
+    left_out = rows.facts.get("left_out", 0)
+    cut = f"{rows.truncated} {what} of {split.name} are longer than `data.max_length`, so their end is cut off"
+    return [cut + (f"; {left_out} {lack} and are not used." if left_out else ".")]
 
 
 def describe_template(split: Split) -> list[str]:
