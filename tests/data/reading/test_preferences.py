@@ -114,6 +114,15 @@ def test_pairs_with_an_empty_answer_or_equal_ones_are_left_out_counted_and_named
     assert "1 of 8 pairs of test have equal answers and are not used: rows [7]." in source.test().notes
 
 
+def test_a_text_that_ends_with_the_prompt_has_an_empty_answer(read):
+    texts = ["Human: hi Assistant: ", "Human: hi Assistant: hello", "Human: hi Assistant: go"]
+    rows = [{"chosen": text, "rejected": texts[1]} for text in texts] + [{"chosen": texts[2], "rejected": texts[0]}]
+    source = read_rows(read, *rows)
+    assert [pair.chosen.messages[-1].content for pair in source.train.items] == [" go"]
+    assert "2 of 4 pairs of train have an empty answer and are not used: rows [1, 4]." in source.notes
+    assert "1 of 4 pairs of train have equal answers and are not used: rows [2]." in source.notes
+
+
 def test_another_order_of_the_answers_is_other_data(read):
     row = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
     swapped = row | {"chosen": "no", "rejected": "yes"}

@@ -82,6 +82,8 @@ def _parse_pair(*values: Any, columns: Sequence[str], **of_row: Any) -> Preferen
         raise ValueError("must have two texts or two lists of messages as answers, but has one of each")
     if not prompt and isinstance(chosen, str) and isinstance(rejected, str):
         prompt, chosen, rejected = _split_texts(chosen, rejected)
+        if not (chosen.strip() and rejected.strip()):
+            return "an empty answer"
     given = parse_messages(prompt[0], "user") if prompt else []
     sides: list[Conversation] = []
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
