@@ -51,7 +51,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
 }
 PACK = "ours, one pack"
 MIB = 2**20
-SAMPLE_INTERVAL_S = 0.02
+SAMPLE_INTERVAL_S = 0.05
 """Seconds between two samples of a process's memory."""
 
 
