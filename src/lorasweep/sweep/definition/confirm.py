@@ -10,11 +10,10 @@ import zlib
 from dataclasses import astuple
 
 from lorasweep.config.data import BlockSettings, ConversationSettings, ModuleDataConfig
-from lorasweep.config.method import LoraConfig
+from lorasweep.config.method import LoraConfig, scaling_factor
 from lorasweep.config.run import LR, RunConfig, follows_rate_law
 from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import ConfigError
-from lorasweep.lora.functional import scaling_factor
 from lorasweep.record import Question, QuestionName, list_confirm_runs
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.wording import join_words, suggest_nearest
