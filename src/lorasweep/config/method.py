@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import field
@@ -50,6 +51,11 @@ only with another field that is refused. All other fields must be empty."""
 Scaling = Literal["alpha_over_rank", "alpha_over_sqrt_rank", "alpha"]
 Init = Literal["default", "gaussian", "orthogonal"]
 TrainedVectors = Literal["biases", "biases_and_norms"]
+
+
+def scaling_factor(*, alpha: float, rank: int, rule: Scaling) -> float:
+    """Returns the factor of B A x: α/r (LoRA, arXiv 2106.09685, section 4.1), α/√r (rsLoRA, arXiv 2312.03732) or α."""
+    return alpha / {"alpha_over_rank": rank, "alpha_over_sqrt_rank": math.sqrt(rank), "alpha": 1}[rule]
 
 
 class MethodSettings(Settings):

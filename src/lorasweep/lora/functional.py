@@ -10,7 +10,6 @@ The product A x has the shape (slots, rank, tokens). On a CPU this is up to five
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, linear
 
-from lorasweep.config.method import Scaling
 from lorasweep.lora.dropout import apply_keep_mask
 from lorasweep.lora.recompute import choose_kept_tensors, recall
 
@@ -35,11 +33,6 @@ class SlotGroup(NamedTuple):
     lora_b: Float[Tensor, "slots d_out rank"]
     factor: UpdateFactor
     """In fp32 or wider."""
-
-
-def scaling_factor(*, alpha: float, rank: int, rule: Scaling) -> float:
-    """Returns the factor of B A x: α/r (LoRA, arXiv 2106.09685, section 4.1), α/√r (rsLoRA, arXiv 2312.03732) or α."""
-    return alpha / {"alpha_over_rank": rank, "alpha_over_sqrt_rank": math.sqrt(rank), "alpha": 1}[rule]
 
 
 def lora_linear(

@@ -11,9 +11,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from lorasweep.config.method import ALL_LINEAR_PATTERN, REGEX_PREFIX, LoraConfig
+from lorasweep.config.method import ALL_LINEAR_PATTERN, REGEX_PREFIX, LoraConfig, scaling_factor
 from lorasweep.lora.fully_trained import is_inside, match_modules_to_save
-from lorasweep.lora.functional import scaling_factor
 from lorasweep.lora.layer_kinds import (
     can_be_adapted,
     count_parameters,

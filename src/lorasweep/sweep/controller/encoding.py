@@ -26,9 +26,8 @@ from scipy.stats import qmc
 
 from lorasweep.config.components import Component
 from lorasweep.config.data import ScoreMetric
-from lorasweep.config.method import LoraConfig
+from lorasweep.config.method import LoraConfig, scaling_factor
 from lorasweep.config.run import ALPHA, LR, RANK, SCALING, follows_rate_law
-from lorasweep.lora.functional import scaling_factor
 from lorasweep.record import Trial, TrialState
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.sweep_file import Space, list_corner_values

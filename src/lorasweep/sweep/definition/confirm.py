@@ -10,7 +10,8 @@ import zlib
 from dataclasses import astuple
 
 from lorasweep.config.data import BlockSettings, ConversationSettings, ModuleDataConfig
-from lorasweep.config.run import RunConfig
+from lorasweep.config.method import LoraConfig, scaling_factor
+from lorasweep.config.run import LR, RunConfig, follows_rate_law
 from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import ConfigError
 from lorasweep.record import Question, QuestionName, list_confirm_runs
@@ -25,6 +26,8 @@ SIZE_KEYS = ("method.rank", "method.dim")
 MIN_RELIABLE_SEEDS = 3
 """Fewer confirm seeds give a warning. A 95 % interval over seeds reaches 12.7 standard errors to each side with two
 seeds, 4.3 with three and 2.8 with five (Student's t)."""
+MAX_LAW_FACTOR = 16.0
+"""Largest factor on B A, such as α/r, at which the rate law holds (docs/decisions.md, "Where u ends")."""
 
 
 def list_questions(definition: Definition) -> list[Question]:
@@ -124,7 +127,22 @@ def find_warnings(definition: Definition) -> list[str]:
             f"arm with {join_words(missing, last='or')}. So no arms can be shown to be equivalent, and no rank to be "
             "enough. Set it to a number in the metric's unit."
         )
+    beyond = [arm.name for arm in definition.arms if LR in arm.space and any(map(exceeds_law, arm.corner_configs))]
+    if beyond:
+        warnings.append(
+            f"{join_words(beyond)} reaches an α/r above {MAX_LAW_FACTOR:g}, where the best u = lr · √α is lower than "
+            "elsewhere, so one search does not serve all of its settings. Take a lower `method.alpha`: a higher one "
+            "gained nothing in measurements."
+        )
     return warnings
+
+
+def exceeds_law(config: RunConfig) -> bool:
+    """Returns whether a run follows the rate law, but has a larger factor on B A than the law was found to hold for."""
+    lora = config.method
+    if not isinstance(lora, LoraConfig) or not follows_rate_law(lora.name, config.optim.name):
+        return False
+    return scaling_factor(alpha=lora.alpha, rank=lora.rank, rule=lora.scaling) > MAX_LAW_FACTOR
 
 
 def count_tokens(config: RunConfig) -> int:
