@@ -131,8 +131,7 @@ def find_warnings(definition: Definition) -> list[str]:
     if beyond:
         warnings.append(
             f"{join_words(beyond)} reaches an α/r above {MAX_LAW_FACTOR:g}, where the best u = lr · √α is lower than "
-            "elsewhere, so one search does not serve all of its settings. Take a lower `method.alpha`: a higher one "
-            "gained nothing in measurements."
+            "elsewhere, so one search does not serve all of its settings. Lower `method.alpha`, or give it its own arm."
         )
     return warnings
 
