@@ -131,7 +131,7 @@ def find_warnings(definition: Definition) -> list[str]:
     if beyond:
         warnings.append(
             f"{join_words(beyond)} reaches an α/r above {MAX_LAW_FACTOR:g}, where the best u = lr · √α can be lower "
-            "than elsewhere, so one search may not serve all of its settings. Lower `method.alpha`, or give it its own arm."
+            "than elsewhere, so one search may not serve all of its settings. Lower `method.alpha`, or give it an arm."
         )
     return warnings
 
