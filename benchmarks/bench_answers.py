@@ -186,7 +186,7 @@ def read_table(task: str) -> Table:
     steps = about["settings"]["trainer.max_steps"]
     return Table(
         name=task,
-        sign=-1 if about["metric"] == "accuracy" else 1,
+        sign=-1 if about["metric"].endswith("accuracy") else 1,
         shares=weights / weights.sum(),
         num_steps=steps,
         num_evaluations=steps // about["settings"]["trainer.eval_every_steps"],

@@ -63,6 +63,14 @@ CHAT = {
     "trainer.batch_size": 8,
     "trainer.eval_every_steps": 30,
 }
+REPLIES = {
+    "model": "tiny",
+    "data": "preferences",
+    "data.test_fraction": 0.3,
+    "trainer.max_steps": 24,
+    "trainer.batch_size": 8,
+    "trainer.eval_every_steps": 12,
+}
 GRID = {
     **LANGUAGE,
     "data": "stdlib_docs",
@@ -108,6 +116,7 @@ TASKS = {
     "stdlib_code": AnswerTask(settings={**LANGUAGE, "data": "stdlib_code"}, **TEXT),
     "movie_snippets": AnswerTask(settings=SENTENCES, ranks=RANKS, num_rates=6, lora_lr_low=1e-4, full_lr_low=1e-5),
     "e2e_nlg": AnswerTask(settings=CHAT, ranks=RANKS, num_rates=6, lora_lr_low=1e-3, full_lr_low=1e-4),
+    "cafe_replies": AnswerTask(settings=REPLIES, ranks=RANKS, num_rates=5, lora_lr_low=3e-4, full_lr_low=3e-5),
     "grid_stdlib_docs": AnswerTask(  # for `bench_proposals.py`; it was stored without test scores
         settings=GRID,
         ranks=(1, 2, 4, 8, 16, 32),
@@ -166,7 +175,8 @@ def main() -> None:
     known = {_find_key(row) for row in rows}
     overrides = {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in args.overrides)}
     shared = {**task.settings, "trainer.eval_fraction": 1.0, **dict.fromkeys(SEED_KEYS, args.seed), **overrides}
-    inputs = build_inputs(compose_run(shared))
+    config = compose_run(shared)
+    inputs = build_inputs(config).prepare(config, folder=None)
     num_recorded = 0
     for point in task.list_points():
         lr, alpha = f"{point.get('optim.lr', 0):.5g}", point.get("method.alpha")
