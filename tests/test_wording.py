@@ -60,3 +60,10 @@ def test_estimates_have_the_decimals_that_tell_them_from_what_they_exclude():
     assert format_share_estimate(0.98, interval) == "98.0 % [95.2, 100.4]"  # 100 % is inside
     decimals = count_percent_decimals([(0.9504, 1.2)], critical=(0.95,))
     assert format_share_estimate(1.0, (0.9504, 1.2), decimals=decimals) == "100.00 % [95.04, 120.00]"
+
+
+def test_a_width_that_is_a_rounding_error_adds_no_decimals():
+    assert format_estimate(0.5, (0.5 - 1e-9, 0.5 + 1e-9)) == "0.500"
+    assert count_decimals([(0.5, 0.5 + 1e-9), (0.7, 0.9)]) == count_decimals([(0.7, 0.9)])
+    assert format_share_estimate(0.0, (-1e-9, 1e-9)) == "0 % [0, 0]"
+    assert format_estimate(1e-8, (0.9e-8, 1.1e-8)).startswith("0.00000001")

@@ -12,6 +12,8 @@ UNKNOWN = "–"
 """Text of an unknown value."""
 MAX_SCORE_DIGITS = 6
 """Maximum number of digits of a score. Scores that differ only in later digits look equal."""
+MIN_WIDTH = 1e-6
+"""Width of an interval, relative to its ends and for shares to 1, below which it is taken for a rounding error."""
 MAX_EXTRA_DECIMALS = 2
 """Maximum number of decimals that are added so that an end of an interval is not rounded to a critical value."""
 
@@ -98,12 +100,12 @@ def _score_text(value: float, extra_digits: int) -> str:
 def count_decimals(
     intervals: Iterable[tuple[float, float] | None], *, digits: int = 2, critical: Sequence[float] = (0.0,)
 ) -> int | None:
-    """Returns the number of decimals for intervals that stand beside each other; None without intervals.
+    """Returns the number of decimals for intervals that stand beside each other; None if none has a width.
 
     `digits` of the width of the narrowest interval are shown. If an end would be rounded to a value in `critical`,
     up to `MAX_EXTRA_DECIMALS` decimals are added.
     """
-    known = [interval for interval in intervals if interval is not None and interval[1] > interval[0]]
+    known = [(low, high) for low, high in filter(None, intervals) if high - low > MIN_WIDTH * max(abs(low), abs(high))]
     if not known:
         return None
     width = min(high - low for low, high in known)
@@ -130,7 +132,8 @@ def format_estimate(value: float | None, interval: tuple[float, float] | None, *
 
 def count_percent_decimals(intervals: Iterable[tuple[float, float] | None], *, critical: Sequence[float] = ()) -> int:
     """Returns the number of decimals for shares in percent that stand beside each other."""
-    percent = [interval and (100 * interval[0], 100 * interval[1]) for interval in intervals]
+    wide = [(low, high) for low, high in filter(None, intervals) if high - low > MIN_WIDTH]
+    percent = [(100 * low, 100 * high) for low, high in wide]
     return count_decimals(percent, digits=1, critical=[0.0, 100.0, *(100 * value for value in critical)]) or 0
 
 
