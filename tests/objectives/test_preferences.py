@@ -1,7 +1,6 @@
 """DPO equals its formula, alone and in packs; the base is its zero; the base's numbers survive kills."""
 
 import math
-import os
 from dataclasses import replace
 
 import pytest
@@ -292,9 +291,6 @@ def test_a_killed_computation_continues(tmp_path, calls, monkeypatch):
             make_inputs(config, folder=tmp_path, number=40)
     before = list(calls)
     assert (len(before), len(read_files(tmp_path))) == (3, 1)
-    # another process, which would begin with other batches
-    other = os.getpid() + 1
-    monkeypatch.setattr(os, "getpid", lambda: other)
     inputs = make_inputs(config, folder=tmp_path, number=40)
     assert sum(calls) == 2 * 40
     calls.clear()

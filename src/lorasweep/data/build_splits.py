@@ -25,7 +25,6 @@ from lorasweep.data.split import (
     IGNORED,
     BlockSplit,
     CompletionSplit,
-    ExampleSplit,
     LabelledSplit,
     PreferenceSplit,
     Ragged,
@@ -94,8 +93,8 @@ def build_splits(
 
 def describe_cut(split: Split) -> list[str]:
     """Returns a sentence on examples that were cut off; none if there are none."""
-    rows = split.completions if isinstance(split, PreferenceSplit) else split
-    if not isinstance(rows, ExampleSplit) or not rows.truncated:
+    rows = split.sequences
+    if rows is None or not rows.truncated:
         return []
     what, lack = ("examples", "have no answer left") if rows is split else ("answers", "pairs lack an answer then")
     left_out = rows.facts.get("left_out", 0)
@@ -105,21 +104,21 @@ def describe_cut(split: Split) -> list[str]:
 
 def describe_template(split: Split) -> list[str]:
     """Returns sentences on how a chat template changed conversations."""
-    split = split.completions if isinstance(split, PreferenceSplit) else split
-    if not isinstance(split, ExampleSplit):
+    rows = split.sequences
+    if rows is None:
         return []
-    facts = {"conversations": len(split), "without_reasoning": 0, "after_added_end": 0, **split.facts}
+    facts = {"conversations": len(rows), "without_reasoning": 0, "after_added_end": 0, **rows.facts}
     # most of the examples that begin inside a conversation
-    is_end = 2 * facts["after_added_end"] > len(split) - facts["conversations"]
+    is_end = 2 * facts["after_added_end"] > len(rows) - facts["conversations"]
     cause = (
         "ends no answer with a special token, so the end-of-text token is added" if is_end else "rewrites earlier turns"
     )
     rewritten = (
-        f"{facts['conversations']} conversations of {split.name} are {len(split)} examples, because the chat template "
+        f"{facts['conversations']} conversations of {split.name} are {len(rows)} examples, because the chat template "
         f"{cause}: each answer follows the prompt that a server gives."
     )
     without = f"{facts['without_reasoning']} examples of {split.name} lack reasoning: the template leaves it out."
-    chosen = {rewritten: len(split) > facts["conversations"], without: facts["without_reasoning"]}
+    chosen = {rewritten: len(rows) > facts["conversations"], without: facts["without_reasoning"]}
     return [note for note, applies in chosen.items() if applies]
 
 

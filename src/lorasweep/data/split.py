@@ -87,6 +87,16 @@ class Split(SplitFacts):
     def batch(self, indices: Sequence[int]) -> Batch:
         """Returns the examples at these indices, padded to the longest."""
 
+    @property
+    def sequences(self) -> ExampleSplit | None:
+        """The token sequences of the examples, one for each, or two for a pair of answers; None for running text."""
+        return None
+
+    @property
+    def answered(self) -> CompletionSplit | None:
+        """The prompts with the answers that generated ones are compared with; None if there are none."""
+        return None
+
     def fill_reference(self, values: Float[Tensor, " rows"] | None = None) -> Split:
         """Returns the split with the numbers of `Objective.compute_reference`, or with zeros, to measure time."""
         return self
@@ -133,6 +143,10 @@ class ExampleSplit(Split):
     """Number of examples that were longer than `data.max_length` and were cut."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Further entries of the run record, such as the number of examples of each class."""
+
+    @property
+    def sequences(self) -> ExampleSplit:
+        return self
 
     @property
     def lengths(self) -> Tensor:
@@ -196,6 +210,10 @@ class CompletionSplit(ExampleSplit):
     rows: tuple[Mapping[str, Any] | None, ...]
     """The row of each example in its table (`Conversation.row`)."""
 
+    @property
+    def answered(self) -> CompletionSplit:
+        return self
+
     @functools.cached_property
     def weights(self) -> Tensor:
         """Number of scored tokens of each example."""
@@ -246,6 +264,15 @@ class PreferenceSplit(Split):
     """The rows: 2i has the chosen answer of pair i, and 2i + 1 the rejected one. Each has a scored token."""
     reference: Float[Tensor, " rows"] | None = None
     """The log probability of each row's scored tokens under the frozen base, fp64; None until it is computed."""
+
+    @property
+    def sequences(self) -> CompletionSplit:
+        return self.completions
+
+    @property
+    def answered(self) -> CompletionSplit:
+        """The rows of the chosen answers."""
+        return self.completions.select(torch.arange(len(self.completions)) % 2 == 0)
 
     @functools.cached_property
     def lengths(self) -> Tensor:

@@ -300,11 +300,11 @@ def _find_pair(text: str, others: Sequence[str]) -> str | None:
 
 def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any]) -> dict[str, int]:
     """Returns limits of the data, batch size and steps that the user did not set. The steps are those of `EPOCHS`."""
-    train = inputs.splits.train
+    train = inputs.data.train
     batch_size = int(chosen.get("trainer.batch_size", min(16, len(train))))
     numbers = {}
     if chosen["data"] in MEASURED_DATA:
-        covered = int(getattr(train, "completions", train).lengths.double().quantile(COVERED_SHARE))
+        covered = int((train.sequences or train).lengths.double().quantile(COVERED_SHARE))
         limit = getattr(inputs.base.model.config, "max_position_embeddings", None) or MAX_MEASURED_TOKENS
         numbers["data.max_length"] = min(limit, MAX_MEASURED_TOKENS, 8 * math.ceil(covered / 8))
         if len(inputs.splits.validation) > MAX_VALIDATION_EXAMPLES:
@@ -345,7 +345,7 @@ def _fill_template(
     if not is_advised and "f1" in others and rarest < MIN_LABEL_SHARE:
         is_advised, advice = True, f"; a label has {format_share(rarest)} of the examples, so f1 says more"
     epochs = trainer.max_steps * trainer.batch_size / len(train)
-    lengths = getattr(train, "completions", train).lengths.double()
+    lengths = (train.sequences or train).lengths.double()
     longest = int(lengths.max())
     is_cut = "; longer ones are cut off" if longest > settings.get("data.max_length", longest) else ""
     comments = {

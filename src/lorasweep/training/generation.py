@@ -20,7 +20,7 @@ from lorasweep.config.components import find_function
 from lorasweep.config.data import AnswersConfig, AnswerScore, ConversationSettings
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import batch_by_length
-from lorasweep.data.split import CompletionSplit, PreferenceSplit, SplitFacts, choose_evenly
+from lorasweep.data.split import CompletionSplit, Split, SplitFacts, choose_evenly
 from lorasweep.disk import csv_text
 from lorasweep.errors import ConfigError, describe_error
 from lorasweep.models.pretrained import quiet_transformers
@@ -152,22 +152,21 @@ def match_last_number(answer: str, reference: str, example: Any = None) -> float
 def _choose_examples(config: RunConfig, split: SplitFacts) -> tuple[AnswersConfig, CompletionSplit, list[int]]:
     """Returns the settings, the split, and the indices of the examples to answer, spread evenly over groups."""
     assert isinstance(config.data, ConversationSettings)
-    if isinstance(split, PreferenceSplit):  # the reference is the chosen answer
-        split = split.completions.select(torch.arange(len(split.completions)) % 2 == 0)
-    assert isinstance(split, CompletionSplit)
-    usable = split.answer_starts.nonzero().flatten().tolist()
+    answered = split.answered if isinstance(split, Split) else None
+    assert answered is not None
+    usable = answered.answer_starts.nonzero().flatten().tolist()
     if not usable:
         raise ConfigError(
             f"`data.max_length` must fit the prompt and the answer of an example of {split.name}, which the model has "
             f"to answer, but got {config.data.max_length}. Raise it."
         )
-    places = {group: place for place, group in enumerate(dict.fromkeys(split.groups))}
-    usable.sort(key=lambda index: places[split.groups[index]])
+    places = {group: place for place, group in enumerate(dict.fromkeys(answered.groups))}
+    usable.sort(key=lambda index: places[answered.groups[index]])
     limit = config.data.max_generated_examples
     if limit is not None and limit < len(usable):
-        counts = Counter(split.groups[index] for index in usable)  # in the order of `usable`
+        counts = Counter(answered.groups[index] for index in usable)  # in the order of `usable`
         usable = [usable[place] for place in choose_evenly(list(counts.values()), limit=limit)]
-    return config.data.answers, split, sorted(usable)
+    return config.data.answers, answered, sorted(usable)
 
 
 def _generate(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -68,18 +67,18 @@ def _add(
         return split.fill_reference(values)
     # the same batches in every process, because rounding depends on the shape of a batch
     batches = EvaluationSampler(split, batch_size=trainer.eval_batch_size).batches
-    first = os.getpid() % len(batches)  # processes that begin together compute other batches first, and share them
     device, model, saved_s = get_device(trainer), copy_sharing_weights(base.model), time.monotonic()
     what = f"scoring {split.name} by the base"
     with convert_memory_errors(), torch.no_grad(), doing(what, unit="example", total=len(split)) as activity:
         model.to(device)
-        for batch in (*batches[first:], *batches[:first]):
+        for batch in batches:
             rows = split.list_rows(batch)
             if values[rows].isnan().any():
                 values[rows] = objective.compute_reference(model, move_batch(split.batch(batch), device)).double().cpu()
             activity.advance(len(batch))
             if file is not None and (activity.done == len(split) or time.monotonic() - saved_s > SAVE_INTERVAL_S):
-                values = values.where(~values.isnan(), read_reference(file, split))
+                found = read_reference(file, split)  # another process may compute the same
+                values = found.where(~found.isnan(), values)
                 write_atomically(file, save({"values": values}, metadata={"name": name}))
                 saved_s = time.monotonic()
         model.cpu()  # it shares the base's weights, which must be on the CPU
