@@ -327,7 +327,7 @@ def _fill_template(
     has_full, has_ranks = "arms.full" not in of_arms, "arms.lora.confirm_each" not in of_arms
     searches = ["all ranks of LoRA share one search"] if has_ranks else []
     searches += ["an arm that searches one key gets half of them"] if has_full or not has_ranks else []
-    train, trainer, labels = inputs.splits.train, compose_run(settings).trainer, inputs.base.labels
+    train, trainer, labels = inputs.data.train, compose_run(settings).trainer, inputs.base.labels
     named = "" if labels is None or len(labels.names) < 2 else f" and {len(labels.names)} labels"
     facts = [
         f"The base has {format_count(inputs.base.num_parameters)} parameters. The data has {len(train):,} training "
