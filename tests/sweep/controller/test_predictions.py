@@ -103,6 +103,18 @@ def test_equal_predictions_keep_a_tried_trial():
         assert found.trial == min(trial.number for trial in trials if trial.params["method.rank"] == rank)
 
 
+def test_an_accuracy_at_its_ceiling_leaves_no_hope_of_much_more():
+    """Three quarters of the trials have the highest accuracy that wrong labels allow, the coldest ones less."""
+    arm, step = build_arm(), 1 / 90
+    drawn = sorted((trial.params for trial in search(arm, num=16)), key=lambda params: params["optim.lr"])
+    scores = [0.47, 0.58, 0.58 + step, 0.7, *[0.8] * 12]
+    trials = number_trials([make(params, value=value) for params, value in zip(drawn, scores, strict=True)])
+    assert all(predict(arm, trials, rank, direction="maximize").regret < 2 * step for rank in RANKS)
+    # where the best score is reached once, as much as before may be missing
+    unlike = number_trials([make(params, value=0.4 + 0.025 * n) for n, params in enumerate(drawn)])
+    assert any(predict(arm, unlike, rank, direction="maximize").regret > 2 * step for rank in RANKS)
+
+
 def test_the_regret_is_never_negative_and_shrinks_with_more_trials():
     arm = build_arm(trials=32)
     trials = search(arm, num=32)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,8 @@ JITTER = 1e-6
 DRAW_SEED = 0
 STD_PER_MAD = 1.4826
 """Standard deviation of a normal distribution, divided by its median absolute deviation."""
+STD_PER_MEAN_DEVIATION = 1.2533
+"""The same for its mean absolute deviation, which replaces a median of 0 (Iglewicz and Hoaglin 1993)."""
 
 NUM_CANDIDATES = 256
 """Number of settings among which the best is chosen, for each value. Over two decades, learning rates differ by 2 %."""
@@ -144,8 +147,8 @@ def fit_surrogate(points: Array, costs: Sequence[float]) -> Surrogate:
     values = np.asarray(costs, dtype=np.float64)
     median = float(np.median(values))
     spread = STD_PER_MAD * float(np.median(np.abs(values - median)))
-    if spread == 0:  # most trials have the same score, such as that of the constant answer
-        spread = (median - float(values.min())) or float(values.max()) - median
+    if spread == 0:  # most trials have the same score, such as that of the constant answer, or the highest possible one
+        spread = STD_PER_MEAN_DEVIATION * float(np.mean(np.abs(values - median)))
     values = np.minimum(values, median + spread)
     scale = max(spread, 1e-12)
     centre = float(values.max())
@@ -247,6 +250,7 @@ def predict_best(
         rate_costs = {name: max(other - cost, 0.0) for name, other in zip(inside, costs, strict=True)}
     step = max(len(placed) // REGRET_CANDIDATES, 1)
     draws = surrogate.draw(np.concatenate([placed[best : best + 1], placed[::step]]), num_draws=REGRET_DRAWS)
+    draws = np.maximum(draws, _find_lowest_cost([sign * score for _, score in results]))
     return SettingRow(
         subject=subject.name,
         arm=arm.name,
@@ -258,6 +262,19 @@ def predict_best(
         regret=float((draws[:, 0] - draws.min(axis=1)).mean()) if arm.space else None,
         rate_costs=rate_costs,
     )
+
+
+def _find_lowest_cost(costs: Sequence[float]) -> float:
+    """Returns the lowest cost that an untried setting may have; minus infinity if nothing is known.
+
+    If at least half of the trials have exactly the lowest cost, their score cannot rise further, such as an accuracy on
+    examples of which a fifth have wrong labels. A cost may then be lower by one step of the score, which is the
+    smallest difference between two trials. The process alone would expect as much above the ceiling as below it.
+    """
+    lowest, *others = sorted(set(costs))
+    if not others or 2 * costs.count(lowest) < len(costs):
+        return -math.inf
+    return lowest - min(high - low for low, high in pairwise((lowest, *others)))
 
 
 def _list_settings(space: Space, law: RateLaw, fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
