@@ -58,7 +58,7 @@ test-docs: $(DEV) ## what README, the site, the notebook, benchmarks and the whe
 	$(PYTEST) $(PARALLEL) -m docs
 
 test-clusters: $(DEV) ## Ray, Slurm, submitit and runs of several processes, one test after another; those of Slurm skip where it is not installed
-	$(PYTEST) -m 'cluster and not soak'
+	RAY_worker_niceness=0 $(PYTEST) -m 'cluster and not soak' # by default other tests beside would starve Ray's workers
 
 SEED ?= $(shell date +%s)
 EXAMPLES ?= 200

@@ -13,7 +13,7 @@ import itertools
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,13 +32,18 @@ DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, err
 """Error numbers that mean a problem of the whole disk, not of one file."""
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all: temporary file in the same folder, fsync, rename."""
+def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Writes a file whole or not at all: temporary file in the same folder, fsync, rename.
+
+    `content` may be a function that writes the file to the path that it gets, so that it is not in memory as a whole.
+    """
     path.parent.mkdir(exist_ok=True)  # no folder above it: a deleted sweep folder must not come back empty
     temporary = temporary_name(path)
-    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     try:
-        temporary.write_bytes(data)
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         move_into_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

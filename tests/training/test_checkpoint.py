@@ -2,11 +2,13 @@
 
 import os
 import pickle
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from lorasweep.disk import explain_unwritable
 from lorasweep.record import compute_sha256
 from lorasweep.training.checkpoint import (
     FoundCheckpoint,
@@ -19,6 +21,7 @@ from lorasweep.training.checkpoint import (
     restore_rng_state,
     save_checkpoint,
     write_pack_state,
+    write_tensors,
 )
 
 CPU = torch.device("cpu")
@@ -33,7 +36,7 @@ def run(tmp_path):
 
 
 def save(folder, step, kind="last"):
-    save_checkpoint(folder, kind=kind, step=step, save=lambda path: torch.save({"w": torch.full((9,), step)}, path))
+    save_checkpoint(folder, kind=kind, step=step, save=partial(write_tensors, {"w": torch.full((9,), step)}))
 
 
 def newest(folder):
@@ -147,3 +150,10 @@ def test_a_stream_continues_where_it_was_read():
     torch.manual_seed(4)
     restore_rng_state(stream, CPU)
     assert torch.equal(torch.rand(5), expected)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_checkpoint_on_a_full_disk_fails_with_the_reason(tmp_path):
+    with pytest.raises((OSError, RuntimeError)) as caught:
+        write_tensors({"w": torch.zeros(100_000)}, Path("/dev/full"))
+    assert explain_unwritable(tmp_path, caught.value) == "No space left on device"

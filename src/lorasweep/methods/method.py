@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -98,8 +98,8 @@ class Method(ABC):
             folder.mkdir(parents=True, exist_ok=True)
             contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             # one key, because safetensors writes several in random order, and equal weights must give equal bytes
-            content = save(contiguous, metadata={"base_fingerprint": base.fingerprint})
-            write_atomically(folder / self.weights_file, content)
+            metadata = {"base_fingerprint": base.fingerprint}
+            write_atomically(folder / self.weights_file, partial(save_file, contiguous, metadata=metadata))
 
     def load(self, model: nn.Module, folder: Path) -> None:
         """Loads saved weights into a model that was prepared with the same settings, or see `loads_onto_base`.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 
 from lorasweep.disk import move_into_place, read_bounded, temporary_name, write_atomically
 from lorasweep.record import compute_sha256
@@ -37,6 +38,22 @@ class FoundCheckpoint:
     state: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """Sentences on newer checkpoints that are damaged or missing, for the run's record."""
+
+
+class DirectCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint straight to its file. Lightning holds it twice in memory before, and renames it at the end.
+
+    `save_checkpoint` renames the file of a run already.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write_tensors(checkpoint, Path(path))
+
+
+def write_tensors(state: Mapping[str, Any], path: Path) -> None:
+    """Writes a nested state with tensors, without a copy of the whole in memory."""
+    with path.open("wb") as file:  # given a path, torch raises no OSError if the disk is full
+        torch.save(state, file)
 
 
 def save_checkpoint(folder: Path, *, kind: CheckpointKind, step: int, save: Callable[[Path], None]) -> None:

@@ -23,6 +23,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.checkpoint import (
+    DirectCheckpointIO,
     FoundCheckpoint,
     find_checkpoint,
     remove_checkpoints,
@@ -287,7 +288,7 @@ class LightningRun(lightning.Callback):
             devices=launch.devices,
             num_nodes=launch.num_nodes,
             strategy=build_strategy(settings, launch),
-            plugins=[launch.environment],
+            plugins=[launch.environment, *([] if settings.is_sharded else [DirectCheckpointIO()])],
             precision=self.inputs.lightning_precision(config),
             logger=loggers or False,
             callbacks=callbacks,

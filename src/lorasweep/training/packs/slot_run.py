@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lorasweep.errors import RecordError
 from lorasweep.lora import split_lora_parameters
 from lorasweep.methods import METHODS
 from lorasweep.record import RunStatus, read_run
-from lorasweep.training.checkpoint import find_checkpoint, save_checkpoint
+from lorasweep.training.checkpoint import find_checkpoint, save_checkpoint, write_tensors
 from lorasweep.training.environment import get_device
 from lorasweep.training.inputs import describe_batching
 from lorasweep.training.loggers import finish_loggers, start_loggers
@@ -106,7 +107,7 @@ class SlotRun:
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Writes a checkpoint from which the run can resume in any pack. Earlier checkpoints are kept."""
         content = {**state, "progress": dict(vars(self.log.progress)), "stream": self.stream.get_state()}
-        save_checkpoint(self.folder, kind="slot", step=self.step, save=lambda path: torch.save(content, path))
+        save_checkpoint(self.folder, kind="slot", step=self.step, save=partial(write_tensors, content))
         self.saved_step = self.step
 
     def close(self, status: RunStatus, reason: str | None) -> None:
