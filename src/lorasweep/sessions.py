@@ -40,7 +40,7 @@ from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.fingerprints import compute_fingerprints
 from lorasweep.sweep.status import SweepStatus, report_status, show_progress
 from lorasweep.sweep.workers.train import train_sweep
-from lorasweep.training.generation import check_answers, get_answers
+from lorasweep.training.generation import check_answers
 from lorasweep.training.inputs import InputsCache, build_inputs
 from lorasweep.training.module import check_run
 from lorasweep.training.processes import join_processes, run_on_first
@@ -125,7 +125,7 @@ def run_config(
         with group.rank_zero_first(local=True):  # one process of each node downloads, then the others read its cache
             inputs = build_inputs(config)
         check_run(config, inputs.base)
-        if (answers := get_answers(config)) is not None and answers.on_validation:
+        if (answers := config.data.generated) is not None and answers.on_validation:
             check_answers(config, inputs.splits.validation, inputs=inputs)
         trial = f"of trial {origin['trial']}" if origin.get("trial") is not None else "that were predicted best"
         used = [f"settings {trial} of arm `{origin['arm']}` in {origin['sweep']}"] if origin else []

@@ -276,7 +276,7 @@ def test_a_function_gets_the_row_of_the_table_and_its_own_arguments(make):
 
 
 def test_a_limit_is_spread_over_prompts_and_cut_examples_are_left_out(make):
-    config, inputs = make(data__max_generated_examples=10, data__max_length=11)
+    config, inputs = make(data__answers__max_examples=10, data__max_length=11)
     split = inputs.splits.test()
     found = score_answers(copy_sharing_weights(inputs.base.model), split, config=config, inputs=inputs)
     lines = list(csv.DictReader(found.lines.splitlines()))

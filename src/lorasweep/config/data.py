@@ -93,6 +93,8 @@ class AnswersConfig(Settings):
     """Maximum number of tokens of an answer; longer ones are cut off and counted."""
     on_validation: bool = False
     """Whether the best weights of each run also answer examples of validation."""
+    max_examples: Positive | None = 200
+    """Maximum number of examples of a split that are answered, spread evenly over groups; null answers all."""
 
     @property
     def metric(self) -> ScoreMetric:
@@ -107,6 +109,11 @@ class DataSettings(Settings):
 
     has_text: ClassVar[bool] = True
     """Whether the examples are texts that can be shown."""
+
+    @property
+    def generated(self) -> AnswersConfig | None:
+        """Settings of the answers that a model must generate; None if it must generate none."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,8 +280,10 @@ class ConversationSettings(RowSettings):
     metric: TextMetric | PreferenceMetric | MetricComponent
     answers: AnswersConfig
     """Generated answers and their score."""
-    max_generated_examples: Positive | None
-    """Maximum number of examples of a split that are answered, spread evenly over groups; null answers all."""
+
+    @property
+    def generated(self) -> AnswersConfig | None:
+        return None if self.answers.score is None else self.answers
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,7 +19,7 @@ from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms,
 from lorasweep.sweep.definition.sweep_file import name_in_errors
 from lorasweep.sweep.power import describe_power
 from lorasweep.sweep.workers.train import check_workers
-from lorasweep.training.generation import check_answers, get_answers
+from lorasweep.training.generation import check_answers
 from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.module import check_run
 from lorasweep.wording import format_share
@@ -77,7 +77,7 @@ def check_definition(
                     test = inputs.splits.test()  # now, because the confirm stage reads it after hours of training
                 except ConfigError as error:
                     raise ConfigError(f"{error} Or skip the confirm stage with `confirm.seeds=0`.") from error
-                if get_answers(config) is not None:
+                if config.data.generated is not None:
                     check_answers(config, test, inputs=inputs)
     metric = find_metric(definition, inputs_cache)
     list_test_metrics(definition, metric)
@@ -104,7 +104,7 @@ def list_test_metrics(definition: Definition, metric: ScoreMetric) -> list[Score
     `metric` is that of `find_metric`. Raises ConfigError if `confirm.metric` is not measured, or if arms have different
     settings of `data.answers`.
     """
-    first, *others = (get_answers(config) for config in _list_corner_configs(definition))
+    first, *others = (config.data.generated for config in _list_corner_configs(definition))
     if any(answers != first for answers in others):
         raise ConfigError("`data.answers` must be the same for all arms, because they are compared, but differs.")
     metrics = [metric] if first is None else [metric, first.metric]

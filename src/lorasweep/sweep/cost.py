@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from optuna.distributions import CategoricalDistribution
 
 from lorasweep.config.compose import choose_evaluation_interval
-from lorasweep.config.data import BlockSettings, ConversationSettings, DataConfig, RowSettings
+from lorasweep.config.data import BlockSettings, DataConfig, RowSettings
 from lorasweep.config.run import STEPS_KEY, RunConfig
 from lorasweep.config.sweep import MINUTES_KEY, RayWorkers
 from lorasweep.errors import ConfigError
@@ -25,7 +25,6 @@ from lorasweep.sweep.controller.stopping import MIN_STEPS
 from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition, searches_one_key
 from lorasweep.sweep.definition.confirm import count_confirm_runs, list_questions
 from lorasweep.training.environment import get_device
-from lorasweep.training.generation import get_answers
 from lorasweep.wording import format_setting, join_words
 
 MIN_TRIALS = 6
@@ -162,11 +161,9 @@ class Rates:
         step = _share(budget.batch_size, config.trainer.batch_size)
         validation, test = (_share(budget.examples, self.num_scored.get(name)) for name in ("validation", "test"))
         answers_s = self.answers_s
-        if answers_s and isinstance(config.data, ConversationSettings):
-            tokens = _share(budget.new_tokens, config.data.answers.max_new_tokens)
-            most = {
-                name: min(self.num_scored[name], config.data.max_generated_examples or math.inf) for name in answers_s
-            }
+        if answers_s and (answers := config.data.generated):
+            tokens = _share(budget.new_tokens, answers.max_new_tokens)
+            most = {name: min(self.num_scored[name], answers.max_examples or math.inf) for name in answers_s}
             answers_s = {name: tokens * _share(budget.examples, most[name]) * s for name, s in answers_s.items()}
         return replace(
             self,
@@ -386,8 +383,8 @@ def list_cuts(definition: Definition, rates: Sequence[Rates]) -> dict[str, list[
     for size in (most >> number for number in range(1, 20) if most >> number >= MIN_EXAMPLES):
         loss = 2.0 * math.log2(most / size) + 20.0 * MIN_EXAMPLES / size
         add("examples", size, loss, f"at most {size:,} of {most:,} scored examples (small differences stay open)")
-    if get_answers(config) is not None and isinstance(config.data, ConversationSettings):
-        most = config.data.answers.max_new_tokens
+    if answers := config.data.generated:
+        most = answers.max_new_tokens
         for tokens, loss in ((most // 2, 2.0), (most // 4, 8.0)) if most >= 32 else ():
             add("new_tokens", tokens, loss, f"{tokens} of {most} tokens an answer (longer ones are cut off)")
     steps = most = max(arm.base.num_steps for arm in definition.arms)

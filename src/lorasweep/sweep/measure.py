@@ -35,7 +35,7 @@ from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.sweep.machine import Machine, measure_machine
 from lorasweep.sweep.workers.worker import choose_slots, list_pack_arms
-from lorasweep.training.generation import get_answers, score_answers
+from lorasweep.training.generation import score_answers
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.module import prepare_model
 from lorasweep.training.packs.pack import train_pack
@@ -258,12 +258,12 @@ def measure_answers(config: RunConfig, inputs: RunInputs, *, num_rows: int) -> d
 
     The base model answers a batch of validation examples, with one token and with a few more.
     """
-    answers, data = get_answers(config), config.data
-    if answers is None or not isinstance(data, ConversationSettings):
+    if (answers := config.data.generated) is None:
         return {}
+    assert isinstance(config.data, ConversationSettings)
     num_rows, seconds = max(1, min(num_rows, config.trainer.eval_batch_size)), list[float]()
     for num_tokens in (1, 1, NUM_MEASURED_TOKENS):  # the first warms up
-        few = replace(data, max_generated_examples=num_rows, answers=replace(answers, max_new_tokens=num_tokens))
+        few = replace(config.data, answers=replace(answers, max_examples=num_rows, max_new_tokens=num_tokens))
         model, began = copy_sharing_weights(inputs.base.model), time.perf_counter()
         score_answers(model, inputs.splits.validation, config=replace(config, data=few), inputs=inputs)
         seconds.append(time.perf_counter() - began)
@@ -272,7 +272,7 @@ def measure_answers(config: RunConfig, inputs: RunInputs, *, num_rows: int) -> d
     example_s = (seconds[1] + next_s * (answers.max_new_tokens - 1)) / num_rows
     sizes = {"test": len(inputs.splits.test())}
     sizes |= {"validation": len(inputs.splits.validation)} if answers.on_validation else {}
-    return {name: example_s * min(size, data.max_generated_examples or size) for name, size in sizes.items()}
+    return {name: example_s * min(size, answers.max_examples or size) for name, size in sizes.items()}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -48,12 +48,6 @@ class ScoredAnswers:
     """The content of `ANSWERS_FILE`; None if no answers were generated."""
 
 
-def get_answers(config: RunConfig) -> AnswersConfig | None:
-    """Returns the settings of the answers that a model must generate; None if it must generate none."""
-    answers = config.data.answers if isinstance(config.data, ConversationSettings) else None
-    return answers if answers is not None and answers.score is not None else None
-
-
 def check_answers(config: RunConfig, split: SplitFacts, *, inputs: RunInputs) -> None:
     """Raises ConfigError if the score of a reference, as an answer, is no number, or if no example can be answered.
 
@@ -77,7 +71,13 @@ def score_answers(model: nn.Module, split: SplitFacts, *, config: RunConfig, inp
         prompts, references = zip(*map(split.split_last_answer, chosen), strict=True)
         with doing(f"answering {split.name}", unit="example", total=len(chosen)) as activity:
             answers, num_cut_off = _generate(
-                model, prompts, references, config=config, inputs=inputs, activity=activity
+                model,
+                prompts,
+                references,
+                config=config,
+                limit=settings.max_new_tokens,
+                inputs=inputs,
+                activity=activity,
             )
     except Exception as error:  # of the model's code, or because memory ran out
         return ScoredAnswers(facts={"problem": f"No answers were generated: {describe_error(error)}."})
@@ -152,7 +152,7 @@ def match_last_number(answer: str, reference: str, example: Any = None) -> float
 def _choose_examples(config: RunConfig, split: SplitFacts) -> tuple[AnswersConfig, CompletionSplit, list[int]]:
     """Returns the settings, the split, and the indices of the examples to answer, spread evenly over groups."""
     assert isinstance(config.data, ConversationSettings)
-    answered = split.answered if isinstance(split, Split) else None
+    answers, answered = config.data.answers, split.answered if isinstance(split, Split) else None
     assert answered is not None
     usable = answered.answer_starts.nonzero().flatten().tolist()
     if not usable:
@@ -162,11 +162,10 @@ def _choose_examples(config: RunConfig, split: SplitFacts) -> tuple[AnswersConfi
         )
     places = {group: place for place, group in enumerate(dict.fromkeys(answered.groups))}
     usable.sort(key=lambda index: places[answered.groups[index]])
-    limit = config.data.max_generated_examples
-    if limit is not None and limit < len(usable):
+    if (limit := answers.max_examples) is not None and limit < len(usable):
         counts = Counter(answered.groups[index] for index in usable)  # in the order of `usable`
         usable = [usable[place] for place in choose_evenly(list(counts.values()), limit=limit)]
-    return config.data.answers, answered, sorted(usable)
+    return answers, answered, sorted(usable)
 
 
 def _generate(
@@ -175,12 +174,12 @@ def _generate(
     references: Sequence[Tensor],
     *,
     config: RunConfig,
+    limit: int,
     inputs: RunInputs,
     activity: Activity,
 ) -> tuple[list[Tensor], int]:
     """Returns the tokens of each answer without the end-of-turn token, and the number of answers that were cut off."""
-    assert isinstance(config.data, ConversationSettings)
-    tokenizer, limit, device = inputs.base.tokenizer, config.data.answers.max_new_tokens, get_device(config.trainer)
+    tokenizer, device = inputs.base.tokenizer, get_device(config.trainer)
     # An answer ends with the end-of-turn token that the references end with, or where the model's makers say.
     own = model.generation_config.eos_token_id
     ends = {*(int(ids[-1]) for ids in references), tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}

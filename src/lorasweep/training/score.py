@@ -31,7 +31,7 @@ from lorasweep.record import (
 from lorasweep.training.environment import fork_random_streams, get_device
 from lorasweep.training.evaluation import evaluate_model, score_split
 from lorasweep.training.failures import convert_memory_errors
-from lorasweep.training.generation import get_answers, score_answers
+from lorasweep.training.generation import score_answers
 from lorasweep.training.inputs import get_workload
 from lorasweep.training.restore import restore_model
 from lorasweep.training.run_inputs import RunInputs
@@ -61,7 +61,7 @@ def score_run(
     with convert_memory_errors():
         values, lines, facts = get_workload(config).score_test(model, config=config, inputs=inputs)
         files = {TEST_SCORES_FILE: lines}
-        if get_answers(config) is not None:
+        if config.data.generated is not None:
             answered = score_answers(model, split, config=config, inputs=inputs)
             values, files[ANSWERS_FILE.format(split.name)] = values | answered.values, answered.lines
             record.answers[split.name] = answered.facts
@@ -91,7 +91,7 @@ def score_best_weights(config: RunConfig, record: RunRecord, folder: Path, *, in
     Raises:
         Diverged: The score is NaN or infinite.
     """
-    split, answers = inputs.splits.validation, get_answers(config)
+    split, answers = inputs.splits.validation, config.data.generated
     is_part = len(choose_part(len(split), config.eval_fraction)) < len(split)
     is_answered = answers is not None and answers.on_validation
     if not (is_part or is_answered):
@@ -116,7 +116,7 @@ def score_best_weights(config: RunConfig, record: RunRecord, folder: Path, *, in
 def write_base_answers(folder: Path, config: RunConfig, *, inputs: RunInputs) -> None:
     """Writes the base model's answers to test examples into a sweep's folder, once, to show them beside others."""
     file = folder / ANSWERS_FILE.format("base")
-    if get_answers(config) is not None and not file.exists():
+    if config.data.generated is not None and not file.exists():
         model = copy_sharing_weights(inputs.base.model)
         lines = score_answers(model, inputs.splits.test(), config=config, inputs=inputs).lines
         model.cpu()

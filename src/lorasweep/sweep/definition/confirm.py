@@ -9,7 +9,7 @@ import itertools
 import zlib
 from dataclasses import astuple
 
-from lorasweep.config.data import BlockSettings, ConversationSettings, ModuleDataConfig
+from lorasweep.config.data import BlockSettings, ModuleDataConfig
 from lorasweep.config.method import LoraConfig, scaling_factor
 from lorasweep.config.run import LR, RunConfig, follows_rate_law
 from lorasweep.config.sweep import parse_margin
@@ -112,9 +112,8 @@ def find_warnings(definition: Definition) -> list[str]:
             f"`confirm.seeds` is {num_seeds}. One seed gives no interval, and two give a very wide one. Take "
             f"`confirm.seeds={MIN_RELIABLE_SEEDS}` or more."
         )
-    data = definition.arms[0].base.data
-    answers = data.answers if isinstance(data, ConversationSettings) else None
-    if not num_seeds and answers and answers.score and not answers.on_validation:
+    answers = definition.arms[0].base.data.generated
+    if not num_seeds and answers and not answers.on_validation:
         warnings.append(
             "`data.answers` has no effect, because answers are generated in the confirm stage. Set `confirm.seeds`, or "
             "`data.answers.on_validation=true`."
