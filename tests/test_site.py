@@ -27,6 +27,7 @@ DOCS = ROOT / "docs"
 LESSONS = (
     "start.md",
     "tutorials/chat.md",
+    "tutorials/from_axolotl.md",
     "tutorials/pairs.md",
     "tutorials/qlora.md",
     "tutorials/eight_gpus.md",

@@ -103,6 +103,9 @@ def _add_sweep_commands(add: Callable[[Command, str], argparse.ArgumentParser]) 
     new_parser.add_argument(
         "--from", dest="source", metavar="HUB-ID", help="a data set of the hub, with all its splits"
     )
+    new_parser.add_argument(
+        "--like", type=Path, metavar="THEIRS.yaml", help="follow a training file of axolotl, TRL or LLaMA-Factory"
+    )
     plan_parser = add(commands.plan, "estimate the time, memory and disk of a sweep without training it")
     _add_overrides(plan_parser, "NAME|FILE key=value", "as in sweep")
     compare_parser = add(commands.compare, "write and show the report of a sweep again")

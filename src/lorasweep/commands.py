@@ -84,9 +84,15 @@ def new(arguments: argparse.Namespace) -> Outcome:
         raise ConfigError(f"`FILE.yaml` must have the suffix .yaml, but got {str(path)!r}.")
     if path.exists():
         raise ConfigError(f"`FILE.yaml` must be a new file, but {str(path)!r} exists already. Name another one.")
+    from lorasweep.config.command_line import parse_overrides
+    from lorasweep.recipes.read import read_recipe
+
+    settings, recipe = parse_overrides(arguments.overrides), None
+    if arguments.like is not None:  # read without torch, so that a refused key is named at once
+        has_data = arguments.source is not None or not settings.keys().isdisjoint(("data", "data.path", "data.train"))
+        recipe = read_recipe(arguments.like, has_data=has_data)
     say("reads the model and the data; first loads torch, which takes seconds", file=sys.stderr)
     with quick_imports():
-        from lorasweep.config.command_line import parse_overrides
         from lorasweep.data.reading.hub import find_hub_settings
         from lorasweep.disk import write_atomically
         from lorasweep.sweep.cost import fit_minutes
@@ -94,24 +100,24 @@ def new(arguments: argparse.Namespace) -> Outcome:
         from lorasweep.training.inputs import InputsCache
 
     began = time.monotonic()
-    settings, inputs_cache = parse_overrides(arguments.overrides), InputsCache()
+    inputs_cache = InputsCache()
     if arguments.source is not None:
         given = {name: settings.get(f"data.{name}") for name in ("subset", "revision")}
         settings = find_hub_settings(arguments.source, **given) | settings
-    draft = draft_sweep(path, settings, inputs_cache)
+    draft = draft_sweep(path, settings, inputs_cache, recipe=recipe)
     if arguments.minutes is not None:
         say("measures a few steps of the drafted sweep", file=sys.stderr)
         definition, rates = _measure(draft.definition, inputs_cache, minutes=arguments.minutes)
         budget, given_up = fit_minutes(definition, rates, arguments.minutes, spent_s=time.monotonic() - began + END_S)
         say(given_up, file=sys.stderr)
-        draft = draft_sweep(path, {**settings, **budget.find_settings(definition)}, inputs_cache)
+        draft = draft_sweep(path, {**settings, **budget.find_settings(definition)}, inputs_cache, recipe=recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, draft.text)
     say(f"wrote {path}. Read it, then type:\n    lorasweep plan {path}\n    lorasweep sweep {path}")
-    notes = [*draft.notes, *draft.power]
+    notes = [*(recipe.describe() if recipe else ()), *draft.notes, *draft.power]
     for sentence in notes:
         say(f"• {sentence}")
-    return Outcome({"file": path, "notes": notes})
+    return Outcome({"file": path, "notes": notes, "keys": recipe.keys if recipe else None})
 
 
 def plan(arguments: argparse.Namespace) -> Outcome:

@@ -226,8 +226,10 @@ def list_questions(sweep):
     ]
 
 
-def build_rank_sweep(folder, scores, *, seeds=5, examples=0, noise=0.002):
+def build_rank_sweep(folder, scores, *, fixed=None, seeds=5, examples=0, noise=0.002):
     """Writes a confirmed sweep with frozen, full, and one lora arm with `confirm_each: method.rank`.
+
+    With the score `fixed` there is also an arm of LoRA whose settings are fixed.
 
     Each rank has five trials on a parabola over the learning rate, without noise, whose best score is given; confirm
     runs have noise.
@@ -257,6 +259,12 @@ def build_rank_sweep(folder, scores, *, seeds=5, examples=0, noise=0.002):
             )
             write_run(folder, row, method="lora")
             sweep.trials.append(row)
+    if fixed is not None:
+        settings = {"method": "lora", "method.rank": 32, "method.alpha": 16}
+        sweep.arms.append(ArmRow(name="present", method="lora", trials=1, settings=settings, space={}))
+        row = make_trial("present", len(sweep.trials), {}, curve_to(fixed))
+        write_run(folder, row, method="lora", rank=32)
+        sweep.trials.append(row)
     write_record(sweep, folder)
     return confirm_sweep(folder, seeds=seeds, examples=examples, noise=noise)
 

@@ -42,6 +42,42 @@ def test_findings_has_an_entry_for_each_answer_and_the_setting(tmp_path):
     assert entries[-1]["verdict"] == "predicted"
 
 
+def test_fixed_settings_stand_beside_the_best_of_the_search(tmp_path):
+    scores = {4: 1.662, 16: 1.66}
+    findings = read_findings(build_rank_sweep(tmp_path / "both", scores, fixed=1.8))
+    fixed = findings.answers
+    assert {arm["arm"] for arm in findings.fairness.arms} == {"full", "lora"}
+    assert [line.question for line in fixed][3:] == ["What do the settings of present cost?"]
+    line = fixed[3]
+    assert line.state == "settled"
+    present, best = line.text.split("; ")
+    assert present.startswith("Rank 32, α 16, learning rate 0.001 keeps 6")
+    assert present.endswith(" of full's gain (worse)")
+    assert best.startswith("rank 4, α 16, learning rate 0.0102 keeps ")
+    assert "present" not in fixed[0].text
+    assert present.count("[") == best.count("[") == 1
+    assert len(read_findings(build_rank_sweep(tmp_path / "none", scores)).answers) == 3
+
+
+def test_fixed_settings_are_compared_by_score_without_a_gain_or_a_confirm_stage(tmp_path):
+    sweep = build_rank_sweep(tmp_path, {4: 1.662, 16: 1.66}, fixed=1.8)
+
+    def drop(raw, *, arms, stage):
+        for name in ("arms", "trials", "settings", "confirm"):
+            raw[name] = [row for row in raw[name] if row.get("arm", row.get("name")) not in arms]
+        if stage:
+            raw |= {"settings": [], "confirm": [], "questions": [], "looks": []}
+
+    edit_json(sweep / "sweep.json", lambda raw: drop(raw, arms=["full"], stage=False))
+    line = read_findings(sweep).answers[3]
+    assert "has 1.80" in line.text
+    assert "bits per byte; rank" in line.text
+    edit_json(sweep / "sweep.json", lambda raw: drop(raw, arms=[], stage=True))
+    line = read_findings(sweep).answers[3]
+    assert line.text.startswith("Open: Rank 32")
+    assert line.next.command
+
+
 @pytest.mark.parametrize(
     ("optim", "has_law"),
     [

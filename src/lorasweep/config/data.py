@@ -311,6 +311,8 @@ class ChatConfig(ConversationSettings):
     name: Literal["chat"]
     prompt: str | None
     """Column of the prompt. If `completion` and `messages` are null too, the columns are found by their usual names."""
+    input: str | None
+    """Column of a text that follows the prompt on a new line, unless it is empty, as in Alpaca's files."""
     completion: str | None
     """Column of the answer, which the model learns."""
     messages: str | None
@@ -331,6 +333,8 @@ class ChatConfig(ConversationSettings):
                 "`data.prompt` and `data.completion` must be set together, but got "
                 f"{self.prompt!r} and {self.completion!r}."
             )
+        if self.input is not None and self.prompt is None:
+            raise ConfigError(f"`data.input` must be null without `data.prompt`, but got {self.input!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)

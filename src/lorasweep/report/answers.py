@@ -29,7 +29,7 @@ from lorasweep.report.next_step import (
     find_regret_step,
     find_settling_step,
 )
-from lorasweep.report.recommend import ChosenSubject, choose_arm
+from lorasweep.report.recommend import ChosenSubject, choose_arm, pair_fixed_settings
 from lorasweep.report.sweep_data import SweepData
 from lorasweep.wording import (
     count_decimals,
@@ -45,6 +45,7 @@ from lorasweep.wording import (
     short_key,
 )
 
+SHOWN_SETTINGS = {"rank": RANK, "α": ALPHA, "learning rate": LR}
 NO_TEST_SCORES, UNCONFIRMED = "nothing is confirmed on test data yet", "`confirm.seeds=auto` adds the confirm stage"
 TOO_WIDE = "the interval is too wide, mostly because few {} were used"
 BLOCKER_WORDS: Mapping[Blocker, str] = {
@@ -71,11 +72,12 @@ class AnswerLine:
 
 
 def list_answer_lines(data: SweepData, learning: Learning) -> tuple[AnswerLine, ...]:
-    """Returns the three lines at the top of the report, and one for each retained data set."""
+    """Returns the three lines at the top of the report, and one for each fixed setting and each retained data set."""
     answers = [_answer_full(data, learning), _answer_rank(data, learning), _answer_setting(data, learning)]
     if cut := describe_cut(data):
         answers = [one if one.state == "not asked" else replace(one, text=f"{one.text} {cut}") for one in answers]
-    return (*answers, *(_answer_retained(row, data) for row in data.record.retained))
+    fixed = [_answer_fixed(*pair, data) for pair in pair_fixed_settings(data) if learning.state != "nothing"]
+    return (*answers, *fixed, *(_answer_retained(row, data) for row in data.record.retained))
 
 
 def describe_cut(data: SweepData) -> str:
@@ -120,7 +122,7 @@ def build_entry(answer: Answer) -> dict[str, Any]:
 
 
 def _answer_full(data: SweepData, learning: Learning) -> AnswerLine:
-    arms = [row.name for row in data.record.arms if row.method == "lora"]
+    arms = [row.name for row in data.record.arms if row.method == "lora" and row.name not in data.fixed_arms]
     missing = None if arms else "no arm has `method=lora`."
     if arms and not any(row.method == "full" for row in data.record.arms):
         missing = "no arm has `method=full`. Add one to compare LoRA with it."
@@ -304,6 +306,32 @@ def _describe_setting(choice: ChosenSubject, data: SweepData, *, is_settled: boo
     costs = [f"{name} the rate costs at least {_format_difference(c, data)}" for name, c in known.items()]
     more_costs = f" By the search's model, {join_words(costs)}." if costs else ""
     return f"{'' if is_settled else 'Open: '}{at}{values}{more} ({origin}; {regret}).{more_costs}{law}"
+
+
+def _answer_fixed(fixed: ChosenSubject, searched: ChosenSubject, data: SweepData) -> AnswerLine:
+    """Returns what the fixed settings of an arm reach, beside the best ones that the sweep found for the method."""
+    evidence, parts = data.evidence, []
+    against_full = {answer.subject: answer for answer in evidence.list_answers("as_good_as_full")}
+    for one in (fixed, searched):
+        named = [(what, one.best.numeric_setting(key)) for what, key in SHOWN_SETTINGS.items()]
+        setting = ", ".join(f"{what} {format_setting(number)}" for what, number in named if number is not None)
+        answer = against_full.get(one.data.name)
+        if answer and answer.value is not None:
+            reached = _describe_result(answer, data)
+        else:
+            mean = evidence.mean(one.data.name)
+            metric = data.shown_metric if mean else data.record.search_metric
+            interval = mean.find_interval(evidence.confidence) if mean else None
+            score = format_estimate(mean.value if mean else one.data.search_score, interval)
+            reached = f"has {score} {format_metric(metric.name)}"
+        parts.append(f"{setting} {reached}")
+    is_settled = all(evidence.mean(one.data.name) for one in (fixed, searched))
+    return AnswerLine(
+        question=f"What do the settings of {fixed.data.name} cost?",
+        text=f"{'' if is_settled else 'Open: '}{_capitalize(parts[0])}; {parts[1]}.",
+        state="settled" if is_settled else "open",
+        next=None if is_settled else find_early_step(data),
+    )
 
 
 def _format_difference(difference: float, data: SweepData) -> str:

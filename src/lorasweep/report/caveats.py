@@ -240,7 +240,8 @@ def judge_fairness(data: SweepData, *, has_learned: bool = True) -> Fairness:
     A search did not find the best if the best learning rate lies at an end of its range, or if the expected regret
     exceeds the margin. So an arm that searches fewer dimensions needs fewer trials.
     """
-    arms = tuple(measure_effort(row, data) for row in data.record.arms if not row.is_base)
+    compared = [row for row in data.record.arms if not row.is_base and row.name not in data.fixed_arms]
+    arms = tuple(measure_effort(row, data) for row in compared)
     edges = list_edges(data) if has_learned else []
     faulty = {LR} if len(arms) > 1 else set()
     faults = [clause for key, clause in edges if key in faulty]

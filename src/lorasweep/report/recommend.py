@@ -80,6 +80,17 @@ def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> ChosenS
     return replace(chosen, is_settled=chosen.is_settled and is_best)
 
 
+def pair_fixed_settings(data: SweepData) -> list[tuple[ChosenSubject, ChosenSubject]]:
+    """Returns each of the fixed arms, with the subject to use of an arm that searches the same method."""
+    pairs = []
+    for row in (row for row in data.record.arms if row.name in data.fixed_arms):
+        others = [other.name for other in data.record.arms if other.space and other.method == row.method]
+        searched = _choose_best([one for name in others if (one := choose_subject(data, name))], data)
+        if (fixed := choose_subject(data, row.name)) and searched:
+            pairs.append((fixed, searched))
+    return pairs
+
+
 def _list_choices(data: SweepData, arms: Sequence[str]) -> list[ChosenSubject]:
     """Returns the subjects of arms that can be used: those with a score and a record. One alone is settled."""
     found = [one for one in data.subjects if one.arm in arms and data.find_score(one) is not None]

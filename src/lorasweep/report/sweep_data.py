@@ -95,6 +95,12 @@ class SweepData:
     """What each subject forgot of each data set of `retain.data`."""
 
     @cached_property
+    def fixed_arms(self) -> frozenset[str]:
+        """The arms whose settings are fixed beside an arm that searches the same method, such as those in use today."""
+        searched = {row.method for row in self.record.arms if row.space}
+        return frozenset(row.name for row in self.record.arms if not row.space and row.method in searched)
+
+    @cached_property
     def trials(self) -> tuple[Trial, ...]:
         """Every trial of the search, by arm and number."""
         return tuple(trial for row in self.record.arms for trial in self.list_trials(row.name))

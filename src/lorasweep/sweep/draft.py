@@ -6,9 +6,11 @@ from the kind of model; nothing is trained.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,9 +20,10 @@ from typing import Any
 import yaml
 
 from lorasweep.activity import doing
-from lorasweep.config.compose import SWEEP_GROUPS, compose_run
+from lorasweep.config.compose import SWEEP_GROUPS, compose_run, merge_settings
 from lorasweep.config.data import RowSettings, TableConfig
-from lorasweep.config.run import STEPS_KEY
+from lorasweep.config.method import LoraConfig
+from lorasweep.config.run import ALPHA, LR, RANK, STEPS_KEY
 from lorasweep.console import say
 from lorasweep.data.reading.conversations import KNOWN_COLUMNS, TOOLS_COLUMN
 from lorasweep.data.reading.files import find_files, find_suffix, open_text
@@ -28,9 +31,11 @@ from lorasweep.data.reading.local import DEFAULT_DIALECTS, TABLE_SUFFIXES
 from lorasweep.data.reading.preferences import PROMPT_COLUMNS
 from lorasweep.data.reading.tables import load_tables
 from lorasweep.errors import ConfigError
+from lorasweep.recipes.read import Recipe
 from lorasweep.sweep.checks import MAX_STEPS, count_steps
 from lorasweep.sweep.controller.stopping import MIN_STEPS
 from lorasweep.sweep.definition.arms import Definition, read_definition
+from lorasweep.sweep.definition.confirm import MAX_LAW_FACTOR
 from lorasweep.sweep.definition.overrides import SweepOverrides, Value
 from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS, make_paths_absolute
 from lorasweep.sweep.power import TEST_PERCENTS, assess_power, describe_power
@@ -52,10 +57,16 @@ TEXT_COLUMNS: Mapping[str, str | None] = {
 """Usual names of the column of texts, in the order in which they are tried, each with the column of second texts."""
 PAIR_MARKS = (("1", "2"), ("a", "b"), ("A", "B"))
 """Marks by which the names of the two columns of a pair differ, as in `#1 String` and `#2 String`."""
+CHAT_COLUMNS = ("prompt", "input", "completion", "messages")
+COLUMN_KEYS = frozenset((*CHAT_COLUMNS, "chosen", "rejected"))
+"""Settings that name columns of conversations and of pairs of answers."""
+DATA_KEYS = frozenset(("data", "data.train", "data.path"))
+SOURCE_KEYS = ("data.path", "data.train", "data.subset", "data.revision")
 ROW_KEYS = frozenset(field.name for field in fields(RowSettings))
 """Settings that say how rows are read, whatever they hold."""
 MIN_TEXT_SHARE = 0.5
 """Share of the values of a column that must have several words, so that the column may hold second texts."""
+RANKS = (1, 4, 16, 64)
 EPOCHS = 3
 MAX_VALIDATION_EXAMPLES = 1000
 MEASURED_DATA = ("table", "chat", "preferences")
@@ -76,6 +87,7 @@ and 1.2e-5 at 4,096, and the best recorded rates, 7e-4 at 160 and 1.6e-4 at 384,
 as high, which is the ratio of "LoRA Without Regret" (2025)."""
 PREFERENCE_RATE_TIMES_WIDTH = 0.002
 """The same for pairs of answers: 5e-7 at a width of 4,096 (Zephyr, arXiv 2310.16944; Tülu 3, arXiv 2411.15124)."""
+COMMENT_WIDTH = 116
 SWEEP_SETTINGS = {"sweep.trials": 16, "confirm.looks": [3, 6, 10], "confirm.margin": "5%"}
 COMMENTS = {
     "confirm.looks": "numbers of seeds at which the questions are tested",
@@ -93,16 +105,16 @@ settings:
 {settings}
 arms:
   frozen: {{settings: {{method: frozen}}}} # the base as it is
-  full:
+{present}  full:
     settings: {{method: full}}
     space:
       optim.lr: {{low: {full_low}, high: {full_high}, log: true}} # if the best is at an end, widen it
-  lora:
-    settings: {{method: lora}}
+{present_full}  lora:
+    settings: {lora}
     space:
-      method.rank: [1, 4, 16, 64]
-      optim.lr: {{low: {lora_low}, high: {lora_high}, log: true}} # ten times as high as for full fine-tuning
-    confirm_each: method.rank # each rank is confirmed with the learning rate that is predicted best for it
+      {rank}: {ranks}
+      optim.lr: {{low: {lora_low}, high: {lora_high}, log: true}} # {lora_lr}
+    confirm_each: {rank} # each rank is confirmed with the learning rate that is predicted best for it
 """
 
 
@@ -133,16 +145,21 @@ def draft_definition(overrides: SweepOverrides, inputs_cache: InputsCache) -> De
 
 
 @doing("drafting the sweep")
-def draft_sweep(path: Path, settings: Mapping[str, Any], inputs_cache: InputsCache) -> Draft:
+def draft_sweep(
+    path: Path, settings: Mapping[str, Any], inputs_cache: InputsCache, *, recipe: Recipe | None = None
+) -> Draft:
     """Returns a sweep file, to be written to `path`.
 
     Reads the model and the data that the settings name. The share of test data is the smallest that settles the margin,
-    or comes near.
+    or comes near. The settings of a `recipe` are followed, unless `settings` have others, and are an arm of their own.
 
     Raises:
         ConfigError: A setting is missing or wrong, or the model or the data can't be read.
     """
-    if not {"data", "data.train", "data.path"} & settings.keys():
+    expected: dict[str, Any] = {}
+    if recipe is not None:
+        settings, expected = _follow_recipe(recipe, settings)
+    if not DATA_KEYS & settings.keys():
         given = f"`{'`, `'.join(settings)}`" if settings else "nothing"
         raise ConfigError(
             "a sweep must have a name (`lorasweep sweep quickstart`) or a file, or `data.train=FILE`, or "
@@ -151,8 +168,20 @@ def draft_sweep(path: Path, settings: Mapping[str, Any], inputs_cache: InputsCac
     of_sweep = {key: value for key, value in settings.items() if key.split(".")[0] in SWEEP_GROUPS}
     of_arms = {key: value for key, value in settings.items() if key.split(".")[0] == "arms"}
     settings = {key: value for key, value in settings.items() if key not in {**of_sweep, **of_arms}}
-    found, notes = ({}, []) if "data" in settings else _choose_data(settings)
+    found, notes = ({}, []) if "data" in settings else _choose_data(settings, expected)
     chosen = {**found, **settings}
+    if recipe is not None:
+        if unused := [f"`{key}`" for key, value in expected.items() if chosen.get(key) != value]:
+            notes.append(
+                f"These data have other columns than {recipe.path.name} names: {join_words(unused)} are not used."
+            )
+        if chosen["data"] == "table":  # a causal model learns texts, not labels
+            plain = {"data": "text", "data.text": expected.get("data.text", "text")}
+            chosen = {
+                key: value for key, value in chosen.items() if key not in ("data.label", "data.text_pair")
+            } | plain
+        if chosen["data"] == "text":
+            chosen = {"data.block_length": recipe.length, **chosen}
     if chosen["data"] == "chat" and "data.answers.score" not in chosen:
         notes.append(
             "`data.answers.score=exact_match confirm.metric=exact_match` (or `last_number`) asks about generated "
@@ -173,8 +202,10 @@ def draft_sweep(path: Path, settings: Mapping[str, Any], inputs_cache: InputsCac
 
     def fill(settings: Mapping[str, Any], inputs: RunInputs) -> tuple[str, Definition]:
         metric = {} if any(key.startswith("data.metric") for key in settings) else {"data.metric": inputs.splits.metric}
-        numbered = {**settings, **metric, **_choose_numbers(inputs, settings)}
-        text = _fill_template(path, numbered, {**SWEEP_SETTINGS, **of_sweep}, of_arms, inputs, notes=notes)
+        numbered = {**settings, **metric, **_choose_numbers(inputs, settings, recipe)}
+        text = _fill_template(
+            path, numbered, {**SWEEP_SETTINGS, **of_sweep}, of_arms, inputs, notes=notes, recipe=recipe
+        )
         text = _cut_arms(text, of_arms)
         return text, read_definition(yaml.safe_load(text))  # a draft must be a sweep that starts
 
@@ -193,10 +224,26 @@ def draft_sweep(path: Path, settings: Mapping[str, Any], inputs_cache: InputsCac
     return Draft(text=text, definition=definition, notes=notes, power=describe_power(definition, inputs.splits))
 
 
-def _choose_data(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _follow_recipe(recipe: Recipe, typed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the settings of a recipe with typed ones, which win, and its columns if other data are typed.
+
+    Other data may be a copy of the recipe's, with the same columns, or have others.
+    """
+    settings, columns = dict(recipe.settings), {}
+    if DATA_KEYS & typed.keys():
+        columns = {key: settings.pop(key) for key in [*settings] if key.split(".")[0] == "data"}
+        columns = {key: value for key, value in columns.items() if key not in SOURCE_KEYS and "data" not in typed}
+    if "model.path" in typed:
+        settings.pop("model.revision", None)
+    if isinstance(batch_size := typed.get("trainer.batch_size"), int):  # which `--minutes` may cut
+        settings["trainer.accumulate"] = min(settings["trainer.accumulate"], max(batch_size, 1))
+    return merge_settings({"model": "causal_lm", **settings}, typed), columns
+
+
+def _choose_data(settings: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Returns the kind of data and the columns that the user did not name, and notes on the columns that are not used.
 
-    Reads the first file or split.
+    Reads the first file or split. The `expected` settings are returned if the data have their columns.
 
     Raises ConfigError if the first line of a csv, tsv or txt file looks like a row: its label occurs again below it.
     """
@@ -216,6 +263,9 @@ def _choose_data(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     table, *_ = load_tables(config, "train", lambda names, source: names)
     names = list(table.columns)
     columns = {name: table.get_values(name) for name in names}
+    of_expected = [value for key, value in expected.items() if key.partition("data.")[2] in COLUMN_KEYS]
+    if of_expected and set(of_expected) <= set(names):
+        return dict(expected), _describe_unused(columns, [*of_expected, TOOLS_COLUMN])
     of_others = {"data.label", "data.text", "data.text_pair", "data.completion", "data.messages"} & settings.keys()
     answers = [settings.get(f"data.{key}", key) for key in ("chosen", "rejected")]
     if set(answers) <= set(names) and not of_others:
@@ -223,7 +273,7 @@ def _choose_data(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
         of_pairs = [*prompts, *answers, TOOLS_COLUMN, settings.get("data.group")]
         return {"data": "preferences"}, _describe_unused(columns, of_pairs)
     known = next((known.split() for known in KNOWN_COLUMNS if set(known.split()) <= set(names)), None)
-    of_chat = [settings[key] for key in ("data.prompt", "data.completion", "data.messages") if key in settings]
+    of_chat = [settings[f"data.{key}"] for key in CHAT_COLUMNS if f"data.{key}" in settings]
     if of_chat or (known and not of_others):
         of_conversations = [*(of_chat or known or []), TOOLS_COLUMN, settings.get("data.group")]
         return {"data": "chat"}, _describe_unused(columns, of_conversations)
@@ -298,19 +348,29 @@ def _find_pair(text: str, others: Sequence[str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any]) -> dict[str, int]:
-    """Returns limits of the data, batch size and steps that the user did not set. The steps are those of `EPOCHS`."""
+def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any], recipe: Recipe | None) -> dict[str, Any]:
+    """Returns limits of the data, batch size and steps that the user did not set.
+
+    The steps are those of `EPOCHS`, or of the recipe's epochs, and its steps of warm-up are a share of them.
+    """
     train = inputs.data.train
     batch_size = int(chosen.get("trainer.batch_size", min(16, len(train))))
-    numbers = {}
+    numbers: dict[str, Any] = {}
     if chosen["data"] in MEASURED_DATA:
         covered = int((train.sequences or train).lengths.double().quantile(COVERED_SHARE))
         limit = getattr(inputs.base.model.config, "max_position_embeddings", None) or MAX_MEASURED_TOKENS
-        numbers["data.max_length"] = min(limit, MAX_MEASURED_TOKENS, 8 * math.ceil(covered / 8))
+        needed = recipe.length if recipe else min(MAX_MEASURED_TOKENS, 8 * math.ceil(covered / 8))
+        numbers["data.max_length"] = min(limit, needed)
         if len(inputs.splits.validation) > MAX_VALIDATION_EXAMPLES:
             numbers["data.max_validation_examples"] = MAX_VALIDATION_EXAMPLES
-    numbers[STEPS_KEY] = count_steps(EPOCHS, len(train), batch_size)
+    epochs = recipe.epochs if recipe else EPOCHS
+    numbers[STEPS_KEY] = count_steps(epochs, len(train), batch_size)
     numbers["trainer.batch_size"] = batch_size
+    if recipe and recipe.warmup_steps:
+        steps = chosen.get(STEPS_KEY, numbers[STEPS_KEY])
+        return {key: number for key, number in numbers.items() if key not in chosen} | {
+            "schedule.warmup_fraction": round(min(recipe.warmup_steps / steps, 0.5), 4)
+        }
     return {key: number for key, number in numbers.items() if key not in chosen}
 
 
@@ -322,6 +382,7 @@ def _fill_template(
     inputs: RunInputs,
     *,
     notes: Sequence[str],
+    recipe: Recipe | None,
 ) -> str:
     """Returns a draft with every arm. Its comments hold once `_cut_arms` has cut it."""
     has_full, has_ranks = "arms.full" not in of_arms, "arms.lora.confirm_each" not in of_arms
@@ -330,6 +391,7 @@ def _fill_template(
     train, trainer, labels = inputs.data.train, compose_run(settings).trainer, inputs.base.labels
     named = "" if labels is None or len(labels.names) < 2 else f" and {len(labels.names)} labels"
     facts = [
+        *(line for fact in (recipe.describe() if recipe else ()) for line in textwrap.wrap(fact, COMMENT_WIDTH)),
         f"The base has {format_count(inputs.base.num_parameters)} parameters. The data has {len(train):,} training "
         f"sequences{named}.",
         *inputs.splits.notes,
@@ -350,6 +412,7 @@ def _fill_template(
     is_cut = "; longer ones are cut off" if longest > settings.get("data.max_length", longest) else ""
     comments = {
         **COMMENTS,
+        **({"trainer.batch_size": recipe.batch} if recipe else {}),
         "sweep.trials": "; ".join(searches),
         "data.metric": f"or {join_words(others, last='or')}{advice if is_advised else ''}",
         "data.max_length": f"{lengths.mean():.0f} tokens on average, {longest} at most{is_cut}",
@@ -371,9 +434,44 @@ def _fill_template(
         settings="\n".join(lines),
         full_low=f"{low:.1e}",
         full_high=f"{high:.1e}",
-        lora_low=f"{10 * low:.1e}",
-        lora_high=f"{10 * high:.1e}",
+        **_describe_arms(recipe, low=10 * low, high=10 * high),
     )
+
+
+def _describe_arms(recipe: Recipe | None, *, low: float, high: float) -> dict[str, Any]:
+    """Returns the template's settings, ranks and rates of LoRA, and the arm of the recipe's settings."""
+    method: dict[str, Any] = dict(recipe.method) if recipe else {"method": "lora"}
+    present, rates = "", "ten times as high as for full fine-tuning"
+    if recipe is not None:
+        settings = _format_value({**method, LR: recipe.lr})
+        present = f"  present: {{settings: {settings}}} # as in {recipe.path.name}; it is trained first\n"
+    is_full = method["method"] == "full"
+    method = {"method": "lora"} if is_full else method
+    peft: dict[str, Any] = dict(method.pop("method.config", {}))
+    rank, own = ("method.config.r", peft.pop("r")) if peft else (RANK, method.pop(RANK, None))
+    note = ""
+    if ALPHA in method or peft:
+        given = peft["lora_alpha"] if peft else method[ALPHA]
+        alpha = float(min(given, MAX_LAW_FACTOR * RANKS[0])) or LoraConfig.alpha
+        if alpha != given:
+            note = f" # α {alpha:g}, because at α {given:g} one search can't serve rank {RANKS[0]}"
+        method |= {"method.config": {**peft, "lora_alpha": alpha}} if peft else {ALPHA: alpha}
+        times = math.sqrt(LoraConfig.alpha / alpha)  # the best rate of all ranks is one number times 1 / √α
+        low, high = low * times, high * times
+        rates += f" at α {LoraConfig.alpha:g}, times 1 / √α"
+    if recipe is not None:
+        low, high = min(low, recipe.lr), max(high, recipe.lr)
+    return {
+        "present": "" if is_full else present,
+        # the first arm of full fine-tuning is what others are compared with
+        "present_full": present if is_full else "",
+        "lora": f"{_format_value(method)}{note}",
+        "rank": rank,
+        "ranks": sorted({*RANKS, *([] if own is None else [own])}),
+        "lora_low": f"{low:.1e}",
+        "lora_high": f"{high:.1e}",
+        "lora_lr": rates,
+    }
 
 
 def _cut_arms(text: str, of_arms: Mapping[str, Any]) -> str:
@@ -390,5 +488,7 @@ def _cut_arms(text: str, of_arms: Mapping[str, Any]) -> str:
 
 
 def _format_value(value: Any) -> str:
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value)  # YAML's own form has several lines
     written: str = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True)
     return written.removesuffix("...\n").strip()

@@ -32,6 +32,15 @@ def test_prompt_and_completion_are_what_user_and_assistant_say(read, columns, se
     assert f"{columns[0]} and {columns[1]}" in source.notes[0]
 
 
+@pytest.mark.parametrize("settings", [{}, {"prompt": "instruction", "input": "input", "completion": "output"}])
+def test_an_input_follows_its_prompt_on_a_new_line_unless_it_is_empty(read, settings):
+    inputs = ["the text", "", None]
+    rows = [{"instruction": f"ask {n}", "input": more, "output": f"say {n}"} for n, more in enumerate(inputs)]
+    source = read("chat", {f"{split}.jsonl": jsonl_of(*rows) for split in SPLITS}, **settings)
+    assert [item.messages[0][1] for item in source.train.items] == ["ask 0\nthe text", "ask 1", "ask 2"]
+    assert [item.messages[1][1] for item in source.train.items] == ["say 0", "say 1", "say 2"]
+
+
 TALK = [said("system", "be kind"), said("user", "hi"), said("assistant", "hello")]
 PARTS = [
     said("system", [{"type": "text", "text": "be "}, {"type": "text", "text": "kind"}]),

@@ -19,7 +19,14 @@ TOOLS_COLUMN = "tools"
 """Column with the schemas of the tools that a conversation may call."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that may have the assistant's reasoning. Templates get the first of these names."""
-KNOWN_COLUMNS = ("messages", "conversations", "prompt completion", "prompt response", "question answer")
+KNOWN_COLUMNS = (
+    "messages",
+    "conversations",
+    "prompt completion",
+    "prompt response",
+    "question answer",
+    "instruction input output",
+)
 """Columns that are tried in this order if the user names none."""
 ROLES: Mapping[str, Role] = {**{role: role for role in get_args(Role)}, "human": "user", "gpt": "assistant"}
 """Our role for each role name in a file. ShareGPT's files have `human` and `gpt`."""
@@ -70,7 +77,12 @@ def hash_messages(messages: Iterable[Message]) -> int:
 
 
 def _choose_columns(config: ChatConfig, names: Sequence[str], source: str) -> list[str]:
-    wanted = (("messages", config.messages), ("prompt", config.prompt), ("completion", config.completion))
+    wanted = (
+        ("messages", config.messages),
+        ("prompt", config.prompt),
+        ("input", config.input),
+        ("completion", config.completion),
+    )
     tools = [TOOLS_COLUMN] if TOOLS_COLUMN in names else []
     if columns := choose_columns(wanted, names, source):
         return columns + tools
@@ -87,6 +99,9 @@ def parse_chat(*values: Any, group: str | None, has_tools: bool, row: Mapping[st
     """Returns the messages of a row. A prompt or completion may be a list of messages (TRL's conversational format)."""
     roles: Sequence[Role] = ("user", "assistant")
     texts = values[:-1] if has_tools else values
+    if len(texts) == 3:  # a prompt, its input and the answer
+        prompt, more, answer = texts
+        texts = (f"{require_text(prompt)}\n{require_text(more)}" if more and str(more).strip() else prompt, answer)
     if len(texts) == 1 and not isinstance(texts[0], list):
         raise ValueError(f"must have a list of messages, but has {shorten(texts[0])}")
     messages = [message for role, text in zip(roles, texts, strict=False) for message in parse_messages(text, role)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import itertools
 import json
 import math
 import os
@@ -16,27 +15,20 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import Positive, Settings, build
 from lorasweep.config.compose import packaged_folder
+from lorasweep.config.small_yaml import require_small_yaml
 from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES
-from lorasweep.disk import require_regular_file
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import SWEEP_FILE, is_number
-from lorasweep.wording import format_bytes, suggest_nearest
+from lorasweep.wording import suggest_nearest
 
 MAX_NAME_CHARACTERS = 100
 """Maximum length of the name of a sweep or an arm. It becomes part of a folder's name, whose length is limited."""
-
-MAX_SWEEP_FILE_BYTES = 2**18
-"""Maximum size of a sweep file. A larger one would be read for many seconds."""
-
-MAX_VALUES = 10_000
-"""Maximum number of values of a sweep file with its aliases written out, which can multiply. So many take 8 s."""
 
 PATH_KEYS = ("data.train", "data.validation", "data.test", "model.path")
 """Settings whose values may be paths of files."""
@@ -117,7 +109,7 @@ def read_content(source: Path | Mapping[str, Any]) -> Any:
     """
     try:
         if not isinstance(source, Mapping):
-            _require_small_file(source)
+            require_small_yaml(source, what="a sweep file")
         loaded = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else OmegaConf.load(source)
         content = OmegaConf.to_container(loaded, resolve=True)
         json.dumps(content)  # the record keeps the content; YAML also has bytes and paths
@@ -128,31 +120,6 @@ def read_content(source: Path | Mapping[str, Any]) -> Any:
         reason = " ".join(str(error).split())
         name = "the content of a sweep" if isinstance(source, Mapping) else repr(str(source))
         raise ConfigError(f"{name} must be YAML, but can't be read: {reason}.") from error
-
-
-def _require_small_file(path: Path) -> None:
-    require_regular_file(path)
-    if (size := path.stat().st_size) > MAX_SWEEP_FILE_BYTES:
-        raise ConfigError(
-            f"a sweep file must have at most {format_bytes(MAX_SWEEP_FILE_BYTES)}, but {str(path)!r} has "
-            f"{format_bytes(size)}."
-        )
-    if _count_values(yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader), {}) > MAX_VALUES:
-        raise ConfigError(
-            f"a sweep file must have at most {MAX_VALUES:,} values, but {str(path)!r} has more when its aliases "
-            "(`*name`) are written out."
-        )
-
-
-def _count_values(node: yaml.Node | None, counts: dict[int, float]) -> float:
-    """Returns the number of values of a YAML node with its aliases written out; infinity if one contains itself."""
-    if node is None or isinstance(node, yaml.ScalarNode):
-        return 1
-    if id(node) not in counts:
-        counts[id(node)] = math.inf  # until it is counted
-        children = itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
-        counts[id(node)] = 1 + sum(_count_values(child, counts) for child in children)
-    return counts[id(node)]
 
 
 def make_paths_absolute(value: Any, key: str = "") -> Any:
