@@ -344,7 +344,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=[*WAYS, PACK], help="default: all that fit the part")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--steps", type=int, default=10, help="of parity and of one run")
-    parser.add_argument("--sweep-steps", type=int, default=4, help="of each run of a sweep")
+    parser.add_argument("--sweep-steps", type=int, default=4, help="of each run of a sweep; 3 or more")
     parser.add_argument("--rates", type=int, default=8, help="learning rates of a sweep")
     parser.add_argument("--batch-size", type=int, default=8, help="pairs in a step")
     parser.add_argument("--threads", type=int, default=2)

@@ -179,6 +179,14 @@ def test_each_group_is_measured_once_and_the_base_stays(plan, inputs):
     assert all(torch.equal(p, weights[name]) for name, p in inputs.base.model.named_parameters())
 
 
+def test_arms_that_could_share_packs_are_measured_one_by_one_if_trials_run_alone(plan, content):
+    content["settings"]["worker.pack_size"] = 1
+    content["arms"]["present"] = {"settings": {"method": "lora", "optim.lr": 1e-3}}
+    content["settings"]["trainer.max_steps"] = 2
+    groups, _ = plan(minutes=1)
+    assert {*groups} == {*content["arms"]}
+
+
 def test_a_pack_of_many_tokens_is_measured_with_fewer_slots_and_scaled(plan, monkeypatch):
     whole = plan()[0]["lora"]
     monkeypatch.setattr(measure_file, "MAX_MEASURED_S", 0.0)

@@ -117,7 +117,8 @@ def measure_sweep(
         if any(arm.name in group.arms for group in rates):
             continue
         left_s = math.inf if minutes is None else MAX_MEASURED_SHARE * 60 * minutes - (time.monotonic() - began)
-        limit_s = min(MAX_MEASURED_S, max(0.1, left_s / (num_groups - len(rates))))
+        # arms that could share a pack are measured one by one if trials run alone
+        limit_s = min(MAX_MEASURED_S, max(0.1, left_s / max(1, num_groups - len(rates))))
         try:
             with doing(f"measuring {arm.name}"):
                 rates.append(

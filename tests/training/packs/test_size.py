@@ -93,6 +93,14 @@ def test_a_machine_of_little_memory_has_smaller_packs_or_none(make_config, input
     assert "ran out of memory" in chosen.reason
 
 
+def test_tied_modules_that_both_train_in_full_run_alone(make_config):
+    both = ["embed_tokens", "lm_head"]  # as in many files of axolotl
+    config = make_config({"model": "tiny", "method.modules_to_save": both})
+    chosen = choose_pack_size(config, inputs=build_inputs(config), trials_left=6)
+    assert chosen.slots == 1
+    assert "share a weight" in chosen.reason
+
+
 class LiveStorages(TorchDispatchMode):
     """Follows every storage that an operation makes, and how many bytes of them were alive at most."""
 

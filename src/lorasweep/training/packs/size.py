@@ -14,7 +14,7 @@ import torch
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import MicroBatch, StepBatchSampler
 from lorasweep.data.split import move_batch
-from lorasweep.errors import OutOfMemory
+from lorasweep.errors import ConfigError, OutOfMemory
 from lorasweep.lora.layer_kinds import list_scales
 from lorasweep.lora.packed.inject import find_slots
 from lorasweep.training.environment import Precision, fork_random_streams, get_device
@@ -79,6 +79,10 @@ def choose_pack_size(config: RunConfig, *, inputs: RunInputs, trials_left: int) 
             slot_bytes = count_slot_bytes(config, inputs=inputs)
     except OutOfMemory:
         return PackSize(1, "Trials run alone, because the forward pass of one trial ran out of memory.")
+    except ConfigError:
+        raise
+    except ValueError as error:  # such as `method.modules_to_save` with both of two tied modules
+        return PackSize(1, f"Trials run alone. {error}")
     max_bytes = max(0, int(MAX_MEMORY_FRACTION[device.type] * (machine_memory_bytes(device) - base_bytes)))
     most = MAX_SLOTS[device.type]
     limits = {
