@@ -169,10 +169,10 @@ def list_tasks() -> list[str]:
     return sorted((task for task, num in seeds.items() if num >= MIN_SEEDS), reverse=True)
 
 
-def read_table(task: str) -> Table:
-    about = json.loads((FOLDER / f"{task}.json").read_text())
+def read_table(task: str, folder: Path = FOLDER) -> Table:
+    about = json.loads((folder / f"{task}.json").read_text())
     runs, frozen = {}, {}
-    for path in sorted(FOLDER.glob(f"{task}_seed*.csv")):
+    for path in sorted(folder.glob(f"{task}_seed*.csv")):
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 test = np.array([float(x) for x in row["test"].split()])

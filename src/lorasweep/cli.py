@@ -49,8 +49,11 @@ def _run_command(arguments: Sequence[str]) -> Outcome:
         parsed.overrides = [*parsed.overrides, *others]  # also overrides after a flag
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    if parsed.json and any(getattr(parsed, name, None) for name in ("cfg", "multirun", "show_examples")):
-        raise ConfigError("`--json` must be missing with `--cfg`, `-m` and `--show-examples`, which have no result.")
+    is_grid = parsed.command is commands.train and parsed.multirun
+    if parsed.json and (is_grid or any(getattr(parsed, name, None) for name in ("cfg", "show_examples"))):
+        raise ConfigError(
+            "`--json` must be missing with `--cfg`, `-m` of `train`, and `--show-examples`, which have no result."
+        )
     command: Command = parsed.command
     return command(parsed)
 
@@ -108,10 +111,16 @@ def _add_sweep_commands(add: Callable[[Command, str], argparse.ArgumentParser]) 
     )
     plan_parser = add(commands.plan, "estimate the time, memory and disk of a sweep without training it")
     _add_overrides(plan_parser, "NAME|FILE key=value", "as in sweep")
-    compare_parser = add(commands.compare, "write and show the report of a sweep again")
-    compare_parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
+    compare_parser = add(commands.compare, "write and show the report of a sweep again, or compare several sweeps")
+    compare_parser.add_argument(
+        "folders", type=Path, metavar="DIR", nargs="+", help="folder of a sweep or of `sweep -m`"
+    )
     for shown in (sweep_parser, compare_parser):
         shown.add_argument("--verbose", action="store_true", help="print all notes and findings of the report")
+    for several in (sweep_parser, plan_parser):
+        several.add_argument(
+            *("-m", "--multirun"), action="store_true", help="one sweep for each value: data.max_train_examples=250,500"
+        )
     for timed in (sweep_parser, plan_parser, new_parser):
         timed.add_argument(
             "--minutes",

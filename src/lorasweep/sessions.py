@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
@@ -21,7 +22,15 @@ from lorasweep.config.run import RunConfig
 from lorasweep.console import EscapingConsole, say
 from lorasweep.disk import claim_folder, lock_folder, numbered_folders, require_new_folder
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import RUN_FILE, SWEEP_FILE, read_run, read_sweep
+from lorasweep.record import (
+    RUN_FILE,
+    SWEEP_FILE,
+    GroupRecord,
+    find_resumed_folder,
+    read_run,
+    read_sweep,
+    write_record,
+)
 from lorasweep.report.write import write_report
 from lorasweep.results import RunResult, SweepResult, load_sweep
 from lorasweep.runs.reproduce import Reproduction, compare_sweeps, reproduce_run
@@ -37,11 +46,13 @@ from lorasweep.sweep.checks import (
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, read_saved_definition
 from lorasweep.sweep.definition.arms import Definition
+from lorasweep.sweep.definition.sweep_file import name_in_errors
 from lorasweep.sweep.fingerprints import compute_fingerprints
 from lorasweep.sweep.status import SweepStatus, report_status, show_progress
 from lorasweep.sweep.workers.train import train_sweep
 from lorasweep.training.generation import check_answers
 from lorasweep.training.inputs import InputsCache, build_inputs
+from lorasweep.training.loaded_parts import LoadedParts
 from lorasweep.training.module import check_run
 from lorasweep.training.processes import join_processes, run_on_first
 from lorasweep.training.restore import check_same_run
@@ -67,30 +78,82 @@ def run_definition(
     The folder is `output`, else the setting `sweep.output`, else `default` (`outputs/NAME`) with the next free number.
     Raises ConfigError if the sweep can't run as asked; then nothing was written.
     """
-    definition = set_steps(definition, inputs_cache)
     wanted = definition.sweep_config.sweep.output if output is None else str(output)
-    metric = check_definition(definition, inputs_cache, new_folder=wanted)
-    constant_answer, notes = score_constant_answer(definition, inputs_cache), list_notes(definition, inputs_cache)
+    create = check_sweep(definition, inputs_cache, new_folder=wanted)
     folders = numbered_folders(default or Path("outputs") / definition.name)
     with claim_folder(None if wanted is None else Path(wanted), otherwise=folders, key="sweep.output") as path:
-        opened = create_sweep(
-            definition,
-            path,
-            metric=metric,
-            test_metrics=list_test_metrics(definition, metric),
-            retained=list_retained(definition, inputs_cache),
-            constant_answer=constant_answer,
-            fingerprints=compute_fingerprints(definition, inputs_cache),
-            notes=notes,
-            warnings=list_warnings(definition, inputs_cache),
-        )
+        opened = create(path)
     return run_opened_sweep(opened, inputs_cache, progress=progress)
+
+
+def check_sweep(
+    definition: Definition, inputs_cache: InputsCache, *, new_folder: str | None = None
+) -> partial[SweepFolder]:
+    """Returns the function that creates a sweep in a folder. Raises ConfigError if the sweep can't run as asked."""
+    definition = set_steps(definition, inputs_cache)
+    metric = check_definition(definition, inputs_cache, new_folder=new_folder)
+    return partial(
+        create_sweep,
+        definition,
+        metric=metric,
+        test_metrics=list_test_metrics(definition, metric),
+        retained=list_retained(definition, inputs_cache),
+        constant_answer=score_constant_answer(definition, inputs_cache),
+        fingerprints=compute_fingerprints(definition, inputs_cache),
+        notes=list_notes(definition, inputs_cache),
+        warnings=list_warnings(definition, inputs_cache),
+    )
+
+
+def run_definitions(definitions: Mapping[str, Definition], *, progress: Progress) -> list[SweepResult]:
+    """Checks several sweeps, creates a folder with all of them, trains one after another, and returns their results.
+
+    The keys are the names of the sweeps' folders. The folder above them is `sweep.output`, else `outputs/NAME` with the
+    next free number. After an interruption, the last result is that of the sweep that was interrupted.
+
+    Raises ConfigError if one of the sweeps can't run as asked, or they have different metrics; nothing was written.
+    """
+    parts: dict[Any, LoadedParts] = {}
+
+    def build_cache(definition: Definition) -> InputsCache:
+        """Returns a cache that shares base and data with the sweep before, but keeps no other base in memory."""
+        bases = tuple(arm.base.model for arm in definition.arms)
+        if bases not in parts:
+            parts.clear()
+        return InputsCache(parts.setdefault(bases, LoadedParts()))
+
+    first, *others = definitions.values()
+    wanted = first.sweep_config.sweep.output
+    if any(other.sweep_config.sweep.output != wanted for other in others):
+        raise ConfigError("`sweep.output` must have one value with `-m`: the folder of all sweeps.")
+    if wanted is not None:
+        require_new_folder(Path(wanted), key="sweep.output")
+    creators = {}
+    for name, definition in definitions.items():
+        with name_in_errors(name):
+            creators[name] = check_sweep(definition, build_cache(definition))
+    metrics = {create.keywords["metric"].name for create in creators.values()}
+    if len(metrics) > 1:
+        raise ConfigError(f"the sweeps of `-m` are compared, so they must have one metric, but have {sorted(metrics)}.")
+    folders = numbered_folders(Path("outputs") / first.name)
+    with claim_folder(Path(wanted) if wanted else None, otherwise=folders, key="sweep.output") as folder:
+        waiting = [create(folder / name) for name, create in creators.items()]
+        write_record(GroupRecord(sweeps=[*definitions]), folder)  # last: a folder that has it can be resumed
+    results: list[SweepResult] = []
+    try:
+        while waiting and all(result.status == "complete" for result in results):
+            opened = waiting.pop(0)
+            results.append(run_opened_sweep(opened, build_cache(opened.definition), progress=progress))
+    finally:
+        for opened in waiting:
+            opened.close()
+    return results
 
 
 def run_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progress: Progress) -> SweepResult:
     """Trains the remaining trials of an open sweep and closes it; writes the report if the sweep is complete."""
     folder = opened.path
-    remedy = f"To resume type `lorasweep sweep --resume {folder}`"
+    remedy = f"To resume type `lorasweep sweep --resume {find_resumed_folder(folder)}`"
     shown: AbstractContextManager[Any] = nullcontext()
     if isinstance(progress, str):
         shown = show_progress(folder, EscapingConsole(), verbose=progress == "verbose")

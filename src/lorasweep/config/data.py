@@ -205,6 +205,8 @@ class BlockSettings(DataSettings):
 
     block_length: AtLeastTwo
     """Tokens per training and evaluation sequence, >= 2."""
+    max_train_documents: Positive | None
+    """Maximum number of training documents, evenly spaced; null uses all."""
     max_validation_blocks: Positive | None
     """Maximum number of validation blocks, evenly spaced; null uses all."""
     max_test_blocks: Positive | None

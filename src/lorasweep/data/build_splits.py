@@ -126,6 +126,8 @@ def build_block_split(
     examples: Examples[Document], *, config: StdlibConfig | TextConfig, tokenizer: PreTrainedTokenizerBase
 ) -> BlockSplit:
     """Tokenises the documents of one split and cuts them into blocks. Raises ConfigError if they fill no block."""
+    if examples.name == "train":
+        examples = examples.take(config.max_train_documents)
     documents = tokenise_documents(examples, tokenizer=tokenizer)
     tokens = documents.values
     if len(tokens) <= config.block_length:

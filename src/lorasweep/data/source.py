@@ -120,6 +120,12 @@ class Examples(Generic[Example]):
     def __len__(self) -> int:
         return len(self.items)
 
+    def take(self, limit: int | None) -> Examples[Example]:
+        """Returns this number of examples, evenly spaced; None or too many return all. Twice as many contain these."""
+        if limit is None or limit >= len(self):
+            return self
+        return collect_examples(self.name, [self.items[n * len(self) // limit] for n in range(limit)], self.notes)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DataSource:

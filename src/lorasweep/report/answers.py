@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lorasweep.config.run import ALPHA, LR, RANK
-from lorasweep.record import QuestionName, RetainedRow, is_number
+from lorasweep.record import QuestionName, RetainedRow, RunRecord, is_number
 from lorasweep.report.caveats import Learning
 from lorasweep.report.evidence.evidence import RetainedChange
 from lorasweep.report.evidence.verdicts import (
@@ -82,16 +82,22 @@ def list_answer_lines(data: SweepData, learning: Learning) -> tuple[AnswerLine, 
 
 def describe_cut(data: SweepData) -> str:
     """Returns a sentence if `--minutes` left the longest run less than an epoch; otherwise empty."""
-    run = max(data.run_records, key=lambda run: run.steps_planned, default=None)
-    if run is None or data.record.minutes is None:
+    num, epochs, run = count_examples(data)
+    if run is None or data.record.minutes is None or epochs >= 1:
         return ""
-    train, trainer = run.data.get("train", {}), run.config.get("trainer")
+    size = round(epochs * num / run.steps_planned)
+    return f"To fit `--minutes`, each run had {run.steps_planned:,} steps of {size:,} ({epochs:.2g} epochs)."
+
+
+def count_examples(data: SweepData) -> tuple[int, float, RunRecord | None]:
+    """Returns the training examples and the epochs of the longest run of a sweep, and this run; None if not known."""
+    run = max(data.run_records, key=lambda run: run.steps_planned, default=None)
+    train, trainer = (run.data.get("train", {}), run.config.get("trainer")) if run else ({}, None)
     num = train.get("examples", train.get("blocks"))
     batch = trainer.get("batch_size") if isinstance(trainer, dict) else 0
-    if not (is_number(num) and is_number(batch) and 0 < run.steps_planned * batch < num):
-        return ""
-    epochs = f"{run.steps_planned * batch / num:.2g} epochs"
-    return f"To fit `--minutes`, each run had {run.steps_planned:,} steps of {batch:,} ({epochs})."
+    if run is None or not (is_number(num) and is_number(batch) and num > 0 < run.steps_planned * batch):
+        return 0, 0.0, None
+    return int(num), run.steps_planned * batch / num, run
 
 
 def describe_answer(answer: Answer, data: SweepData) -> str:

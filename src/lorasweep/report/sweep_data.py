@@ -24,6 +24,7 @@ from lorasweep.record import (
     SweepRecord,
     Trial,
     TrialState,
+    find_resumed_folder,
     find_winner,
     get_run_folder,
     read_run,
@@ -117,8 +118,9 @@ class SweepData:
     @property
     def completing_command(self) -> str:
         """The command that leads to a complete sweep: `status --watch` if a process runs it now, else a resume."""
-        name = shlex.quote(str(self.folder))
-        return f"lorasweep status {name} --watch" if is_running(self.folder) else f"lorasweep sweep --resume {name}"
+        if is_running(self.folder):
+            return f"lorasweep status {shlex.quote(str(self.folder))} --watch"
+        return f"lorasweep sweep --resume {shlex.quote(str(find_resumed_folder(self.folder)))}"
 
     @property
     def run_records(self) -> tuple[RunRecord, ...]:

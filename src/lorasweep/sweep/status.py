@@ -28,6 +28,7 @@ from lorasweep.record import (
     SweepRecord,
     Trial,
     describe_confirmation,
+    find_resumed_folder,
     find_winner,
     list_confirm_runs,
     read_sweep,
@@ -203,7 +204,8 @@ def render_status(status: SweepStatus) -> RenderableType:
     elif is_over:
         notes.append(f"• Type `lorasweep compare {status.folder}` for the answers and the test scores.")
     else:
-        notes.append(f"• No process runs this sweep. Type `lorasweep sweep --resume {status.folder}` to resume it.")
+        resumed = find_resumed_folder(status.folder)
+        notes.append(f"• No process runs this sweep. Type `lorasweep sweep --resume {resumed}` to resume it.")
     return Group(Text(title, style="bold"), _build_table(status), *map(Text, notes))
 
 

@@ -44,11 +44,12 @@ def build_inputs(
 class InputsCache:
     """Loads the inputs of a worker's runs. Runs with the same model and data share one `RunInputs`."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: LoadedParts | None = None) -> None:
+        """`parts` has the bases and data sets that an earlier cache loaded."""
         self.folder: Path | None = None
         """The folder of the sweep that trains. If it is set, the splits have the reference (`RunInputs.prepare`)."""
         self.telemetry = Telemetry()
-        self._parts = LoadedParts()
+        self._parts = parts or LoadedParts()
         self._loaded: dict[tuple[Any, ...], RunInputs] = {}
         self._other_splits: dict[tuple[DataConfig, tuple[Any, ...]], DataSplits] = {}
 

@@ -14,7 +14,10 @@ from lorasweep.methods import copy_sharing_weights
 from lorasweep.models.load import BaseModel, Labels, load_base
 
 TOKENISING_SETTINGS = frozenset(
-    ("max_length", "block_length", "max_validation_blocks", "max_test_blocks", "class_weights", "metric")
+    (
+        *("max_length", "block_length", "max_train_documents", "max_validation_blocks", "max_test_blocks"),
+        *("class_weights", "metric"),
+    )
 )
 """Settings of data that are applied to its examples after they were read and assigned to splits."""
 SPLITTING_SETTINGS = frozenset(("test_fraction", "max_train_examples", "max_validation_examples", "max_test_examples"))
