@@ -169,9 +169,16 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run_commands(add: Callable[[Command, str], argparse.ArgumentParser]) -> None:
-    export_parser = add(commands.export, "write an adapter for PEFT, or the merged model for transformers")
-    export_parser.add_argument("--format", required=True, choices=["peft", "merged"])
-    export_parser.add_argument("--out", type=Path, metavar="D", required=True, help="a new or empty folder")
+    export_parser = add(commands.export, "write an adapter, a merged model, or settings into another tool's file")
+    export_parser.add_argument("--format", required=True, choices=["peft", "merged", *commands.RECIPE_FORMATS])
+    places = export_parser.add_mutually_exclusive_group(required=True)
+    places.add_argument("--out", type=Path, metavar="D", help="for peft and merged: a new or empty folder")
+    places.add_argument(
+        "--into",
+        type=Path,
+        metavar="FILE",
+        help="for the others: the tool's file, of which decided lines change",
+    )
     inspect_parser = add(commands.inspect, "show how much of its rank a run used, from its weights")
     for reader in (export_parser, inspect_parser):
         reader.add_argument(

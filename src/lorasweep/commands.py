@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 END_S = 3.0
 """Seconds of `--minutes` that are kept for the report at the end of a sweep."""
+RECIPE_FORMATS = ("axolotl", "trl", "llamafactory")
+"""Formats of `export` that write settings into a training file of another tool."""
 MAX_LABEL_CHARACTERS = 60
 """Maximum length of the values in the name of a folder of `sweep -m`."""
 Command = Callable[[argparse.Namespace], Outcome]
@@ -317,6 +319,12 @@ def export(arguments: argparse.Namespace) -> Outcome:
     from lorasweep.config.run import require_exportable
     from lorasweep.record import read_run, restore_config
 
+    if (arguments.format in RECIPE_FORMATS) is not (arguments.into is not None):
+        fitting = RECIPE_FORMATS if arguments.into else ("peft", "merged")
+        place = "--into" if arguments.into else "--out"
+        raise ConfigError(f"`{place}` must come with `--format` {' or '.join(fitting)}, but got {arguments.format!r}.")
+    if arguments.into:
+        return _export_into(arguments)
     run = _choose_run(arguments.run, verb="exporting")
     require_exportable(restore_config(read_run(run)))  # without torch, whose import takes seconds
     with quick_imports():
@@ -328,6 +336,29 @@ def export(arguments: argparse.Namespace) -> Outcome:
     for sentence in written.serving:
         say(f"• {sentence}")
     return Outcome(written)
+
+
+def _export_into(arguments: argparse.Namespace) -> Outcome:
+    """Writes the settings that a sweep decided into a training file of another tool, and says each change."""
+    from lorasweep.recipes.write import write_recipe
+    from lorasweep.record import read_run
+    from lorasweep.report.answers import describe_evidence
+    from lorasweep.report.recommend import load_recommended
+
+    swept: tuple[str, ...] = ()
+    if _is_run(arguments.run):
+        run, evidence = read_run(arguments.run), "one run, compared with no other"
+    else:
+        data, one, trial = load_recommended(arguments.run, key="RUN", methods=("lora", "peft"))
+        assert trial.record is not None  # `find_recommended` refuses others
+        run, swept, evidence = trial.record, tuple(trial.params), describe_evidence(one, data)
+    changes, notes = write_recipe(arguments.into, tool=arguments.format, run=run, swept=swept, evidence=evidence)
+    for change in changes:
+        say(f"{change.line} (was {change.old or 'missing'})")
+    for note in notes:
+        say(f"• {note}")
+    say(f"{arguments.into}: {len(changes) or 'no'} lines changed; {evidence}")
+    return Outcome({"file": arguments.into, "changes": changes, "evidence": evidence, "notes": notes})
 
 
 def inspect(arguments: argparse.Namespace) -> Outcome:
@@ -347,15 +378,22 @@ def _choose_run(folder: Path, *, verb: str) -> Path:
 
     Reads the record without torch, whose import takes seconds, so that a wrong folder is refused at once.
     """
-    from lorasweep.record import RUN_FILE, SWEEP_FILE, read_run
+    from lorasweep.record import read_run
     from lorasweep.report.recommend import find_recommended_run
 
-    if (folder / RUN_FILE).is_file() or not any((sweep / SWEEP_FILE).is_file() for sweep in (folder, folder.parent)):
+    if _is_run(folder):
         read_run(folder)
         return folder
     run, described = find_recommended_run(folder)
     say(f"{verb} {described}: {run}")
     return run
+
+
+def _is_run(folder: Path) -> bool:
+    """Returns whether a folder must be a run, because it is neither SWEEP nor SWEEP/ARM."""
+    from lorasweep.record import RUN_FILE, SWEEP_FILE
+
+    return (folder / RUN_FILE).is_file() or not any((one / SWEEP_FILE).is_file() for one in (folder, folder.parent))
 
 
 def reproduce(arguments: argparse.Namespace) -> Outcome:

@@ -342,7 +342,7 @@ def test_a_file_that_is_no_training_file_is_one_sentence(read, text):
 
 def test_a_missing_file_and_a_folder_are_one_sentence(tmp_path):
     for path in (tmp_path / "none.yaml", tmp_path):
-        with pytest.raises(ConfigError, match="--like"):
+        with pytest.raises(ConfigError, match="must be a YAML file"):
             read_recipe(path)
 
 
@@ -350,3 +350,11 @@ def test_foreign_yaml_sets_no_class(read):
     recipe = read(AXOLOTL, optimizer={"_target_": "os.system"}, _target_="os.system")
     assert recipe.settings["optim"] == "adamw"
     assert recipe.keys.not_taken["_target_"] == UNKNOWN
+
+
+def test_keys_below_a_group_are_read_by_their_dotted_names(read):
+    pairs = [{"path": "org/pairs", "type": "chatml.intel"}]
+    recipe = read(AXOLOTL, datasets=pairs, rl="dpo", rl_beta=0.3, trl={"beta": 0.2, "use_vllm": True})
+    assert recipe.settings["objective.beta"] == 0.2  # as in axolotl, where it wins
+    assert recipe.keys.taken["trl.beta"] == "objective.beta"
+    assert recipe.keys.not_taken["trl.use_vllm"] == UNKNOWN

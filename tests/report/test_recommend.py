@@ -7,7 +7,7 @@ from lorasweep.config.build import as_settings
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.report.findings import read_findings
-from lorasweep.report.recommend import read_recommended
+from lorasweep.report.recommend import load_recommended, read_recommended
 from lorasweep.results import load_sweep
 
 from .conftest import build_rank_sweep, scatter_seeds
@@ -27,6 +27,9 @@ def test_better_method_is_recommended_with_lora_as_the_alternative(finished_and_
     assert train == f"lorasweep train --from {finished_and_confirmed}/lora"
     assert export == f"lorasweep export {finished_and_confirmed}/lora --format peft --out adapter"
     assert len(full.commands) == 1
+    # a file of another tool that trains LoRA gets the settings of LoRA
+    _, one, _ = load_recommended(finished_and_confirmed, key="RUN", methods=("lora", "peft"))
+    assert one.row.method == "lora"
 
 
 OWN = {

@@ -104,10 +104,41 @@ def test_typed_settings_win_and_data_with_other_columns_are_found(here, capsys):
     assert not settings.keys() & {"data.prompt", "data.input", "data.separator", "data.path"}
     assert (settings["trainer.batch_size"], settings["optim.weight_decay"]) == (1, 0.3)
     assert "other columns than theirs.yaml names: `data`" not in (printed := capsys.readouterr().out)
-    assert "`data.input` and `data.completion` are not used." in printed
+    assert "`data.input` and `data.completion`." in printed
     (here / "text.txt").write_text("some words in a row\n" * 3000)
     settings = draft(STAND_INS[0], "data.train=text.txt", name="text.yaml")["settings"]
     assert (settings["data"], settings["data.block_length"]) == ("text", 128)
+
+
+def test_a_second_column_of_alpaca_may_be_missing(here):
+    rows = [{"instruction": f"repeat {n}", "output": f"{n} {n}"} for n in range(200)]
+    (here / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = draft(STAND_INS[0], datasets=[{"path": "own.jsonl", "type": "alpaca"}])["settings"]
+    assert settings["data.train"] == "own.jsonl"
+    assert (settings["data.prompt"], settings["data.completion"]) == ("instruction", "output")
+    assert "data.input" not in settings
+
+
+@pytest.mark.parametrize(
+    ("prompt", "template", "expected"),
+    [
+        ("say {}", None, {"data.template": "plain", "data.separator": ""}),  # TRL joins texts without a template
+        ([{"role": "user", "content": "say {}"}], None, {}),
+        ("say {}", "own.jinja", {"data.template": "own.jinja"}),
+    ],
+)
+def test_trl_gives_a_template_to_messages_alone(here, prompt, template, expected):
+    (here / "own.jinja").write_text("{% for m in messages %}{{ m.content }}|{% endfor %}")
+    answer = "{}" if isinstance(prompt, str) else [{"role": "assistant", "content": "{}"}]
+    text = json.dumps({"prompt": prompt, "completion": answer})
+    (here / "own.jsonl").write_text("\n".join(text.replace("{}", str(n)) for n in range(200)))
+    theirs = {"model_name_or_path": "org/base", "use_peft": True, "chat_template_path": template}
+    Path("theirs.yaml").write_text(yaml.safe_dump(theirs))
+    words = (STAND_INS[0], "data.train=own.jsonl", *(() if expected else ("data.template=plain",)))
+    assert run(["new", "mine.yaml", "--like", "theirs.yaml", *words]) == DONE
+    settings = yaml.safe_load(Path("mine.yaml").read_text())["settings"]
+    found = {key: settings[key] for key in ("data.template", "data.separator") if key in settings}
+    assert found == (expected or {"data.template": "plain"})
 
 
 def test_pairs_and_their_beta(here):

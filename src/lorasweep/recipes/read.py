@@ -59,6 +59,8 @@ class Recipe:
     keys: MappedKeys
     defaults: Mapping[str, Any]
     """Values that the tool takes for keys that the file lacks."""
+    texts: Mapping[str, Any]
+    """Settings of data whose prompts are texts instead of messages."""
     batch: str
     """How the batch size follows from their keys."""
 
@@ -98,6 +100,8 @@ def read_recipe(path: Path, *, has_data: bool = False) -> Recipe:
             f"{join_words(named, last='or')}, but has the keys {shorten(list(values), 200)}."
         )
     table = load_table(name)
+    for group in [key for key in table.get("nested", ()) if isinstance(values.get(key), dict)]:
+        values |= {f"{group}.{key}": value for key, value in values.pop(group).items()}
     found = sort_keys({key: value for key, value in values.items() if key not in table["data_keys"]}, table)
     is_dpo = found.settings.get("recipe.loss") == "dpo" or BETA in found.settings  # TRL's command names the stage
     stage = found.settings.get("recipe.stage") or ("dpo" if is_dpo and "stage" not in table["defaults"] else "sft")
@@ -119,7 +123,7 @@ def read_recipe(path: Path, *, has_data: bool = False) -> Recipe:
     if ALPHA not in found.settings:  # LLaMA-Factory's rule; the other tables have a default
         found.add(sort_keys(doubled := {"lora_alpha": 2 * found.settings[RANK]}, table))
         defaults |= doubled
-    recipe = _combine(path, table["name"], found, facts, stage=stage, defaults=defaults)
+    recipe = _combine(path, table, found, facts, stage=stage, defaults=defaults)
     known = {key: value for key, value in recipe.settings.items() if "data" in recipe.settings or "data." not in key}
     try:
         compose_run({"model": "causal_lm", **known, **recipe.method, LR: recipe.lr}, require_all=False)
@@ -130,7 +134,13 @@ def read_recipe(path: Path, *, has_data: bool = False) -> Recipe:
 
 
 def _combine(
-    path: Path, tool: str, found: MappedKeys, facts: Mapping[str, Any], *, stage: str, defaults: Mapping[str, Any]
+    path: Path,
+    table: Mapping[str, Any],
+    found: MappedKeys,
+    facts: Mapping[str, Any],
+    *,
+    stage: str,
+    defaults: Mapping[str, Any],
 ) -> Recipe:
     """Returns the settings that follow from several keys together."""
     settings, method = dict(found.settings), {}
@@ -169,11 +179,11 @@ def _combine(
     if 0 < steps < 1:  # transformers reads it as a share
         steps, ratio = 0, steps
     settings["schedule.warmup_fraction"] = 0.0 if settings["schedule"] == "constant" else ratio
-    if str(facts.get("template", "")).endswith(".jinja") and "data" in settings:
+    if str(facts.get("template", "")).endswith(".jinja"):
         settings["data.template"] = facts["template"]
     return Recipe(
         path=path,
-        tool=tool,
+        tool=table["name"],
         settings=settings,
         method={"method": "full"} if is_full else _combine_lora(method, facts, found),
         lr=settings.pop(LR),
@@ -182,6 +192,7 @@ def _combine(
         warmup_steps=steps,
         keys=found,
         defaults={key: value for key, value in defaults.items() if found.taken.pop(key, None)},
+        texts={} if "data.template" in settings else table.get("texts", {}),
         batch=f"{micro_batch} × {accumulate} accumulated on one GPU; multiply by your GPUs",
     )
 
@@ -203,15 +214,15 @@ def _combine_lora(method: dict[str, Any], facts: Mapping[str, Any], found: Mappe
 def _load(path: Path) -> dict[str, Any]:
     """Returns the mapping in a YAML file. Raises ConfigError if it is none or too large."""
     try:
-        require_small_yaml(path, what="`--like`")
+        require_small_yaml(path, what="a training file")
         content = yaml.safe_load(path.read_bytes())
     except ConfigError:
         raise
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"`--like` must name a YAML file, but {str(path)!r} can't be read: {reason}.") from error
+        raise ConfigError(f"a training file must be a YAML file, but {str(path)!r} can't be read: {reason}.") from error
     if not isinstance(content, dict) or not content:
-        raise ConfigError(f"`--like` must name a file of keys and values, but {str(path)!r} has {shorten(content)}.")
+        raise ConfigError(f"a training file must have keys and values, but {str(path)!r} has {shorten(content)}.")
     return {str(key): value for key, value in content.items()}
 
 

@@ -123,6 +123,20 @@ class RunRecord:
         """The best validation value of the run's metric, or None before its first evaluation."""
         return self.best.get(self.metric)
 
+    @property
+    def num_train(self) -> int | None:
+        """The number of training examples, or of blocks of text; None if that is not known."""
+        train = self.data.get("train", {})
+        num = train.get("examples", train.get("blocks"))
+        return int(num) if is_number(num) and num > 0 else None
+
+    @property
+    def epochs(self) -> float | None:
+        """How often the run was planned to see each training example; None if that is not known."""
+        trainer = self.config.get("trainer")
+        batch_size = trainer.get("batch_size") if isinstance(trainer, dict) else None
+        return self.steps_planned * batch_size / self.num_train if is_number(batch_size) and self.num_train else None
+
 
 def read_run(folder: Path) -> RunRecord:
     """Reads a run's record. Raises RecordError if it is missing, damaged or of another version."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lorasweep.config.run import ALPHA, LR, RANK
-from lorasweep.record import QuestionName, RetainedRow, RunRecord, is_number
+from lorasweep.record import QuestionName, RetainedRow
 from lorasweep.report.caveats import Learning
 from lorasweep.report.evidence.evidence import RetainedChange
 from lorasweep.report.evidence.verdicts import (
@@ -29,8 +29,8 @@ from lorasweep.report.next_step import (
     find_regret_step,
     find_settling_step,
 )
-from lorasweep.report.recommend import ChosenSubject, choose_arm, pair_fixed_settings
-from lorasweep.report.sweep_data import SweepData
+from lorasweep.report.recommend import ChosenSubject, choose_arm, choose_subject, pair_fixed_settings
+from lorasweep.report.sweep_data import SubjectData, SweepData
 from lorasweep.wording import (
     count_decimals,
     count_percent_decimals,
@@ -82,27 +82,29 @@ def list_answer_lines(data: SweepData, learning: Learning) -> tuple[AnswerLine, 
 
 def describe_cut(data: SweepData) -> str:
     """Returns a sentence if `--minutes` left the longest run less than an epoch; otherwise empty."""
-    num, epochs, run = count_examples(data)
-    if run is None or data.record.minutes is None or epochs >= 1:
+    run = data.longest_run
+    if run is None or data.record.minutes is None or not run.epochs or run.epochs >= 1:
         return ""
-    size = round(epochs * num / run.steps_planned)
-    return f"To fit `--minutes`, each run had {run.steps_planned:,} steps of {size:,} ({epochs:.2g} epochs)."
-
-
-def count_examples(data: SweepData) -> tuple[int, float, RunRecord | None]:
-    """Returns the training examples and the epochs of the longest run of a sweep, and this run; None if not known."""
-    run = max(data.run_records, key=lambda run: run.steps_planned, default=None)
-    train, trainer = (run.data.get("train", {}), run.config.get("trainer")) if run else ({}, None)
-    num = train.get("examples", train.get("blocks"))
-    batch = trainer.get("batch_size") if isinstance(trainer, dict) else 0
-    if run is None or not (is_number(num) and is_number(batch) and num > 0 < run.steps_planned * batch):
-        return 0, 0.0, None
-    return int(num), run.steps_planned * batch / num, run
+    steps = f"{run.steps_planned:,} steps of {run.config['trainer']['batch_size']:,}"
+    return f"To fit `--minutes`, each run had {steps} ({run.epochs:.2g} epochs)."
 
 
 def describe_answer(answer: Answer, data: SweepData) -> str:
     """Returns the answer on one subject as a sentence without the full stop."""
     return f"`{answer.subject}` {_describe_result(answer, data)}"
+
+
+def describe_evidence(one: SubjectData, data: SweepData) -> str:
+    """Returns in a few words how well a subject is known to do, for a comment in a file of another tool."""
+    if not data.evidence.means:
+        return f"the best of {len(one.trials)} trials on validation data; {NO_TEST_SCORES}"
+    asked = [*data.evidence.list_answers("as_good_as_full"), *data.evidence.list_answers("smallest")]
+    if (answer := next((answer for answer in asked if answer.subject == one.name), None)) is None:
+        return "confirmed on test data, and compared with no other arm"
+    choice = choose_subject(data, one.arm)
+    may_be_smaller = choice is not None and choice.data is one and answer.is_settled and not choice.is_settled
+    more = "; not settled: a smaller value may be enough" if may_be_smaller else ""
+    return f"{name_value(one.name, data)} {_describe_quantity(answer, data)} ({answer.verdict}{more})"
 
 
 def describe_change(change: RetainedChange, data: SweepData) -> str:

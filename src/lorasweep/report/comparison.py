@@ -20,7 +20,6 @@ from lorasweep.config.run import STEPS_KEY
 from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError
 from lorasweep.record import is_number
-from lorasweep.report.answers import count_examples
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.growth import Slope, estimate_slopes
 from lorasweep.report.page import render_template
@@ -100,8 +99,8 @@ def compare_sweeps(folders: Sequence[Path]) -> tuple[Comparison, Panel]:
     differences = _find_differences(found)
     key, values = next(iter(differences.items()), ("", []))
     is_growth = len(differences) == 1 and key in DATA_KEYS
-    is_growth = is_growth and len({count_examples(data)[0] for data in found} - {0}) == len(found)
-    order = [count_examples(data)[0] for data in found] if is_growth else values
+    is_growth = is_growth and len({data.num_train for data in found} - {0}) == len(found)
+    order = [data.num_train for data in found] if is_growth else values
     if len(differences) == 1 and all(map(is_number, order)):
         places = sorted(range(len(found)), key=order.__getitem__)
         found, values = [found[place] for place in places], [values[place] for place in places]
@@ -109,7 +108,7 @@ def compare_sweeps(folders: Sequence[Path]) -> tuple[Comparison, Panel]:
     labels = names if len(differences) == 1 and len({*names}) == len(found) else [str(data.folder) for data in found]
     subjects = dict.fromkeys(one.name for data in found for one in data.subjects if not one.row.is_base)
     has_shares = all(data.evidence.gain or (data.full_gain and not data.evidence.means) for data in found)
-    examples = [count_examples(data)[0] for data in found]
+    examples = [data.num_train for data in found]
     arms, evidence = [row.name for row in found[0].record.arms if row.key], [data.evidence for data in found]
     comparison = Comparison(
         sweeps={label: data.folder for label, data in zip(labels, found, strict=True)},
@@ -153,7 +152,7 @@ def _find_differences(sweeps: Sequence[SweepData]) -> dict[str, list[Any]]:
 
 
 def _have_equal_epochs(sweeps: Sequence[SweepData]) -> bool:
-    epochs = [count_examples(data)[1] for data in sweeps]
+    epochs = [data.epochs for data in sweeps]
     return 0 < max(epochs) <= MAX_EPOCHS_RATIO * min(epochs)
 
 
@@ -188,7 +187,7 @@ def _describe(comparison: Comparison, sweeps: Sequence[SweepData]) -> Iterator[s
         found = [f"{value} at {label}" for value, label in zip(values, labels, strict=True)]
         yield f"The smallest value of `{arm}` that is enough: {join_words(found)}."
     if comparison.slopes and not _have_equal_epochs(sweeps):
-        epochs = join_words([f"{count_examples(data)[1]:.2g}" for data in sweeps])
+        epochs = join_words([f"{data.epochs:.2g}" for data in sweeps])
         yield f"The runs train {epochs} epochs, so the trend is that of data and epochs. Set `sweep.epochs`."
     if len(keys) == 1 and {*comparison.differences} <= {*DATA_KEYS} and not comparison.slopes:
         yield "No trend is known: it needs a shown gain of full fine-tuning, and the same seeds and test examples."

@@ -10,9 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorasweep.config.build import as_settings, dotted_items
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY
 from lorasweep.errors import ConfigError, RecordError
+from lorasweep.recipes.read import TOOLS, load_table
+from lorasweep.recipes.write import list_changes
 from lorasweep.record import SWEEP_FILE, Trial, get_run_folder, is_number, restore_config
 from lorasweep.report.caveats import Learning, judge_learning
 from lorasweep.report.evidence.verdicts import NEGATIVE_VERDICTS, POSITIVE_VERDICTS
@@ -124,6 +127,9 @@ class Recommendation:
     """Names and values of the settings."""
     commands: dict[str, str]
     """The command for each thing that a user may want next."""
+    recipes: dict[str, dict[str, str]]
+    """For each other tool its `name`, the `lines` of its training file with these settings, and the `command` that
+    writes them. Empty if there are no such lines."""
 
 
 def recommend(data: SweepData, learning: Learning) -> list[Recommendation]:
@@ -143,6 +149,7 @@ def recommend(data: SweepData, learning: Learning) -> list[Recommendation]:
             is_settled=one.is_settled and is_shown,
             settings=_name_settings(one.data, one.best),
             commands=_list_commands(one.data, data),
+            recipes=_list_recipes(one, data),
         )
         for one in choices
     ]
@@ -154,8 +161,7 @@ def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     `source` is the folder of a sweep, or `SWEEP/ARM` for the setting of an arm or of one of its confirmed values.
     Raises the errors of `find_recommended`, and RecordError if the folder is not a sweep.
     """
-    data, name = _load_source(source)
-    one, trial = find_recommended(data, name, key="--from")
+    data, one, trial = load_recommended(source, key="--from")
     number = None if trial.is_predicted else trial.number
     origin = {"sweep": str(data.folder.resolve()), "name": data.record.name, "arm": one.name, "trial": number}
     return list_overrides(one, trial), origin
@@ -166,8 +172,7 @@ def find_recommended_run(source: Path) -> tuple[Path, str]:
 
     It has the best score on validation data of its setting's runs: test data has no part in a choice.
     """
-    data, name = _load_source(source)
-    one, trial = find_recommended(data, name, key="SWEEP")
+    data, one, trial = load_recommended(source, key="SWEEP")
     sign, scored = data.record.search_metric.sign, [run for run in one.confirm_runs if run.is_complete and run.record]
     runs = [run for run in scored if is_number(run.search_score)]
     run = min(runs, key=lambda run: sign * (run.search_score or 0.0), default=trial)
@@ -175,19 +180,25 @@ def find_recommended_run(source: Path) -> tuple[Path, str]:
     return get_run_folder(data.folder, run.run), f"{run.name}{best}"
 
 
-def _load_source(source: Path) -> tuple[SweepData, str | None]:
-    """Returns the sweep of SWEEP or SWEEP/ARM, and the name ARM."""
+def load_recommended(
+    source: Path, *, key: str, methods: Sequence[str] | None = None
+) -> tuple[SweepData, SubjectData, Trial]:
+    """Returns the sweep of SWEEP or SWEEP/ARM, and what `find_recommended` returns, which also raises its errors."""
     is_arm = not (source / SWEEP_FILE).is_file() and (source.parent / SWEEP_FILE).is_file()
-    return (load_sweep_data(source.parent), source.name) if is_arm else (load_sweep_data(source), None)
+    data = load_sweep_data(source.parent if is_arm else source)
+    return data, *find_recommended(data, source.name if is_arm else None, key=key, methods=methods)
 
 
-def find_recommended(data: SweepData, name: str | None, *, key: str) -> tuple[SubjectData, Trial]:
+def find_recommended(
+    data: SweepData, name: str | None, *, key: str, methods: Sequence[str] | None = None
+) -> tuple[SubjectData, Trial]:
     """Returns the recommended subject, and the trial with its setting.
 
     Args:
         data: A sweep.
         name: An arm or a subject, or None for the whole sweep.
         key: What names them, for messages.
+        methods: Without a name, arms of these methods come first.
 
     Raises:
         RecordError: The sweep is not complete, or there are no such settings.
@@ -210,7 +221,10 @@ def find_recommended(data: SweepData, name: str | None, *, key: str) -> tuple[Su
             f"`{key}` must be a sweep that learned something, but {folder!r} did not: {learning.headline} "
             f"`{folder}/ARM` names an arm nevertheless."
         )
-    choice = choose_arm(data) if name is None else choose_subject(data, name)
+    if name is None:
+        choice = (choose_arm(data, methods) if methods else None) or choose_arm(data)
+    else:
+        choice = choose_subject(data, name)
     one = data.find_subject(name) or (choice.data if choice else None)
     if one is None or one.best is None or one.best.record is None or one.row.is_base:
         raise RecordError(
@@ -244,6 +258,20 @@ def _list_commands(one: SubjectData, data: SweepData) -> dict[str, str]:
                     f"lorasweep export {source} --format peft --out adapter{trust}"
                 )
     return commands
+
+
+def _list_recipes(one: ChosenSubject, data: SweepData) -> dict[str, dict[str, str]]:
+    recipes: dict[str, dict[str, str]] = {}
+    if (record := one.best.record) is None:
+        return recipes
+    for tool in TOOLS:
+        with suppress(RecordError, ConfigError):  # damaged settings, no LoRA, or a value that the tool does not have
+            settings = dict(dotted_items(as_settings(restore_config(record))))
+            lines = [change.line for change in list_changes(tool, settings, one.best.params)]
+            source = shlex.quote(str(data.folder / one.data.name))
+            command = f"lorasweep export {source} --format {tool} --into FILE.yaml"
+            recipes[tool] = {"name": load_table(tool)["name"], "lines": "\n".join(lines), "command": command}
+    return recipes
 
 
 def _name_settings(one: SubjectData, trial: Trial) -> dict[str, str]:

@@ -168,12 +168,13 @@ def draft_sweep(
     of_sweep = {key: value for key, value in settings.items() if key.split(".")[0] in SWEEP_GROUPS}
     of_arms = {key: value for key, value in settings.items() if key.split(".")[0] == "arms"}
     settings = {key: value for key, value in settings.items() if key not in {**of_sweep, **of_arms}}
-    found, notes = ({}, []) if "data" in settings else _choose_data(settings, expected)
+    texts = recipe.texts if recipe else {}
+    found, notes = ({}, []) if "data" in settings else _choose_data(settings, expected, texts)
     chosen = {**found, **settings}
     if recipe is not None:
         if unused := [f"`{key}`" for key, value in expected.items() if chosen.get(key) != value]:
             notes.append(
-                f"These data have other columns than {recipe.path.name} names: {join_words(unused)} are not used."
+                f"These data have other columns than {recipe.path.name} names; not used: {join_words(unused)}."
             )
         if chosen["data"] == "table":  # a causal model learns texts, not labels
             plain = {"data": "text", "data.text": expected.get("data.text", "text")}
@@ -181,6 +182,8 @@ def draft_sweep(
                 key: value for key, value in chosen.items() if key not in ("data.label", "data.text_pair")
             } | plain
         if chosen["data"] == "text":
+            if chosen.pop("data.template", None):
+                notes.append("Plain text has no template.")
             chosen = {"data.block_length": recipe.length, **chosen}
     if chosen["data"] == "chat" and "data.answers.score" not in chosen:
         notes.append(
@@ -229,9 +232,11 @@ def _follow_recipe(recipe: Recipe, typed: Mapping[str, Any]) -> tuple[dict[str, 
 
     Other data may be a copy of the recipe's, with the same columns, or have others.
     """
-    settings, columns = dict(recipe.settings), {}
-    if DATA_KEYS & typed.keys():
-        columns = {key: settings.pop(key) for key in [*settings] if key.split(".")[0] == "data"}
+    settings, columns, has_own = dict(recipe.settings), {}, DATA_KEYS & typed.keys()
+    if has_own or "data.input" in settings:  # a column that the data need not have
+        fixed = () if has_own else SOURCE_KEYS
+        of_data = [key for key in settings if key.split(".")[0] == "data" and key not in fixed]
+        columns = {key: settings.pop(key) for key in of_data if "data" in recipe.settings or key != "data.template"}
         columns = {key: value for key, value in columns.items() if key not in SOURCE_KEYS and "data" not in typed}
     if "model.path" in typed:
         settings.pop("model.revision", None)
@@ -240,10 +245,13 @@ def _follow_recipe(recipe: Recipe, typed: Mapping[str, Any]) -> tuple[dict[str, 
     return merge_settings({"model": "causal_lm", **settings}, typed), columns
 
 
-def _choose_data(settings: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _choose_data(
+    settings: Mapping[str, Any], expected: Mapping[str, Any], texts: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
     """Returns the kind of data and the columns that the user did not name, and notes on the columns that are not used.
 
-    Reads the first file or split. The `expected` settings are returned if the data have their columns.
+    Reads the first file or split. The `expected` settings are returned if the data have their columns, and those of
+    `texts` if prompts are texts.
 
     Raises ConfigError if the first line of a csv, tsv or txt file looks like a row: its label occurs again below it.
     """
@@ -263,6 +271,8 @@ def _choose_data(settings: Mapping[str, Any], expected: Mapping[str, Any]) -> tu
     table, *_ = load_tables(config, "train", lambda names, source: names)
     names = list(table.columns)
     columns = {name: table.get_values(name) for name in names}
+    if expected.get("data.input") not in names:
+        expected = {key: value for key, value in expected.items() if key != "data.input"}
     of_expected = [value for key, value in expected.items() if key.partition("data.")[2] in COLUMN_KEYS]
     if of_expected and set(of_expected) <= set(names):
         return dict(expected), _describe_unused(columns, [*of_expected, TOOLS_COLUMN])
@@ -271,12 +281,13 @@ def _choose_data(settings: Mapping[str, Any], expected: Mapping[str, Any]) -> tu
     if set(answers) <= set(names) and not of_others:
         prompts = [settings["data.prompt"]] if "data.prompt" in settings else PROMPT_COLUMNS
         of_pairs = [*prompts, *answers, TOOLS_COLUMN, settings.get("data.group")]
-        return {"data": "preferences"}, _describe_unused(columns, of_pairs)
+        return {"data": "preferences", **_choose_texts(columns, answers, texts)}, _describe_unused(columns, of_pairs)
     known = next((known.split() for known in KNOWN_COLUMNS if set(known.split()) <= set(names)), None)
     of_chat = [settings[f"data.{key}"] for key in CHAT_COLUMNS if f"data.{key}" in settings]
     if of_chat or (known and not of_others):
         of_conversations = [*(of_chat or known or []), TOOLS_COLUMN, settings.get("data.group")]
-        return {"data": "chat"}, _describe_unused(columns, of_conversations)
+        form = _choose_texts(columns, of_conversations[:1], texts)
+        return {"data": "chat", **form}, _describe_unused(columns, of_conversations)
     guessed = _guess_columns(columns, settings)
     label, is_named = guessed.get("data.label"), "data.columns" in settings
     is_delimited = first is not None and find_suffix(first) in DEFAULT_DIALECTS
@@ -290,6 +301,14 @@ def _choose_data(settings: Mapping[str, Any], expected: Mapping[str, Any]) -> tu
     used = {**guessed, **settings}
     of_table = [used.get(f"data.{key}") for key in ("label", "text", "text_pair", "group")]
     return {"data": "table", **guessed}, _describe_unused(columns, of_table, asks="data.text_pair" not in used)
+
+
+def _choose_texts(
+    columns: Mapping[str, Sequence[Any]], names: Sequence[Any], texts: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Returns the settings `texts` if the named columns have texts and no messages."""
+    found = [value for name in names for value in columns.get(name, ())[:1]]
+    return texts if all(isinstance(value, str) for value in found) else {}
 
 
 def _describe_unused(

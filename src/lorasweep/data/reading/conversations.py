@@ -26,6 +26,7 @@ KNOWN_COLUMNS = (
     "prompt response",
     "question answer",
     "instruction input output",
+    "instruction output",
 )
 """Columns that are tried in this order if the user names none."""
 ROLES: Mapping[str, Role] = {**{role: role for role in get_args(Role)}, "human": "user", "gpt": "assistant"}
