@@ -357,7 +357,8 @@ def _export_into(arguments: argparse.Namespace) -> Outcome:
         say(f"{change.line} (was {change.old or 'missing'})")
     for note in notes:
         say(f"• {note}")
-    say(f"{arguments.into}: {len(changes) or 'no'} lines changed; {evidence}")
+    num = "1 line" if len(changes) == 1 else f"{len(changes) or 'no'} lines"
+    say(f"{arguments.into}: {num} changed; {evidence}")
     return Outcome({"file": arguments.into, "changes": changes, "evidence": evidence, "notes": notes})
 
 
