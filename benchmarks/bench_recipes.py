@@ -1,6 +1,6 @@
 """The same YAML file trained by TRL and by lorasweep: losses of 10 steps, layers and factors of LoRA.
 
-    python benchmarks/bench_recipes.py [--model FOLDER] [--threads 2] [--files texts chats ...]
+    python benchmarks/bench_recipes.py [--model FOLDER] [--rate 1e-4] [--threads 2] [--files texts chats ...]
 
 `trl sft|dpo --config FILE` reads each file by its own parser and trains it by its own script (`trl_file.py`). Here
 `lorasweep new --like FILE` drafts a sweep, whose arm `present` has the settings of the file. Both train in fp32 with
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,8 +98,8 @@ def make_rows(name: str, number: int) -> list[dict[str, Any]]:
     ]
 
 
-def write_files(name: str, model: str, folder: Path) -> Path:
-    """Writes data, template and the YAML file, and returns the last."""
+def write_files(name: str, model: str, folder: Path, *, rate: float | None) -> Path:
+    """Writes data, template and the YAML file, perhaps with another learning rate, and returns the last."""
     data = folder / "data"
     data.mkdir(parents=True)
     rows = make_rows(name, NUM_STEPS * BATCH_SIZE + 2 * NUM_OTHERS)
@@ -108,7 +109,8 @@ def write_files(name: str, model: str, folder: Path) -> Path:
     (folder / "template.jinja").write_text(TEMPLATE if name == "chats" else JOINED)
     file = folder / "theirs.yaml"
     places = {"model": model, "data": data, "template": folder / "template.jinja", "output": folder / "trl"}
-    file.write_text((COMMON + FILES[name]).format(**places, steps=NUM_STEPS))
+    text = (COMMON + FILES[name]).format(**places, steps=NUM_STEPS)
+    file.write_text(text if rate is None else re.sub("learning_rate: .*", f"learning_rate: {rate}", text))
     return file
 
 
@@ -161,10 +163,11 @@ def train(work: Mapping[str, Any]) -> list[float]:
     return [row["loss"] for row in read_steps(folder, having='"loss"') if "validation" not in row]
 
 
-def compare(name: str, model: str, folder: Path) -> None:
+def compare(name: str, model: str, folder: Path, *, rate: float | None) -> None:
     from side_by_side import print_row  # noqa: PLC0415
 
-    work = prepare(write_files(name, model, folder), command="dpo" if name == "pairs" else "sft")
+    theirs_yaml = write_files(name, model, folder, rate=rate)
+    work = prepare(theirs_yaml, command="dpo" if name == "pairs" else "sft")
     own = train(work)
     file, output = folder / "work.json", folder / "result.json"
     file.write_text(json.dumps(work, default=str))
@@ -188,6 +191,7 @@ def compare(name: str, model: str, folder: Path) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub id; default: the embedded model")
+    parser.add_argument("--rate", type=float, help="learning rate; default: that of each file, made for that model")
     parser.add_argument("--files", nargs="+", default=list(FILES), choices=FILES)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args(words)
@@ -204,7 +208,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print_head("file", "steps", "first loss", "last loss", "loss, relative", "layers and factors", "trained parameters")
     with tempfile.TemporaryDirectory() as name:
         for file in arguments.files:
-            compare(file, model, Path(name) / file)
+            compare(file, model, Path(name) / file, rate=arguments.rate)
 
 
 if __name__ == "__main__":
