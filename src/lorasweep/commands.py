@@ -202,7 +202,8 @@ def plan(arguments: argparse.Namespace) -> Outcome:
 
     plans = []
     for name, definition, rates, inputs_cache in sweeps:
-        say(f"{name}:") if name else None
+        if name:
+            say(f"{name}:")
         show(render_plan(definition, rates))
         splits = inputs_cache.load(definition.arms[0].base).splits
         notes = [*describe_coverages(definition, inputs_cache), *describe_steps(definition, inputs_cache)]

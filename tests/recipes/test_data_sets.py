@@ -9,7 +9,14 @@ from lorasweep.errors import ConfigError
 from lorasweep.recipes.read import read_recipe
 
 DESCRIBED = {"hf_hub_url": "a/b", "columns": {"prompt": "body"}}
-AXOLOTL = {"base_model": "org/base", "learning_rate": 1e-4, "adapter": "lora", "lora_target_linear": True}
+AXOLOTL = {
+    "base_model": "org/base",
+    "learning_rate": 1e-4,
+    "adapter": "lora",
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "lora_target_linear": True,
+}
 
 
 @pytest.fixture

@@ -292,6 +292,7 @@ def test_what_is_not_taken_says_what_that_changes(read, changes, said):
         (AXOLOTL, {"lora_r": [8, 16]}, ["`lora_r`", "[8, 16]"]),
         (AXOLOTL, {"lora_r": 0}, ["`lora_r`", "0"]),
         (AXOLOTL, {"learning_rate": None}, ["`learning_rate`", "missing"]),
+        (AXOLOTL, {"lora_r": None}, ["`lora_r`", "missing"]),
         (AXOLOTL, {"learning_rate": "fast"}, ["`learning_rate`", "fast"]),
         (AXOLOTL, {"micro_batch_size": 0}, ["`micro_batch_size"]),
         (AXOLOTL, {"base_model": {"a": 1}}, ["`base_model`"]),

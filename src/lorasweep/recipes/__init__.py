@@ -9,6 +9,7 @@ Sections of a table:
 - `defaults`: what the tool takes for a missing key; for TRL by the stage.
 - `no_effect`, `not_taken`, `refused`: for each reason, or what it changes, the keys.
 - `data_keys`, `data_set`, `types`, `pair_types`: keys that name data, the keys of one data set, and its types.
+- `alpha_over_rank`: the factor by which a missing α follows from the rank.
 - `nested`: keys whose own keys are read as `group.key`. `texts`: our settings for prompts that are texts.
 - `decided`: for each key of ours that a sweep decides, their key.
 - `must_agree`, `may_differ`: our keys with which a decided rate holds, and those that move it little, by their name.

@@ -117,12 +117,14 @@ def read_recipe(path: Path, *, has_data: bool = False) -> Recipe:
     if refused := {**found.refused, **({} if has_data else data.refused)}:
         reasons = "; ".join(f"`{key}`: {why}" for key, why in refused.items())
         raise ConfigError(f"{str(path)!r} must train LoRA or all weights on text, as lorasweep can. {reasons}.")
-    if LR not in found.settings:
-        raise ConfigError(f"{str(path)!r} must have a learning rate, but `learning_rate` is missing. Add it.")
+    if ALPHA not in found.settings and "alpha_over_rank" in table:
+        found.add(sort_keys(follows := {"lora_alpha": table["alpha_over_rank"] * found.settings[RANK]}, table))
+        defaults |= follows
+    for ours in (LR,) if facts["adapter"] == "full" else (LR, RANK, ALPHA):
+        if ours not in found.settings:
+            key, tool = table["decided"][ours], table["name"]
+            raise ConfigError(f"{str(path)!r} must have `{key}`, but it is missing, and {tool} has no default. Add it.")
     found.add(data)
-    if ALPHA not in found.settings:  # LLaMA-Factory's rule; the other tables have a default
-        found.add(sort_keys(doubled := {"lora_alpha": 2 * found.settings[RANK]}, table))
-        defaults |= doubled
     recipe = _combine(path, table, found, facts, stage=stage, defaults=defaults)
     known = {key: value for key, value in recipe.settings.items() if "data" in recipe.settings or "data." not in key}
     try:

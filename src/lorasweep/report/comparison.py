@@ -36,19 +36,19 @@ from lorasweep.wording import (
     join_words,
 )
 
-DATA_KEYS = ("data.max_train_examples", "data.max_train_documents")
+AMOUNT_KEYS = ("data.max_train_examples", "data.max_train_documents")
+"""Settings of the amount of training data."""
 NOT_COMPARED = ("sweep.output.", "sweep.minutes.", "worker.", "logger.", "callbacks.")
 """Settings that decide no result, with those below them."""
 MAX_EPOCHS_RATIO = 1.1
 """Up to this ratio, sweeps have the same number of epochs."""
-
-
 SHARE = "share of full's gain"
+"""The compared quantity, unless a sweep does not know full fine-tuning's gain."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What a sweep says about a subject."""
+    """The result of a subject in one sweep."""
 
     value: float | None
     """The share of full fine-tuning's gain, or the score if a sweep has no such gain; None if it is not known."""
@@ -59,7 +59,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What several sweeps say, side by side."""
+    """The results of several sweeps side by side."""
 
     sweeps: Mapping[str, Path]
     """The folder of each sweep by its label: the value of the one setting that differs, else the folder."""
@@ -74,7 +74,7 @@ class Comparison:
     slopes: Mapping[str, Slope]
     """By subject: the trend with the amount of training data, if nothing else differs."""
     quantity: str
-    """What the values are: `SHARE`, or the metric."""
+    """The compared quantity: `SHARE`, or the name of the metric."""
     sentences: Sequence[str] = ()
 
 
@@ -98,7 +98,7 @@ def compare_sweeps(folders: Sequence[Path]) -> tuple[Comparison, Panel]:
             )
     differences = _find_differences(found)
     key, values = next(iter(differences.items()), ("", []))
-    is_growth = len(differences) == 1 and key in DATA_KEYS
+    is_growth = len(differences) == 1 and key in AMOUNT_KEYS
     is_growth = is_growth and len({data.num_train for data in found} - {0}) == len(found)
     order = [data.num_train for data in found] if is_growth else values
     if len(differences) == 1 and all(map(is_number, order)):
@@ -189,7 +189,7 @@ def _describe(comparison: Comparison, sweeps: Sequence[SweepData]) -> Iterator[s
     if comparison.slopes and not _have_equal_epochs(sweeps):
         epochs = join_words([f"{data.epochs:.2g}" for data in sweeps])
         yield f"The runs train {epochs} epochs, so the trend is that of data and epochs. Set `sweep.epochs`."
-    if len(keys) == 1 and {*comparison.differences} <= {*DATA_KEYS} and not comparison.slopes:
+    if len(keys) == 1 and {*comparison.differences} <= {*AMOUNT_KEYS} and not comparison.slopes:
         yield "No trend is known: it needs a shown gain of full fine-tuning, and the same seeds and test examples."
     changes = [
         f"`{name}` {format_share_estimate(slope.value, slope.interval)}{'' if slope.is_settled else ' (open)'}"
