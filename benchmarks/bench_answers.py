@@ -393,12 +393,10 @@ class Confirmation:
                 break
 
 
-def confirm(
-    table: Table, chosen: Chosen, *, looks: Sequence[int], rng: np.random.Generator, factor: float = 1.0
-) -> Confirmation:
-    """Replays a confirm stage with its own draw of seeds and of `factor` times as many groups of test examples."""
+def confirm(table: Table, chosen: Chosen, *, looks: Sequence[int], rng: np.random.Generator) -> Confirmation:
+    """Replays a confirm stage with its own draw of seeds and of groups of test examples."""
     seeds = [int(seed) for seed in rng.choice(table.seeds, size=max(looks))]
-    groups = rng.integers(len(table.shares), size=round(factor * len(table.shares)))
+    groups = rng.integers(len(table.shares), size=len(table.shares))
     stage = Confirmation(table=table, chosen=chosen, seeds=seeds, groups=groups, looks=looks)
     stage.run()
     return stage

@@ -1,7 +1,7 @@
 """What to type next: the command has a number that the sweep takes, or there is a reason why no command helps."""
 
-import math
 import shlex
+from dataclasses import replace
 
 import pytest
 from tests.files import edit_json
@@ -10,14 +10,10 @@ from tests.report.test_golden import SWEEPS, fail_to_learn
 import lorasweep
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.record import read_sweep
+from lorasweep.report import next_step
 from lorasweep.report.evidence.advice import MIN_CHANCE
 from lorasweep.report.findings import read_findings
-from lorasweep.report.next_step import (
-    MAX_COST_RATIO,
-    _begin_again,
-    _enlarge_test,
-    _find_max_examples,
-)
+from lorasweep.report.next_step import MAX_COST_RATIO
 from lorasweep.report.sweep_data import load_sweep_data
 
 from .conftest import build_rank_sweep, build_sweep
@@ -62,52 +58,29 @@ def test_no_command_is_said_for_what_none_can_settle(tmp_path):
     assert {step.command for step in steps if step} == {None}
 
 
-def write_data_settings(sweep, **data):
-    old = {"model.path": "a b", "sweep.output": "out", "data.test_fraction": 0.1}
-    edit_json(sweep / "sweep.json", lambda raw: raw.update(source="my file.yaml", definition={"overrides": old}))
-    for run in sweep.glob("runs/*/run.json"):
-        edit_json(run, lambda raw: raw["config"].update(data=data))
-    return load_sweep_data(sweep)
-
-
-@pytest.mark.parametrize(
-    ("data", "max_factor", "overrides"),
-    [
-        ({"test": None, "test_fraction": None}, 5, {"data.test_fraction": 0.2}),
-        ({"test": None, "test_fraction": 0.2}, 2.5, {"data.test_fraction": 0.4}),
-        (
-            {"test": None, "test_fraction": 0.1, "max_test_examples": 7},
-            math.inf,
-            {"data.max_test_examples": 14, "data.test_fraction": 0.1},
-        ),
-        ({"test": "test.csv", "test_fraction": None}, 1, None),
-        ({}, 1, None),
-    ],
-)
-def test_more_test_examples_need_a_new_sweep_with_the_old_overrides(tmp_path, data, max_factor, overrides):
-    found = write_data_settings(build_rank_sweep(tmp_path, {4: 1.7}), **data)
-    assert _find_max_examples(found) == max_factor
-    if overrides is not None:
-        step = _begin_again(_enlarge_test(2.0, found), found, "twice the test examples")
-        typed = read_command(step, begin=["lorasweep", "sweep", "my file.yaml"])
-        assert typed == {"model.path": "a b", **overrides}
-
-
-@pytest.mark.parametrize(("regret", "chance"), [(1.2, 0.96), (2.5, 0.58), (9.0, None)])
-def test_a_setting_with_a_large_regret_has_twice_the_trials_with_their_chance(tmp_path, regret, chance):
+def test_a_setting_with_a_large_regret_has_twice_the_trials(tmp_path):
     sweep = build_rank_sweep(tmp_path, {4: 1.7})
-    margin = load_sweep_data(sweep).search_margin
 
     def set_regret(raw):
         for row in raw["settings"]:
-            row["regret"] = regret * margin
+            row["regret"] = 2 * load_sweep_data(sweep).search_margin
 
     edit_json(sweep / "sweep.json", set_regret)
-    step = read_steps(sweep)[2]
-    assert step.chance == chance
-    if chance:
-        trials = {row.name: row.trials for row in read_sweep(sweep).arms}["lora"]
-        overrides = read_command(step, begin=["lorasweep", "sweep", "--resume", str(sweep)])
-        assert overrides == {"arms.lora.trials": 2 * trials}
-    else:
-        assert "below 30%" in str(step)
+    trials = {row.name: row.trials for row in read_sweep(sweep).arms}["lora"]
+    overrides = read_command(read_steps(sweep)[2], begin=["lorasweep", "sweep", "--resume", str(sweep)])
+    assert overrides == {"arms.lora.trials": 2 * trials}
+
+
+@pytest.mark.parametrize(
+    ("blocker", "reason"),
+    [
+        ("few examples", "more test examples"),
+        ("no margin", "`method=frozen`"),
+        ("few trials", "twice the trials"),
+    ],
+)
+def test_a_question_that_seeds_cannot_settle_has_its_remedy_in_words(tmp_path, monkeypatch, blocker, reason):
+    monkeypatch.setattr(next_step, "find_step", lambda *_, **__: None)
+    data = load_sweep_data(SWEEPS["open"](tmp_path))
+    answers = [replace(answer, blocker=blocker) for answer in data.evidence.answers if answer.blocker]
+    assert reason in next_step.find_settling_step("smallest", answers[:1], data).reason

@@ -24,9 +24,9 @@ from lorasweep.report.evidence.verdicts import (
 from lorasweep.report.next_step import (
     NextStep,
     add_seeds,
+    add_trials,
     find_early_step,
     find_reasons,
-    find_regret_step,
     find_settling_step,
 )
 from lorasweep.report.recommend import ChosenSubject, choose_arm, choose_subject, pair_fixed_settings
@@ -279,7 +279,7 @@ def _answer_setting(data: SweepData, learning: Learning) -> AnswerLine:
     else:
         is_settled = data.has_small_regret(choice.data)
         text = _describe_setting(choice, data, is_settled=is_settled)
-        step = find_regret_step(choice.data, data)
+        step = add_trials([choice.data.row], data)
     return AnswerLine(
         question="At which α and learning rate?",
         text=text,

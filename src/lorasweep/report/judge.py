@@ -74,7 +74,7 @@ class Judgement:
             "subjects": {name: mean.as_json() for name, mean in estimate_means(self.scores).items()},
             "questions": [build_entry(answer) for answer in self.answers],
             "steps": [
-                {"name": name, "arm": arm, "seeds": step.extension.seeds, "chance": step.chance}
+                {"name": name, "arm": arm, "seeds": step.seeds, "chance": step.chance}
                 for (name, arm), step in self.steps.items()
             ],
             "notes": list(self.notes),
@@ -101,7 +101,7 @@ class Judgement:
         for name, mean in estimate_means(self.scores).items():
             means.add_row(name, format_estimate(mean.value, mean.find_interval()), str(len(mean.seeds)))
         advice = [
-            f"{step.extension.seeds} seeds in all settle `{name}` of {arm} with a chance of {step.chance:.0%}."
+            f"{step.seeds} seeds in all settle `{name}` of {arm} with a chance of {step.chance:.0%}."
             for (name, arm), step in self.steps.items()
         ]
         return Group(

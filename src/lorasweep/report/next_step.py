@@ -1,51 +1,47 @@
-"""The next command for each open question, or the reason why no command settles it."""
+"""The next step for each open question: a command, or what may settle it in a new sweep."""
 
 from __future__ import annotations
 
 import math
 import shlex
 import statistics
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lorasweep.config.command_line import format_override
-from lorasweep.config.data import DEFAULT_SPLIT_PERCENT
-from lorasweep.record import QuestionName, is_number
-from lorasweep.report.caveats import Learning, list_edges
-from lorasweep.report.evidence.advice import (
-    MIN_CHANCE,
-    TRIAL_FACTOR,
-    CurrentEvidence,
-    Extension,
-    find_regret_chance,
-    find_step,
-)
+from lorasweep.record import ArmRow, QuestionName
+from lorasweep.report.caveats import Learning
+from lorasweep.report.evidence.advice import MIN_CHANCE, CurrentEvidence, find_step
 from lorasweep.report.evidence.evidence import build_scale
-from lorasweep.report.evidence.verdicts import Answer
-from lorasweep.report.sweep_data import SubjectData, SweepData
-from lorasweep.wording import format_seconds
+from lorasweep.report.evidence.verdicts import Answer, Blocker
+from lorasweep.report.sweep_data import SweepData
+from lorasweep.wording import format_seconds, join_words
 
-MAX_TEST_PERCENT = 50
-"""Largest share of the training data that `data.test_fraction` may split off, in percent."""
 MAX_COST_RATIO = 2.0
 """A step is affordable if it takes at most this many times as long as the sweep."""
 MIN_USEFUL_SEEDS = 3
 """Number of seeds that is advised where one seed was used. Fewer give a warning."""
+REMEDIES: Mapping[Blocker, str] = {
+    "no margin": "an arm with `method=frozen`, or `confirm.margin` as a number in the metric's unit",
+    "no gain": "more steps or data",
+    "few seeds": "a larger `confirm.margin`",
+    "few examples": "more test examples",
+}
+"""What may settle a question in a new sweep, by the blocker of its answer."""
 
 
 @dataclass(frozen=True)
 class NextStep:
-    """The command that would settle a question, or why there is none."""
+    """The command that may settle a question, or why there is none."""
 
     command: str | None
     reason: str
     """What the command does, or why no command settles the question."""
     chance: float | None = None
-    """The chance that it settles the question; None if it is not known."""
+    """The chance that further seeds settle the question; None for other steps."""
     seconds: float | None = None
-    """The time that it takes, at the pace of the sweep; None if it is not known."""
+    """The time that further seeds take, at the pace of the sweep; None if it is not known."""
 
     @property
     def details(self) -> str:
@@ -73,17 +69,12 @@ def find_settling_step(name: QuestionName, blocking: Sequence[Answer], data: Swe
     blockers = {answer.blocker for answer in blocking}
     if scores is None or "no scores" in blockers:
         return find_reasons("subjects have no test scores on the same seeds", data)
-    if "no margin" in blockers and not any(row.is_base for row in record.arms):
-        return _begin_again({"arms.frozen": {"settings": {"method": "frozen"}}}, data, "adds the frozen base")
     if "no margin" in blockers:
-        return NextStep(None, "a new sweep needs `confirm.margin` as a number in the metric's unit")
+        return NextStep(None, f"a new sweep needs {REMEDIES['no margin']}")
     if "one seed" in blockers:
         seeds = max(MIN_USEFUL_SEEDS, *record.looks)  # an unplanned look may not be below the planned ones
         return _resume({"confirm.seeds": seeds}, data, f"{seeds} seeds in all, because one seed tells no chance")
     arms = {answer.arm for answer in blocking}
-    searched = arms | (
-        {row.name for row in record.arms if row.method == "full"} if name == "as_good_as_full" else set()
-    )
     present = CurrentEvidence(
         questions=record.questions,
         answers=data.evidence.answers,
@@ -93,54 +84,33 @@ def find_settling_step(name: QuestionName, blocking: Sequence[Answer], data: Swe
         looks_done=[look.seeds for look in record.looks_done] or record.looks,
     )
 
-    def estimate_seconds(extension: Extension) -> float:
-        return _estimate_seconds(extension, present, searched, data)
+    def estimate_seconds(num_seeds: int) -> float:
+        return _estimate_seconds(num_seeds, present.list_trained(), data)
 
-    step = find_step(
-        [question for question in record.questions if question.name == name and question.arm in arms],
-        present,
-        has_space=any(row.space for row in record.arms if row.name in searched),
-        max_examples=_find_max_examples(data),
-        cost=estimate_seconds,
-        max_cost=MAX_COST_RATIO * record.makespan_s or math.inf,
-    )
-    if step is None:
-        return NextStep(
-            None,
-            f"in {MAX_COST_RATIO:g} times the time of this sweep, no more seeds, trials or test examples have a chance "
-            f"of {MIN_CHANCE:.0%}. The difference is close to the margin, or few test examples are known",
+    line = [question for question in record.questions if question.name == name and question.arm in arms]
+    max_seconds = MAX_COST_RATIO * record.makespan_s or math.inf
+    step = find_step(line, present, cost=estimate_seconds, max_cost=max_seconds)
+    if step:
+        found = _resume({"confirm.seeds": step.seeds}, data, f"{step.seeds} seeds in all")
+        return replace(found, chance=step.chance, seconds=estimate_seconds(step.seeds) or None)
+    if "few trials" in blockers:
+        return add_trials(
+            [row for row in record.arms if row.space and (row.name in arms or row.method == "full")], data
         )
-    extension = step.extension
-    more_seeds = {"confirm.seeds": extension.seeds}
-    if extension.examples != 1:
-        wanted = _enlarge_test(extension.examples, data)
-        found = _begin_again(wanted, data, f"{extension.examples:g} times as many test examples")
-    elif extension.trials > 1:
-        rows = [row for row in record.arms if row.name in searched]
-        changes = {f"arms.{row.name}.trials": extension.trials * row.trials for row in rows}
-        is_more = extension.seeds > max(record.looks)
-        reason = f"twice the trials{f', {extension.seeds} seeds in all' if is_more else ''}"
-        found = _resume(changes | (more_seeds if is_more else {}), data, reason)
-    else:
-        found = _resume(more_seeds, data, f"{extension.seeds} seeds in all")
-    return replace(found, chance=step.chance, seconds=estimate_seconds(extension) or None)
+    remedies = [text for blocker, text in REMEDIES.items() if blocker in blockers]
+    return NextStep(
+        None,
+        f"no affordable number of seeds has a chance of {MIN_CHANCE:.0%}; a new sweep may settle it with "
+        f"{join_words(remedies, last='or')}",
+    )
 
 
-def find_regret_step(one: SubjectData, data: SweepData) -> NextStep:
-    """Returns the step to a setting that no untried one is expected to beat by more than the margin."""
-    trials = {f"arms.{one.arm}.trials": TRIAL_FACTOR * one.row.trials}
-    regret, margin = one.setting.regret if one.setting else None, data.search_margin
-    if regret is None or not margin:
-        return _resume(trials, data, "twice the trials, with an unknown chance")
-    if (chance := find_regret_chance(regret / margin)) < MIN_CHANCE:
-        reason = f"twice the trials have a chance below {MIN_CHANCE:.0%}"
-        edges = "; ".join(clause for _, clause in list_edges(data))
-        return NextStep(None, f"{reason}; {edges or 'a new sweep may search fewer keys'}")
-    return replace(_resume(trials, data, "twice the trials"), chance=chance)
+def add_trials(rows: Sequence[ArmRow], data: SweepData) -> NextStep:
+    return _resume({f"arms.{row.name}.trials": 2 * row.trials for row in rows}, data, "twice the trials")
 
 
 def add_seeds(data: SweepData) -> NextStep:
-    return _resume({"confirm.seeds": 2 * max(data.record.looks)}, data, "twice the seeds, with an unknown chance")
+    return _resume({"confirm.seeds": 2 * max(data.record.looks)}, data, "twice the seeds")
 
 
 def find_reasons(missing: str, data: SweepData) -> NextStep:
@@ -148,68 +118,17 @@ def find_reasons(missing: str, data: SweepData) -> NextStep:
     return NextStep(None, f"{missing}; {str(data.folder / 'runs')!r} has the reasons")
 
 
-def _estimate_seconds(extension: Extension, present: CurrentEvidence, arms: Collection[str], data: SweepData) -> float:
-    """Returns the time of an extension at the pace of the sweep; 0 if no run has a time."""
-    record = data.record
-    if extension.examples != 1:
-        return record.makespan_s
-    searched: defaultdict[str, float] = defaultdict(float)
-    for trial in data.trials:
-        searched[trial.arm] += trial.record.wall_s if trial.record else 0.0
-    added = (extension.trials - 1) * sum(searched[name] for name in arms)
-    confirmed = 0.0
+def _estimate_seconds(num_seeds: int, trained: Collection[str], data: SweepData) -> float:
+    """Returns the time of confirm runs up to a number of seeds, at the pace of the sweep; 0 if no run has a time."""
+    added, total = 0.0, sum(trial.record.wall_s for trial in data.trials if trial.record)
     for one in data.subjects:
         seconds = [run.record.wall_s for run in one.confirm_runs if run.record]
-        confirmed += sum(seconds)
-        if seconds and (extension.is_repeated or one.name in present.list_trained()):
-            kept = 0 if extension.is_repeated else len(seconds)
-            added += max(extension.seeds - kept, 0) * statistics.fmean(seconds)
-    total = sum(searched.values()) + confirmed
-    return record.makespan_s * added / total if total else 0.0
-
-
-def _read_test_size(data: SweepData) -> tuple[int | None, float | None]:
-    """Returns the largest number of test examples, and else the percentage of the training data that they are.
-
-    Neither is known if they are a file, all of which is used.
-    """
-    found: Any = data.run_records[0].config.get("data") if data.run_records else None
-    config: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
-    if is_number(limit := config.get("max_test_examples")):
-        return int(limit), None
-    if "test_fraction" not in config or config.get("test") is not None:
-        return None, None
-    fraction = config["test_fraction"]
-    return None, 100 * fraction if is_number(fraction) else DEFAULT_SPLIT_PERCENT
-
-
-def _find_max_examples(data: SweepData) -> float:
-    """Returns the largest factor on the number of test examples that a new sweep may have."""
-    limit, percent = _read_test_size(data)
-    return math.inf if limit else MAX_TEST_PERCENT / percent if percent else 1.0
-
-
-def _enlarge_test(factor: float, data: SweepData) -> dict[str, Any]:
-    """Returns the override for this factor of test examples, which `_find_max_examples` allows."""
-    limit, percent = _read_test_size(data)
-    if limit:
-        return {"data.max_test_examples": math.ceil(factor * limit)}
-    return {"data.test_fraction": math.ceil(factor * (percent or 0.0)) / 100}
+        total += sum(seconds)
+        if seconds and one.name in trained:
+            added += max(num_seeds - len(seconds), 0) * statistics.fmean(seconds)
+    return data.record.makespan_s * added / total if total else 0.0
 
 
 def _resume(changes: Mapping[str, Any], data: SweepData, reason: str) -> NextStep:
     words = [shlex.quote(str(data.folder)), *(format_override(key, value) for key, value in changes.items())]
     return NextStep(f"lorasweep sweep --resume {' '.join(words)}", reason)
-
-
-def _begin_again(changes: Mapping[str, Any], data: SweepData, reason: str) -> NextStep:
-    """Returns a new sweep of the same file with further overrides, because these change trials that have begun."""
-    typed = " ".join(format_override(key, value) for key, value in changes.items())
-    record = data.record
-    if record.source is None:
-        return NextStep(None, f"a new sweep would, with `{typed}` added to the command that began this one")
-    overrides = record.definition.get("overrides")
-    old = overrides.items() if isinstance(overrides, Mapping) else ()
-    kept = [format_override(key, value) for key, value in old if key not in (*changes, "sweep.output")]
-    command = " ".join(["lorasweep sweep", shlex.quote(record.source), *kept, typed])
-    return NextStep(command, f"a new sweep: {reason}")

@@ -7,7 +7,7 @@ import pytest
 
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import Question
-from lorasweep.report.evidence.advice import CurrentEvidence, Extension, compute_chance, draw_scores, find_step
+from lorasweep.report.evidence.advice import CurrentEvidence, compute_chance, draw_scores, find_step
 from lorasweep.report.evidence.estimates import ConfirmScores
 from lorasweep.report.evidence.questions import MarginScale, answer_questions
 
@@ -49,28 +49,14 @@ def test_chances_are_calibrated_where_the_truth_is_drawn():
         now = build({name: {seed: found[seed] for seed in range(5)} for name, found in values.items()}, looks=(5,))
         if now.answers[0].is_settled:
             continue
-        said.append(compute_chance(QUESTIONS, now, Extension(15)))
+        said.append(compute_chance(QUESTIONS, now, 15))
         came.append(build(values, looks=(5, 15)).answers[0].is_settled)
     assert np.mean(came) == pytest.approx(np.mean(said), abs=3 * (0.25 / len(said)) ** 0.5)
 
 
-def count_cost(extension):
-    """Test examples are far more expensive than seeds."""
-    return extension.seeds + 100 * extension.examples
-
-
-def test_seeds_help_where_seeds_are_few_and_examples_where_examples_are_few():
+def test_seeds_are_advised_only_where_affordable_seeds_help():
     few_seeds = build(draw(0.0, seeds=3, rng=np.random.default_rng(3)))
-    found = find_step(QUESTIONS, few_seeds, max_examples=4.0, cost=count_cost).extension
-    assert (found.seeds > 3, found.examples) == (True, 1)
-    rng = np.random.default_rng(2)
-    few_examples = build(draw(-0.3, seeds=10, groups=8, rng=rng, seeds_std=0.05, groups_std=3.0), looks=(10,))
-    assert not few_examples.answers[0].is_settled
-    assert find_step(QUESTIONS, few_examples, max_examples=4.0, cost=count_cost).extension.examples > 1
-
-
-def test_nothing_is_advised_where_nothing_affordable_helps():
-    few_seeds = build(draw(0.0, seeds=3, rng=np.random.default_rng(3)))
+    assert find_step(QUESTIONS, few_seeds).seeds > 3
     assert find_step(QUESTIONS, few_seeds, max_cost=3.0) is None
     few_trials = build(draw(0.0, seeds=9, rng=np.random.default_rng(3)), search_errors={"lora": 9.0}, looks=(9,))
     assert not few_trials.answers[0].is_settled
@@ -81,12 +67,9 @@ def test_one_seed_has_no_chance_to_compute():
     assert find_step(QUESTIONS, build(draw(0.0, seeds=1, rng=np.random.default_rng(0)), looks=(1,))) is None
 
 
-def test_more_trials_shrink_the_error_of_the_search_and_repeat_the_confirm_stage():
-    present = build(draw(0.0, seeds=3, rng=np.random.default_rng(3)), search_errors={"lora": 4.0, "full": 0.0})
-    drawn = draw_scores(present, Extension(5, trials=2), rng=np.random.default_rng(0))
-    assert drawn.search_errors["lora"] < 4.0
-    assert {len(found) for found in drawn.values.values()} == {5}
-    kept = draw_scores(present, Extension(5), rng=np.random.default_rng(0))
+def test_known_scores_stay_and_further_seeds_are_drawn():
+    present = build(draw(0.0, seeds=3, rng=np.random.default_rng(3)))
+    kept = draw_scores(present, 5, rng=np.random.default_rng(0))
     assert all(np.array_equal(kept.values["lora"][seed], present.scores.values["lora"][seed]) for seed in range(3))
     assert len(kept.values["lora"]) == 5
 
@@ -100,7 +83,7 @@ def test_a_sweep_that_gave_up_before_its_last_look_gets_no_fewer_seeds_than_plan
     """`confirm.seeds` below the planned number would be refused, or change nothing."""
     now = build(draw(0.0, seeds=3, rng=np.random.default_rng(3)))
     step = find_step(QUESTIONS, replace(now, looks=(3, 12)))
-    assert step.extension.seeds >= 12
+    assert step.seeds >= 12
 
 
 def test_two_questions_on_one_arm_have_their_own_outcomes():
