@@ -257,7 +257,6 @@ def _define(arguments: argparse.Namespace, *, measures: bool) -> tuple[Definitio
         say(given_up, file=sys.stderr)
         rates = [group.limit(budget, definition.find_arm(group.arms[0]).base) for group in rates]
         definition = cut_sweep(definition, budget)
-        rates = [group for group in rates if any(arm.name in group.arms for arm in definition.arms)]
     return definition, rates, inputs_cache
 
 

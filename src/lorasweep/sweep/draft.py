@@ -166,8 +166,8 @@ def draft_sweep(
             f"`data.path=HUB-ID data.train=SPLIT`, but got {given}."
         )
     of_sweep = {key: value for key, value in settings.items() if key.split(".")[0] in SWEEP_GROUPS}
-    of_arms = {key: value for key, value in settings.items() if key.split(".")[0] == "arms"}
-    settings = {key: value for key, value in settings.items() if key not in {**of_sweep, **of_arms}}
+    left_out = [key for key, value in settings.items() if re.fullmatch(r"arms\.\w+", key) and value is None]
+    settings = {key: value for key, value in settings.items() if key not in {*of_sweep, *left_out}}
     texts = recipe.texts if recipe else {}
     found, notes = ({}, []) if "data" in settings else _choose_data(settings, expected, texts)
     chosen = {**found, **settings}
@@ -207,9 +207,10 @@ def draft_sweep(
         metric = {} if any(key.startswith("data.metric") for key in settings) else {"data.metric": inputs.splits.metric}
         numbered = {**settings, **metric, **_choose_numbers(inputs, settings, recipe)}
         text = _fill_template(
-            path, numbered, {**SWEEP_SETTINGS, **of_sweep}, of_arms, inputs, notes=notes, recipe=recipe
+            path, numbered, {**SWEEP_SETTINGS, **of_sweep}, left_out, inputs, notes=notes, recipe=recipe
         )
-        text = _cut_arms(text, of_arms)
+        for key in left_out:
+            text = re.sub(rf"^  {key.removeprefix('arms.')}:.*\n(    .*\n)*", "", text, flags=re.MULTILINE)
         return text, read_definition(yaml.safe_load(text))  # a draft must be a sweep that starts
 
     inputs = load(chosen)
@@ -397,16 +398,16 @@ def _fill_template(
     path: Path,
     settings: Mapping[str, Any],
     of_sweep: Mapping[str, Any],
-    of_arms: Mapping[str, Any],
+    left_out: Sequence[str],
     inputs: RunInputs,
     *,
     notes: Sequence[str],
     recipe: Recipe | None,
 ) -> str:
-    """Returns a draft with every arm. Its comments hold once `_cut_arms` has cut it."""
-    has_full, has_ranks = "arms.full" not in of_arms, "arms.lora.confirm_each" not in of_arms
-    searches = ["all ranks of LoRA share one search"] if has_ranks else []
-    searches += ["an arm that searches one key gets half of them"] if has_full or not has_ranks else []
+    """Returns a draft with every arm. Its comments hold without those that are left out."""
+    has_full = "arms.full" not in left_out
+    searches = ["all ranks of LoRA share one search"]
+    searches += ["an arm that searches one key gets half of them"] if has_full else []
     train, trainer, labels = inputs.data.train, compose_run(settings).trainer, inputs.base.labels
     named = "" if labels is None or len(labels.names) < 2 else f" and {len(labels.names)} labels"
     facts = [
@@ -491,19 +492,6 @@ def _describe_arms(recipe: Recipe | None, *, low: float, high: float) -> dict[st
         "lora_high": f"{high:.1e}",
         "lora_lr": rates,
     }
-
-
-def _cut_arms(text: str, of_arms: Mapping[str, Any]) -> str:
-    """Returns a draft with fewer ranks, or without an arm, as `Budget.find_settings` names them."""
-    for key, value in of_arms.items():
-        _, arm, *setting = key.split(".", 2)
-        if not setting:
-            text = re.sub(rf"^  {arm}:.*\n(    .*\n)*", "", text, flags=re.MULTILINE)
-        elif setting == ["confirm_each"]:
-            text = re.sub(r"^    confirm_each:.*\n", "", text, flags=re.MULTILINE)
-        else:
-            text = re.sub(rf"{re.escape(setting[0])}: \[.*\]", f"{setting[0]}: {value}", text)
-    return text
 
 
 def _format_value(value: Any) -> str:
