@@ -115,7 +115,7 @@ def test_help_explains_a_setting_a_group_and_a_command(here, capfd, name, said):
 def test_help_without_a_name_lists_commands_and_groups(capsys):
     assert run(["help"]) == DONE
     shown = capsys.readouterr().out
-    assert all(text in shown for text in ("judge", "worker=local|ray|slurm", "+experiment=low_memory|quick_check"))
+    assert all(text in shown for text in ("compare", "worker=local|ray|slurm", "+experiment=low_memory|quick_check"))
 
 
 @pytest.mark.parametrize(

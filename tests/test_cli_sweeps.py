@@ -149,14 +149,10 @@ JSON_PAGE = Path(__file__).parents[1] / "docs" / "reference" / "json.md"
         ("inspect", ["s/lora"]),
         ("export", ["s/lora", "--format", "peft", "--out", "adapter"]),
         ("reproduce", ["s/runs/lora-0001"]),
-        ("judge", ["scores.csv", "--metric", "loss", "--minimize", "--margin", "0.1"]),
     ],
 )
 def test_json_has_the_keys_of_the_page_and_nothing_else_is_printed(sweep, capfd, command, words):
     Path("texts.txt").write_text("a line of a text that is long enough\n" * 800)
-    Path("scores.csv").write_text(
-        "arm,seed,score\n" + "".join(f"{a},{n},{n + 1}\n" for a in ("full", "b") for n in (1, 2))
-    )
     assert run([command, *words, "--json"]) == DONE
     found = json.loads(capfd.readouterr().out)
     heading = "sweep" if command == "compare" else command

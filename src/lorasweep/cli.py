@@ -73,7 +73,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_sweep_commands(add)
     _add_training(add(commands.train, "train one run, or a grid of runs with -m; a Hydra app"))
-    _add_judge(add(commands.judge, "give verdicts on scores of runs that were trained elsewhere"))
     _add_run_commands(add)
     help_parser = add(commands.help, "explain a setting, a group of settings or a command")
     help_parser.add_argument(
@@ -150,22 +149,6 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     modes.add_argument(
         "--show-examples", type=int, metavar="N", help="print N training examples with what is scored, train nothing"
     )
-
-
-def _add_judge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("scores", type=Path, metavar="FILE.csv", help="scores with arm, seed and score")
-    parser.add_argument("--metric", required=True, help="name of the score, such as accuracy")
-    directions = parser.add_mutually_exclusive_group(required=True)
-    directions.add_argument("--maximize", action="store_true", help="higher scores are better")
-    directions.add_argument("--minimize", action="store_true", help="lower scores are better")
-    parser.add_argument("--margin", required=True, help="smallest difference that matters: 0.01, or 5%% of the gain")
-    parser.add_argument(
-        "--reference", default="full", metavar="ARM", help="arm that others are compared with (%(default)s)"
-    )
-    parser.add_argument("--base", default="frozen", metavar="ARM", help="the untrained model (%(default)s)")
-    parser.add_argument("--key", default="value", help="what the column value is, such as rank (%(default)s)")
-    parser.add_argument("--looks", nargs="+", type=int, default=(), metavar="N", help="all planned numbers of seeds")
-    parser.add_argument("--columns", nargs="+", default=(), metavar="arm=Name", help="names of the file's columns")
 
 
 def _add_run_commands(add: Callable[[Command, str], argparse.ArgumentParser]) -> None:

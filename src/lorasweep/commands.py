@@ -302,19 +302,6 @@ def _compare(folders: Sequence[Path]) -> Comparison:
     return comparison
 
 
-def judge(arguments: argparse.Namespace) -> Outcome:
-    from lorasweep.report.judge import judge, read_scores
-
-    columns = dict(given.split("=", 1) for given in arguments.columns if "=" in given)
-    if len(columns) < len(arguments.columns):
-        raise ConfigError("`--columns` must be pairs such as `arm=Name`: our name, then the file's.")
-    scores = read_scores(arguments.scores, columns=columns)
-    names = ("margin", "maximize", "metric", "reference", "base", "key", "looks")
-    verdicts = judge(scores, **{name: getattr(arguments, name) for name in names})
-    show(verdicts.render())
-    return Outcome(verdicts)
-
-
 def export(arguments: argparse.Namespace) -> Outcome:
     from lorasweep.config.run import require_exportable
     from lorasweep.record import read_run, restore_config

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from tests.files import set_values
 from tests.fuzzing import EXAMPLES, RANDOM, damage, damage_bytes, feed
 
-from .test_inputs import JUDGE, SCORES
 from .test_runs import COMMANDS
 
 SWEEP_FILES = ["sweep.json", "*/*/run.json", "*/*/test_scores.csv", "*/*/steps.jsonl", "journal.log"]
@@ -18,7 +17,6 @@ READERS = {
     "status": (["status", "theirs"], ["sweep.json"]),
     "resume": (["sweep", "--resume", "theirs", "--cfg", "job"], ["sweep.json"]),
     "train": (["train", "--from", "theirs/lora", "--cfg", "job"], ["sweep.json"]),
-    "judge": (JUDGE, ["../scores.csv"]),
     **{name: (words, RUN_FILES) for name, words in COMMANDS.items()},
 }
 
@@ -42,7 +40,6 @@ def damage_file(draw, path):
 @pytest.mark.parametrize("reader", READERS)
 def test_a_damaged_file_ends_in_a_result_or_in_a_sentence(theirs, reader, capsys, data):
     words, patterns = READERS[reader]
-    (theirs.parent / "scores.csv").write_text(SCORES)
     files = [path for pattern in patterns for path in sorted(theirs.glob(pattern)) if path.is_file()]
     path = data.draw(st.sampled_from(files))
     before = {file: file.read_bytes() for file in (path, theirs / "runs/lora-0000/run.json")}

@@ -9,11 +9,9 @@ import pandas
 import pytest
 
 import lorasweep
-from lorasweep.cli import run
 from lorasweep.errors import ConfigError
 from lorasweep.record import TEST_SCORES_FILE, read_sweep
 from lorasweep.report.evidence.evidence import answer_sweep, read_confirm_scores
-from lorasweep.report.judge import read_scores
 
 from .conftest import build_rank_sweep
 
@@ -94,45 +92,30 @@ def test_the_guides_table_of_the_trainers_runs_is_judged(here):
             log = [{"eval_accuracy": 0.5}, {"eval_accuracy": score + seed / 1000}, {"loss": 1.0}]
             (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     page = (Path(__file__).parents[2] / "docs" / "evidence.md").read_text(encoding="utf-8")
-    exec(compile(re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1], "evidence.md", "exec"), {})
-    found = lorasweep.judge(read_scores(here / "scores.csv", columns={}), margin=0.01, maximize=True, key="rank")
+    names = {}
+    exec(compile(re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1], "evidence.md", "exec"), names)
+    found = names["result"]
     verdicts = {answer.subject: answer.verdict for answer in found.answers if answer.name == "as_good_as_full"}
     assert verdicts == {"lora-rank-8": "equivalent", "lora-rank-1": "worse"}
 
 
-@pytest.mark.parametrize("content", ["", "a,b\n1,2,3,4\n", "\0\0"], ids=["empty", "ragged", "no text"])
-def test_a_file_that_is_no_table_of_scores_is_refused(content, tmp_path):
-    (tmp_path / "scores.csv").write_text(content)
-    with pytest.raises(ConfigError):
-        judge(read_scores(tmp_path / "scores.csv", columns={}), margin=0.01, maximize=True)
-    with pytest.raises(ConfigError, match="must be a CSV file of scores"):
-        read_scores(tmp_path, columns={})
-
-
-def test_the_command_prints_verdicts_or_json(tmp_path, capfd):
-    scores = make_scores({"full": 0.85, "lora": 0.85}).rename(columns={"arm": "Name", "score": "metrics.acc"})
-    scores.to_csv(tmp_path / "mlflow.csv", index=False)
-    words = ["judge", str(tmp_path / "mlflow.csv"), "--metric", "accuracy", "--maximize", "--margin", "0.01"]
-    words += ["--columns", "arm=Name", "score=metrics.acc"]
-    assert run(words) == 0
-    assert "Is lora as good as full? equivalent" in capfd.readouterr().out
-    assert run([*words, "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["questions"][0]["verdict"] == "equivalent"
-    assert run([*words[:-1], "score=metrics.ac"]) == 2
-    assert "but it has no 'metrics.ac'. Did you mean `metrics.acc`? It has ['Name'," in capfd.readouterr().err
+def test_printing_shows_the_table_and_the_notes():
+    shown = str(lorasweep.judge(make_scores({"full": 0.85, "lora": 0.85}), margin=0.01, maximize=True))
+    assert re.search(r"as_good_as_full +lora +full +equivalent", shown)
+    assert "Intervals are over seeds alone" in shown
 
 
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
         (lambda rows: rows.drop(columns="seed"), {}, "columns arm, seed and score, but lack seed"),
-        (lambda rows: rows, {"reference": "fulll"}, "`--reference`.* must be one of full or lora, but got 'fulll'"),
+        (lambda rows: rows, {"reference": "fulll"}, "`reference`.* must be one of full or lora, but got 'fulll'"),
         (lambda rows: pandas.concat([rows, rows]), {}, "several with arm full, seed 0. If they differ in a setting"),
         (lambda rows: rows.assign(score=float("nan")), {}, "row 1 must have a finite number as its score"),
         (lambda rows: rows.assign(weight=-1.0), {}, "row 1 must have a finite number as its weight"),
         (lambda rows: rows.assign(weight=0.0), {}, "must have a positive sum"),
         (lambda rows: rows.assign(seed=float("nan")), {}, "must have an arm and a seed"),
-        (lambda rows: rows, {"looks": [0, 3]}, "each at least 1"),
+        (lambda rows: rows, {"looks": [0, 3]}, "at least 1, but got"),
         (lambda rows: rows, {"margin": "5%"}, "no arm is named by `base`"),
         *((lambda rows: rows, {"margin": margin}, "`margin` must be a positive") for margin in ("wide", "nan")),
         (lambda rows: rows[rows["arm"] == "full"], {}, "another arm beside full"),

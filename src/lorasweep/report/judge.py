@@ -6,58 +6,43 @@ so the intervals do not include the chance in that search.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from lorasweep.config.data import METRIC_RANGES
-from lorasweep.config.sweep import MAX_ARMS, MAX_CONFIRM_SEEDS, parse_margin
-from lorasweep.disk import open_bounded
-from lorasweep.errors import ConfigError, first_line
-from lorasweep.record import MAX_LOOKS, Question, QuestionName, Subject, is_number
-from lorasweep.report.answers import AnswerLine, build_entry, explain_open
-from lorasweep.report.evidence.advice import CurrentEvidence, Step, find_step
+from lorasweep.config.sweep import parse_margin
+from lorasweep.errors import ConfigError
+from lorasweep.record import Question, QuestionName, Subject, is_number
+from lorasweep.report.answers import build_entry
 from lorasweep.report.evidence.estimates import (
     UNBOUNDED,
     ConfirmScores,
     RunExampleScores,
     RunKey,
     build_scores,
-    estimate_means,
 )
 from lorasweep.report.evidence.questions import MarginScale, answer_questions, compute_level
 from lorasweep.report.evidence.verdicts import Answer
-from lorasweep.report.terminal import render_answers
-from lorasweep.wording import format_bytes, format_estimate, format_share_estimate, join_words, shorten, suggest_nearest
+from lorasweep.wording import join_words, shorten
 
 if TYPE_CHECKING:
     import pandas
 
 REQUIRED_COLUMNS = ("arm", "seed", "score")
-MAX_SCORES_BYTES = 2**28
-"""Maximum size of a file of scores: about ten million rows."""
-MAX_HEADER_BYTES = 2**16
-"""Maximum length of the first line. Thousands of columns would take longer to read than millions of rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """Verdicts on scores of runs that were trained elsewhere."""
+    """Verdicts on scores of runs that were trained elsewhere. `print` shows the table and the notes."""
 
     answers: tuple[Answer, ...]
     scores: ConfirmScores
     margin: float | str
     confidence: float
     """The confidence of the intervals; all answers together have 95 %."""
-    steps: Mapping[tuple[QuestionName, str], Step]
-    """By question and arm: the number of seeds that probably settles the question. Only those of open questions that
-    seeds have a chance to settle."""
 
     def table(self) -> pandas.DataFrame:
         """Returns a row per answer: question, subject, reference, verdict, value, interval, and why it is open."""
@@ -65,51 +50,14 @@ class Judgement:
 
         return pandas.DataFrame.from_records([build_entry(answer) for answer in self.answers])
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "margin": self.margin,
-            "confidence": self.confidence,
-            "num_examples": self.scores.num_examples,
-            "num_groups": self.scores.num_groups,
-            "subjects": {name: mean.as_json() for name, mean in estimate_means(self.scores).items()},
-            "questions": [build_entry(answer) for answer in self.answers],
-            "steps": [
-                {"name": name, "arm": arm, "seeds": step.seeds, "chance": step.chance}
-                for (name, arm), step in self.steps.items()
-            ],
-            "notes": list(self.notes),
-        }
-
     @property
     def notes(self) -> tuple[str, ...]:
         unknown = "The intervals do not include the chance in the search that chose these settings."
         examples = () if self.scores.num_examples else ("Intervals are over seeds alone: no examples have scores.",)
         return (unknown, *examples, *self.scores.problems)
 
-    def render(self) -> RenderableType:
-        """Returns the answers and the mean scores for the terminal."""
-        lines = []
-        for answer in self.answers:
-            is_size = answer.name == "smallest"
-            asked = f"Is {answer.subject} {'enough' if is_size else f'as good as {answer.reference}'}?"
-            shown = format_share_estimate if answer.is_share else format_estimate
-            what = f" of {answer.reference}'s gain" if answer.is_share and not is_size else ""
-            why = explain_open(answer)
-            text = f"{answer.verdict}: {shown(answer.value, answer.interval)}{what}" + (f" ({why})" if why else "")
-            lines.append(AnswerLine(question=asked, text=text, state="settled" if answer.is_settled else "open"))
-        means = Table("arm", "mean score", "seeds", box=None, header_style="bold")
-        for name, mean in estimate_means(self.scores).items():
-            means.add_row(name, format_estimate(mean.value, mean.find_interval()), str(len(mean.seeds)))
-        advice = [
-            f"{step.seeds} seeds in all settle `{name}` of {arm} with a chance of {step.chance:.0%}."
-            for (name, arm), step in self.steps.items()
-        ]
-        return Group(
-            *render_answers(lines),
-            means,
-            *(Text(f"• {sentence}") for sentence in advice),
-            *(Text(f"• {note}") for note in self.notes),
-        )
+    def __str__(self) -> str:
+        return "\n".join([self.table().to_string(index=False), *self.notes])
 
 
 def judge(
@@ -172,25 +120,8 @@ def judge(
     planned = tuple(sorted({*looks, num_seeds})) if looks else (num_seeds,)
     scale = MarginScale(margin=parsed, sign=-1 if maximize else 1, base=base, full=reference)
     answers = answer_questions(questions, found, scale, looks=planned)
-    present = CurrentEvidence(
-        questions=questions,
-        answers=answers,
-        scores=found,
-        scale=scale,
-        looks=planned,
-        looks_done=[look for look in planned if look <= num_seeds],
-    )
-    steps = {
-        (question.name, question.arm): find_step([question], present)
-        for question in questions
-        if present.find_outcome(question).state == "open"
-    }
     return Judgement(
-        answers=tuple(answers),
-        scores=found,
-        margin=margin,
-        confidence=1 - 2 * compute_level(questions, planned),
-        steps={key: step for key, step in steps.items() if step},
+        answers=tuple(answers), scores=found, margin=margin, confidence=1 - 2 * compute_level(questions, planned)
     )
 
 
@@ -220,30 +151,19 @@ def _assign_subjects(
 
 
 def _check_table(scores: pandas.DataFrame, *, reference: str, looks: Sequence[int]) -> None:
-    if len(looks) > MAX_LOOKS or any(not 1 <= look <= MAX_CONFIRM_SEEDS for look in looks):
-        raise ConfigError(
-            f"looks must be at most {MAX_LOOKS} numbers of seeds, each at least 1 and at most {MAX_CONFIRM_SEEDS}, but "
-            f"got {shorten(list(looks))}."
-        )
+    if any(look < 1 for look in looks):
+        raise ConfigError(f"`looks` must be numbers of seeds of at least 1, but got {shorten(list(looks))}.")
     if missing := [name for name in REQUIRED_COLUMNS if name not in scores]:
         raise ConfigError(
             f"the scores must have the columns {join_words(REQUIRED_COLUMNS)}, but lack {join_words(missing)}: they "
-            f"have {join_words([str(name) for name in scores]) or 'no columns'}. Name yours with `--columns arm=...`."
+            f"have {join_words([str(name) for name in scores]) or 'no columns'}. Rename yours."
         )
     if scores[["arm", "seed"]].isna().any(axis=None):
         raise ConfigError("each row of the scores must have an arm and a seed, but one is empty.")
-    settings = scores[[name for name in ("arm", "value") if name in scores]].drop_duplicates()
-    for noun, count, limit in (
-        ("arms and values", len(settings), MAX_ARMS),
-        ("seeds", scores["seed"].nunique(), MAX_CONFIRM_SEEDS),
-    ):
-        if count > limit:
-            raise ConfigError(f"the scores must have at most {limit:,} {noun}, but have {count:,}.")
     if reference not in set(scores["arm"].astype(str)):
         arms = join_words([str(name) for name in dict.fromkeys(scores["arm"])], last="or")
         raise ConfigError(
-            f"`--reference`, the arm that others are compared with, must be one of {arms}, but got {reference!r}. "
-            "Without it, it is full."
+            f"`reference`, the arm that others are compared with, must be one of {arms}, but got {reference!r}."
         )
     for name in [name for name in ("score", "weight") if name in scores]:
         for row, value in enumerate(scores[name]):
@@ -255,7 +175,7 @@ def _check_table(scores: pandas.DataFrame, *, reference: str, looks: Sequence[in
         first = ", ".join(f"{name} {repeated.iloc[0][name]}" for name in identity)
         raise ConfigError(
             f"each run must have one row, or one for each `example`, but there are several with {first}. If they "
-            "differ in a setting, such as the rank, name its column with `--columns value=...`, else give other seeds."
+            "differ in a setting, such as the rank, name its column `value`, else give other seeds."
         )
 
 
@@ -279,26 +199,3 @@ def _read_runs(scores: pandas.DataFrame) -> tuple[dict[RunKey, float], dict[RunK
                 groups=tuple(ordered["group"].astype(str)) if "group" in ordered else identifiers,
             )
     return values, examples
-
-
-def read_scores(path: Path, *, columns: Mapping[str, str]) -> pandas.DataFrame:
-    """Reads the scores of runs from a CSV file. `columns` has the names of columns in the file, by ours.
-
-    Raises ConfigError if the file can't be read as a CSV.
-    """
-    import pandas  # noqa: PLC0415 (slow to import)
-
-    try:
-        with open_bounded(path, max_bytes=MAX_SCORES_BYTES) as file:
-            if len(file.readline(MAX_HEADER_BYTES)) == MAX_HEADER_BYTES:
-                raise ValueError(f"it has a header of more than {format_bytes(MAX_HEADER_BYTES)}")
-        found = pandas.read_csv(path, compression=None)
-        if missing := [theirs for theirs in columns.values() if theirs not in found]:
-            names = [str(name) for name in found]
-            raise ConfigError(
-                f"`--columns` must name columns of {str(path)!r}, but it has no {missing[0]!r}."
-                f"{suggest_nearest(missing[0], names)} It has {shorten(names, 400)}."
-            )
-        return found.rename(columns={theirs: ours for ours, theirs in columns.items()})
-    except (ValueError, OSError) as error:  # a CSV that is damaged, empty, no text or no file
-        raise ConfigError(f"{str(path)!r} must be a CSV file of scores, but is not: {first_line(error)}.") from error
