@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, linear
 
 from lorasweep.lora.dropout import apply_keep_mask
-from lorasweep.lora.recompute import choose_kept_tensors, recall
 
 UpdateFactor = float | Float[Tensor, "slots 1 1"]
 """Factor of B A x, as one number or one per slot: the scaling, divided by (1 - dropout) if inputs are dropped."""
@@ -50,16 +49,14 @@ def lora_linear(
 
     *Differs* from PEFT: A and B are cast to the dtype of x. PEFT casts x to the dtype of A and so keeps a second copy.
     """
-    x, recomputation, kept = choose_kept_tensors(x)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        kept = (x,) if recomputation is None else kept
     matrices = [matrix for group in groups for matrix in (group.lora_a, group.lora_b)]
     cast = [matrix.detach().to(x.dtype) for matrix in matrices]
     factors = tuple(group.factor for group in groups)
     output: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, factors, keep, recomputation, kept, cast, *matrices
+        x, weight, bias, factors, keep, cast, *matrices
     )
     return output
 
@@ -107,15 +104,14 @@ def split_by_group(x: Tensor, groups: Sequence[SlotGroup]) -> tuple[Tensor, ...]
 class _LoraLinear(torch.autograd.Function):
     """y = x Wᵀ + b over all rows, then y_k += (B_k u_k)ᵀ with u_k = factor_k · A_k (x_k · keep_k)ᵀ for each slot.
 
-    It saves memory and time in four ways. Backward keeps x itself and no copy, so layers with the same input share it.
-    If x is the output of an activation function, backward keeps the activation's inputs instead (`lora.recompute`). The
-    factor multiplies u, which is smaller than y. The updates are added to y in place.
+    It saves memory and time in three ways. Backward keeps x itself and no copy, so layers with the same input share it.
+    The factor multiplies u, which is smaller than y. The updates are added to y in place.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         # Named parameters before `*matrices` get wrong values if torch.compile runs in inference mode (torch 2.13).
-        x, weight, bias, factors, keep, recomputation, kept, cast, *matrices = arguments
+        x, weight, bias, factors, keep, cast, *matrices = arguments
         by_slot = _split_by_slot(x, sum(map(len, cast[::2])))  # (slots, tokens, d_in)
         keep = None if keep is None else keep.reshape(by_slot.shape)
         y = linear(by_slot.flatten(0, 1), weight, bias)  # (slots · tokens, d_out)
@@ -125,21 +121,18 @@ class _LoraLinear(torch.autograd.Function):
             u = a.bmm(_apply_keep_mask(by_slot, keep, slots).mT).mul_(factor)  # (slots, rank, tokens)
             y_by_slot[slots].baddbmm_(u.mT, b.mT)  # in place, because no other code has a reference to y yet
             products.append(u)
-        ctx.save_for_backward(weight, keep, *cast, *products, *kept)
-        ctx.factors, ctx.recomputation, ctx.dtypes = factors, recomputation, [matrix.dtype for matrix in matrices]
+        ctx.save_for_backward(x, weight, keep, *cast, *products)
+        ctx.factors, ctx.dtypes = factors, [matrix.dtype for matrix in matrices]
         output: Tensor = y.view(*x.shape[:-1], y.shape[-1])
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, keep, *saved = ctx.saved_tensors
-        num_matrices, num_groups = len(ctx.dtypes), len(ctx.factors)
-        cast, products = saved[:num_matrices], saved[num_matrices : num_matrices + num_groups]
-        # autocast computed in the dtype of the output
-        x = recall(ctx.recomputation, saved[num_matrices + num_groups :]).to(grad.dtype)
+        x, weight, keep, *saved = ctx.saved_tensors
+        cast, products = saved[: len(ctx.dtypes)], saved[len(ctx.dtypes) :]
         by_slot = _split_by_slot(x, sum(map(len, cast[::2])))
-        needs_x, needs_weight, needs_bias, _, _, _, _, _, *needs_matrix = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, _, _, _, *needs_matrix = ctx.needs_input_grad
         flat = grad.reshape(-1, grad.shape[-1])  # (slots · tokens, d_out)
         grad = flat.view(*by_slot.shape[:2], flat.shape[-1])  # (slots, tokens, d_out)
         grad_x = flat.mm(weight).view(by_slot.shape) if needs_x else None
@@ -161,7 +154,7 @@ class _LoraLinear(torch.autograd.Function):
         grad_weight = flat.t().mm(by_slot.flatten(0, 1)) if needs_weight else None
         grad_bias = flat.sum(0) if needs_bias else None
         grad_x = None if grad_x is None else grad_x.view(x.shape)
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None, *grad_matrices
+        return grad_x, grad_weight, grad_bias, None, None, None, *grad_matrices
 
 
 def _split_by_slot(x: Tensor, slots: int) -> Tensor:

@@ -8,9 +8,8 @@ from torch import nn
 from lorasweep.config.method import LoraConfig
 from lorasweep.lora.dropout import Dropout
 from lorasweep.lora.fully_trained import copy_as_trainable, match_modules_to_save, trained_modules
-from lorasweep.lora.layer_kinds import dequantised_weight, is_linear, is_quantised, matrix_shape
+from lorasweep.lora.layer_kinds import dequantised_weight, is_quantised
 from lorasweep.lora.layers import AdaptedLayer, LoraLayer, lora_layers
-from lorasweep.lora.recompute import replace_activations, restore_activations
 from lorasweep.lora.targets import Coverage, find_targets
 
 
@@ -42,20 +41,13 @@ def inject_lora(
         replace_module(model, layer.base, layer)
     for trained in copy_as_trainable(modules).values():
         replace_module(model, trained.base, trained)
-    prepare_surroundings(model)
+    disable_encoder_fast_path(model)
     return coverage
 
 
-def prepare_surroundings(model: nn.Module) -> None:
-    """Prepares the modules around LoRA layers. Call it again after layers were added.
-
-    Activation functions before linear LoRA layers keep only their inputs for the backward pass, with bit-identical
-    outputs and gradients. torch's encoder layers do not use their fast path, which would not call LoRA layers.
-    """
-    layers = [module.base for module in model.modules() if isinstance(module, AdaptedLayer)]
-    replace_activations(model, widths=frozenset(matrix_shape(layer)[1] for layer in layers if is_linear(layer)))
-    for module in model.modules():
-        # torch's fast path, which computes with the base's weights, is not taken if these attributes have these values
+def disable_encoder_fast_path(model: nn.Module) -> None:
+    """Makes torch's encoder layers call their layers. Their fast path would compute with the base's weights."""
+    for module in model.modules():  # the fast path is not taken if these attributes have these values
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
         elif isinstance(module, nn.TransformerEncoderLayer):
@@ -119,7 +111,6 @@ def merge_lora(model: nn.Module) -> None:
     for module in trained_modules(model).values():
         dtype = next((parameter.dtype for parameter in module.base.parameters()), None)
         replace_module(model, module, module.trained.to(dtype))
-    restore_activations(model)
     model.requires_grad_(False)
 
 

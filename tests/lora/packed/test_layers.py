@@ -4,9 +4,8 @@ from torch import nn
 from torch.autograd import gradcheck
 from transformers.pytorch_utils import Conv1D
 
-from lorasweep.lora import LoraConfig, compact_slots, inject_lora, inject_packed_lora, set_dropout_streams
+from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, set_dropout_streams
 from lorasweep.lora.packed.layers import packed_layers, packed_trained_modules
-from lorasweep.lora.recompute import RecomputedActivation
 
 SLOTS, ROWS = 3, 2
 
@@ -151,18 +150,6 @@ def test_linear_layers_of_mixed_slots(make_model, make_pack):
         ),
     ]
     make_pack(make_model, configs).assert_equal(tokens_of(11, 5))
-
-
-def test_activations_before_packed_layers_keep_only_their_input(make_pack):
-    def make():
-        return seeded(nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 4)))
-
-    both = make_pack(make, [LoraConfig(rank=2, dropout=0.2), LoraConfig(rank=1), LoraConfig(rank=3)])
-    assert isinstance(both.pack[1], RecomputedActivation)
-    both.assert_equal(numbers(3, 6))
-    compact_slots(both.pack, [2, 0])
-    both.solos = [both.solos[2], both.solos[0]]
-    both.assert_equal(numbers(3, 6))
 
 
 def test_a_base_with_hooks_computes_its_own_output(make_pack):

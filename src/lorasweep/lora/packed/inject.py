@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.lora.fully_trained import is_inside, trained_modules
-from lorasweep.lora.inject import check_not_injected, freeze, inject_lora, prepare_surroundings, replace_module
+from lorasweep.lora.inject import check_not_injected, disable_encoder_fast_path, freeze, inject_lora, replace_module
 from lorasweep.lora.layers import lora_layers
 from lorasweep.lora.packed.layers import (
     PackedLoraLayer,
@@ -26,7 +26,6 @@ from lorasweep.lora.packed.layers import (
     packed_trained_modules,
 )
 from lorasweep.lora.packed.slots import SlotDropout, Slots
-from lorasweep.lora.recompute import RecomputedActivation
 from lorasweep.lora.targets import Coverage
 
 PrepareSlotCopy: TypeAlias = Callable[..., None]
@@ -170,7 +169,7 @@ def copy_base(model: nn.Module) -> nn.Module:
     # With `memo`, deepcopy replaces each wrapper by a copy of the wrapper's base. Inner wrappers come first, because a
     # trained module may contain a dropout wrapper.
     for wrapper in reversed(list(model.modules())):
-        if isinstance(wrapper, SlotDropout | PackedLoraLayer | PackedTrainedModule | RecomputedActivation):
+        if isinstance(wrapper, SlotDropout | PackedLoraLayer | PackedTrainedModule):
             memo[id(wrapper)] = copy.deepcopy(wrapper.base, memo)
     return copy.deepcopy(model, memo)
 
@@ -198,7 +197,7 @@ def _update_layers(model: nn.Module, slots: Slots) -> None:
         for name in dict.fromkeys(name for by_name in by_slot for name in by_name):
             base = model.get_submodule(name)
             replace_module(model, base, packed_class(base, slots, [by_name.get(name) for by_name in by_slot]))
-    prepare_surroundings(model)
+    disable_encoder_fast_path(model)
 
 
 def _check_slots_do_not_overlap(model: nn.Module, solos: Sequence[nn.Module]) -> None:
