@@ -8,7 +8,6 @@ from tests.tiny_tokenizer import load_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from lorasweep.data import rendering
 from lorasweep.data.chat_template import read_template
 from lorasweep.data.source import Conversation, Message, collect_examples
 from lorasweep.data.split import IGNORED
@@ -39,7 +38,6 @@ ALTERNATES = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('must alternate') }}{% endif %}{% endfor %}" + KEEPS
 )
-LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + KEEPS
 OPENS_THINKING = KEEPS.replace("<|a|>{% endif %}", "<|a|><think>\n{% endif %}")
 EMPTY_THINKING = (
     "{% for m in messages %}<|{{ m.role[0] }}|>{% if m.role == 'assistant' %}<think>{{ m.reasoning_content }}</think>"
@@ -178,6 +176,7 @@ def test_tool_calls_are_scored_and_what_tools_answer_is_not(tokenizer, template)
     [
         (ALTERNATES, talk(("system", "be"), *TALK), {}, ["must alternate", "'hi'", "data.template"]),
         ("{{ bos_token }}\n{% for", talk(*TALK), {}, ["line 2", "data.template"]),
+        ("{{ cycler.__init__.__globals__.os.system('touch canary') }}", talk(*TALK), {}, ["unsafe", "data.template"]),
         (KEEPS, talk(*CALLING), {}, ["'get'", "'<|end|>", "data.template"]),
         ("{{ messages | length }}" + KEEPS, talk(*TALK), {}, ["'1<|u|>hi", "'2<|u|>hi"]),
         (
@@ -186,7 +185,6 @@ def test_tool_calls_are_scored_and_what_tools_answer_is_not(tokenizer, template)
             {"template_arguments": {"enable_thinking": False}},
             ["<think></think>'", "<think>hm</think>yes", "enable_thinking: true"],
         ),
-        ("{{ '\\ud800' }}" + KEEPS, talk(*TALK), {}, ["surrogates not allowed", "'hi'"]),
         (None, talk(*TALK), {}, ["has none", "plain"]),
         (None, talk(*CALLING), {"template": "plain"}, ["tool calls"]),
         (None, talk(*TALK), {"template": "missing.jinja"}, ["'missing.jinja'"]),
@@ -210,14 +208,6 @@ def test_conversations_that_a_template_does_not_write_are_named_and_counted(toke
     said = str(raised.value)
     assert said.endswith("Or remove such rows, 2 of the 5 that were rendered together: row 2 and row 5 of 'c.jsonl'.")
     assert "'get'" in said
-
-
-def test_a_template_that_does_not_end_is_stopped(tokenizer, monkeypatch):
-    monkeypatch.setattr(rendering, "MAX_RENDER_S", 0.05)
-    with pytest.raises(ConfigError, match=r"more than 0\.05 s.*'hi'"):
-        tokenise(tokenizer, LOOPS, talk(*TALK))
-    monkeypatch.undo()
-    assert texts(tokenizer, KEEPS, talk(*TALK))  # another template is rendered afterwards
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from lorasweep.config.data import ConversationSettings
-from lorasweep.data.rendering import Rendering, render
+from lorasweep.data.rendering import Renderer, Rendering
 from lorasweep.data.source import MAX_NAMED_ROWS, Conversation
 from lorasweep.disk import read_bounded
 from lorasweep.errors import ConfigError, first_line
@@ -50,35 +50,21 @@ class ChatTemplate:
     arguments: Mapping[str, Any]
     today: str
     """The day that the template gets as today, as YEAR-MONTH-DAY."""
-    budget: dict[str, float] = field(default_factory=dict)
-    """The seconds and characters that the template has in reserve for the data set (`render`)."""
 
     def render_turns(self, conversations: Sequence[Conversation], *, only_last: bool) -> Iterator[list[Turn]]:
         """Yields for each conversation its trained answers in order, or only the last one.
 
         Raises:
-            ConfigError: The template fails or takes too long, leaves out an answer, or contradicts its own prompt.
+            ConfigError: The template fails, leaves out an answer, or contradicts its own prompt.
         """
         problems: list[tuple[Conversation, ConfigError]] = []
-        for has_tools, alike in itertools.groupby(conversations, lambda conversation: bool(conversation.tools)):
-            template = {
-                "text": self.tokenizer.get_chat_template(self.text, tools=[{}] if has_tools else None),
-                "arguments": {**self.tokenizer.special_tokens_map, **self.arguments},
-                "today": self.today,
-                "eos_token": str(self.tokenizer.eos_token or ""),
-                "special_tokens": self._special_tokens,
-            }
-            group = [*alike]
-            described = [_describe_conversation(conversation, only_last=only_last) for conversation in group]
-            all_renderings = render(template, described, budget=self.budget)
-            for conversation, given, renderings in zip(group, described, all_renderings, strict=True):
-                answers = [given["messages"][index] for index in given["answers"]]
-                try:
-                    turns = [self._build_turn(*pair) for pair in zip(answers, renderings, strict=True)]
-                except ConfigError as error:  # the others are counted, because removing a few may be a remedy
-                    problems.append((conversation, error))
-                else:
-                    yield turns
+        for conversation in conversations:
+            try:
+                turns = self._render_conversation(conversation, only_last=only_last)
+            except ConfigError as error:  # the others are counted, because removing a few may be a remedy
+                problems.append((conversation, error))
+            else:
+                yield turns
         if problems:
             (conversation, first), count = problems[0], len(problems)
             if count == len(conversations):
@@ -89,6 +75,44 @@ class ChatTemplate:
                 f"{first} Or remove such rows, {count} of the {len(conversations)} that were rendered together: "
                 f"{named} of {conversation.source!r}."
             ) from first
+
+    def _render_conversation(self, conversation: Conversation, *, only_last: bool) -> list[Turn]:
+        messages = [
+            {"role": m.role, "content": m.content, **json.loads(m.fields or "{}")} for m in conversation.messages
+        ]
+        for message in messages:
+            message.pop("weight", None)  # no server knows it
+        answers = [index for index, message in enumerate(conversation.messages) if message.is_trained]
+        answers = answers[-1:] if only_last else answers
+        try:
+            renderer = self._with_tools if conversation.tools else self._without_tools
+            tools = json.loads(conversation.tools) if conversation.tools else None
+            renderings = renderer.render(messages, tools=tools, answers=answers)
+        except Exception as error:  # a template can raise any class of error
+            place = f" in its line {error.lineno}" if hasattr(error, "lineno") else ""
+            said = next((message["content"] for message in messages if message["role"] == "user"), "")
+            raise ConfigError(
+                f"the chat template must accept each conversation, but fails ({first_line(error)}{place}) where the "
+                f"user begins with {shorten(said)}. Correct it, or use another `data.template`, such as `plain`."
+            ) from error
+        return [self._build_turn(messages[index], made) for index, made in zip(answers, renderings, strict=True)]
+
+    def _build_renderer(self, *, has_tools: bool) -> Renderer:
+        return Renderer(
+            text=self.tokenizer.get_chat_template(self.text, tools=[{}] if has_tools else None),
+            arguments={**self.tokenizer.special_tokens_map, **self.arguments},
+            today=self.today,
+            eos_token=str(self.tokenizer.eos_token or ""),
+            special_tokens=self._special_tokens,
+        )
+
+    @functools.cached_property
+    def _with_tools(self) -> Renderer:
+        return self._build_renderer(has_tools=True)
+
+    @functools.cached_property
+    def _without_tools(self) -> Renderer:
+        return self._build_renderer(has_tools=False)
 
     def _build_turn(self, message: Mapping[str, Any], rendering: Rendering) -> Turn:
         prompt, full, marks = rendering
@@ -144,16 +168,6 @@ class ChatTemplate:
     def _special_tokens(self) -> tuple[str, ...]:
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         return (*self.tokenizer.all_special_tokens, *added)
-
-
-def _describe_conversation(conversation: Conversation, *, only_last: bool) -> dict[str, Any]:
-    """Returns what `render` gets of a conversation."""
-    messages = [{"role": m.role, "content": m.content, **json.loads(m.fields or "{}")} for m in conversation.messages]
-    for message in messages:
-        message.pop("weight", None)  # no server knows it
-    answers = [index for index, message in enumerate(conversation.messages) if message.is_trained]
-    tools = json.loads(conversation.tools) if conversation.tools else None
-    return {"messages": messages, "tools": tools, "answers": answers[-1:] if only_last else answers}
 
 
 def read_template(config: ConversationSettings, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
