@@ -109,16 +109,6 @@ class AnswerTask:
         return [float(f"{low * 100 ** (n / (self.num_rates - 1)):.5g}") for n in range(self.num_rates)]
 
 
-GROWTH_DOCS = {
-    **LANGUAGE,
-    "data": "stdlib_docs",
-    "data.block_length": 64,
-    "data.max_validation_blocks": 48,
-    "data.max_test_blocks": 214,
-}
-DOCUMENT_STEPS = {16: 16, 32: 26, 64: 48}
-"""Steps by number of training documents, for an equal share of an epoch: they have 1,719, 2,825 and 5,241 blocks."""
-
 RANKS = (1, 4, 16, 64)
 TEXT = {"ranks": (1, 2, 4, 8, 16, 64), "num_rates": 8, "lora_lr_low": 1e-3, "full_lr_low": 1e-4}
 TASKS = {
@@ -135,17 +125,6 @@ TASKS = {
         lora_lr_low=5e-4,
         full_lr_low=None,
     ),
-}
-TASKS |= {  # for `bench_growth.py`, in `answers/growth`
-    f"growth_docs_{number}": AnswerTask(
-        settings=GROWTH_DOCS
-        | {"data.max_train_documents": number, "trainer.max_steps": steps, "trainer.eval_every_steps": steps // 2},
-        ranks=RANKS,
-        num_rates=6,
-        lora_lr_low=1e-3,
-        full_lr_low=1e-4,
-    )
-    for number, steps in DOCUMENT_STEPS.items()
 }
 Row = dict[str, Any]
 

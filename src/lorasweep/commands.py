@@ -291,14 +291,11 @@ def compare(arguments: argparse.Namespace) -> Outcome:
 
 
 def _compare(folders: Sequence[Path]) -> Comparison:
-    """Shows the comparison of several sweeps, and writes its page if they are all sweeps of one group."""
-    from lorasweep.record import list_sweeps
-    from lorasweep.report.comparison import compare_sweeps, render_comparison, write_comparison
+    """Shows the comparison of several sweeps."""
+    from lorasweep.report.comparison import compare_sweeps, render_comparison
 
-    comparison, panel = compare_sweeps(folders)
+    comparison = compare_sweeps(folders)
     show(render_comparison(comparison))
-    if {*folders} == {*list_sweeps(folders[0].parent)}:
-        say(f"report: {write_comparison(comparison, panel, folders[0].parent)}")
     return comparison
 
 

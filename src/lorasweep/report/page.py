@@ -33,8 +33,13 @@ Cell = tuple[str, float | str | None]
 def render_page(findings: Findings, panels: Sequence[Panel]) -> str:
     """Returns the page as HTML."""
     data, metric = findings.data, wording.format_metric
-    return render_template(
-        "index.html",
+    environment = Environment(
+        loader=PackageLoader("lorasweep.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"metric": metric, "score": wording.format_score, "code": _mark_code, "link": build_link}
+    return environment.get_template("index.html").render(
+        figure_json=_figure_json,
+        plotly_js=Markup(get_plotlyjs()),
         data=data,
         sweep=data.record,
         findings=findings,
@@ -57,17 +62,6 @@ def render_page(findings: Findings, panels: Sequence[Panel]) -> str:
         ],
         rows=[(run, _build_cells(run, data)) for run in (*data.trials, *data.confirm_runs)],
     )
-
-
-def render_template(file: str, **values: Any) -> str:
-    """Returns a page as HTML, from a template of `templates/` and its values."""
-    environment = Environment(
-        loader=PackageLoader("lorasweep.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    filters = {"metric": wording.format_metric, "score": wording.format_score, "code": _mark_code, "link": build_link}
-    environment.filters |= filters
-    values |= {"figure_json": _figure_json, "plotly_js": Markup(get_plotlyjs())}
-    return environment.get_template(file).render(**values)
 
 
 def _mark_code(text: str) -> Markup:

@@ -180,11 +180,6 @@ class SweepData:
         return (self.longest_run.num_train if self.longest_run else None) or 0
 
     @property
-    def epochs(self) -> float:
-        """How often the longest run saw each training example; 0 if that is not known."""
-        return (self.longest_run.epochs if self.longest_run else None) or 0.0
-
-    @property
     def full_gain(self) -> float | None:
         """Full fine-tuning's gain over the frozen base in the search; None if it is not known or not positive."""
         base, full = self.best_score("frozen"), self.best_score("full")

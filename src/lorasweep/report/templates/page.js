@@ -103,7 +103,7 @@ function filterRows(text) {
 for (const button of document.querySelectorAll(".trials thead button")) {
   button.addEventListener("click", () => sortBy(button.closest("th")));
 }
-document.getElementById("filter")?.addEventListener("input", (event) => filterRows(event.target.value));
+document.getElementById("filter").addEventListener("input", (event) => filterRows(event.target.value));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
 for (const folded of document.querySelectorAll("details.more")) {
   folded.addEventListener("toggle", () => folded.open && drawSection(folded.closest("section")));
