@@ -5,7 +5,7 @@
 The sweep runs twice. The first time it is a process of its own, as a user starts it, and its time counts from start to
 end. The second time every matrix product and attention is counted by its shapes and its type. With `--flops`, the count
 is written to a file, or read from it, for further runs of the same sweep in the same precision. The floor is the number
-of operations divided by the speed of products that `lorasweep.sweep.machine` measures before and after the sweep (the
+of operations divided by the speed of products that `machine.py` measures before and after the sweep (the
 faster one).
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import measure_machine
 from side_by_side import print_head, print_row
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import (
@@ -33,7 +34,6 @@ from torch.utils.flop_counter import (
 )
 
 from lorasweep.api import run_sweep
-from lorasweep.sweep.machine import measure_machine
 from lorasweep.training.environment import DTYPES
 
 

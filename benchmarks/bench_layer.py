@@ -22,13 +22,13 @@ from dataclasses import dataclass
 import peft
 import torch
 import transformers
+from machine import measure_machine
 from side_by_side import compute_ratios, print_head, print_row, time_in_turn
 from torch import Tensor, nn
 
 from lorasweep.lora import LoraConfig, inject_lora
 from lorasweep.lora.inject import freeze
 from lorasweep.lora.layer_kinds import is_linear
-from lorasweep.sweep.machine import measure_machine
 from lorasweep.training.environment import DTYPES
 from lorasweep.training.memory import count_saved_bytes
 

@@ -36,6 +36,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from machine import measure_machine
 from real_weights import minilm_folder, smollm_folder
 from sentences import add_data_argument, load_sentences, write_sentences
 from side_by_side import print_head, print_row, time_in_turn
@@ -49,7 +50,6 @@ from lorasweep.objectives.labels import Classification
 from lorasweep.objectives.next_tokens import NextTokens
 from lorasweep.objectives.objective import Objective
 from lorasweep.record import RunRecord
-from lorasweep.sweep.machine import measure_machine
 from lorasweep.training.environment import DTYPES
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.memory import count_saved_bytes

@@ -365,10 +365,10 @@ def main() -> None:
         from trl_dpo import import_trl  # noqa: PLC0415 (imports torch)
 
         import_trl()
+    from machine import measure_machine  # noqa: PLC0415
     from real_weights import smollm_folder  # noqa: PLC0415 (imports torch)
 
     import lorasweep.models.tiny  # noqa: PLC0415
-    from lorasweep.sweep.machine import measure_machine  # noqa: PLC0415
 
     if arguments.model is None:
         arguments.model = str(Path(lorasweep.models.tiny.__file__).parent if arguments.quick else smollm_folder())

@@ -196,11 +196,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args(words)
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    from machine import measure_machine  # noqa: PLC0415
     from side_by_side import print_head  # noqa: PLC0415 (imports torch)
     from trl_dpo import import_trl  # noqa: PLC0415
 
     import lorasweep.models.tiny  # noqa: PLC0415
-    from lorasweep.sweep.machine import measure_machine  # noqa: PLC0415
 
     import_trl()
     model = arguments.model or str(Path(lorasweep.models.tiny.__file__).parent)

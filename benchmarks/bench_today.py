@@ -277,7 +277,7 @@ def main() -> None:
                 outcomes[way].append(outcome)
                 print(f"seed {seed}, {WAYS[way]}: {outcome.makespan_s:.1f} s", file=sys.stderr, flush=True)
         counts = [f"{len(path.read_text().splitlines()):,} {split}" for split, path in tables.items()]
-    from lorasweep.sweep.machine import measure_machine  # noqa: PLC0415 (imports torch, which reads OMP_NUM_THREADS)
+    from machine import measure_machine  # noqa: PLC0415 (imports torch, which reads OMP_NUM_THREADS)
 
     print(f"\n{measure_machine()}")
     print(

@@ -176,7 +176,7 @@ def new(arguments: argparse.Namespace) -> Outcome:
     draft = draft_sweep(path, settings, inputs_cache, recipe=recipe)
     if arguments.minutes is not None:
         say("measures a few steps of the drafted sweep", file=sys.stderr)
-        definition, rates = _measure(draft.definition, inputs_cache, minutes=arguments.minutes)
+        definition, rates = _measure(draft.definition, inputs_cache)
         budget, given_up = fit_minutes(definition, rates, arguments.minutes, spent_s=time.monotonic() - began + END_S)
         say(given_up, file=sys.stderr)
         draft = draft_sweep(path, {**settings, **budget.find_settings(definition)}, inputs_cache, recipe=recipe)
@@ -251,7 +251,7 @@ def _define(arguments: argparse.Namespace, *, measures: bool) -> tuple[Definitio
     definition = named or draft_definition(SweepOverrides.parse(words), inputs_cache)
     if not measures:
         return definition, [], inputs_cache
-    definition, rates = _measure(definition, inputs_cache, minutes=arguments.minutes)
+    definition, rates = _measure(definition, inputs_cache)
     if arguments.minutes is not None:
         budget, given_up = fit_minutes(definition, rates, arguments.minutes, spent_s=time.monotonic() - began + END_S)
         say(given_up, file=sys.stderr)
@@ -260,9 +260,7 @@ def _define(arguments: argparse.Namespace, *, measures: bool) -> tuple[Definitio
     return definition, rates, inputs_cache
 
 
-def _measure(
-    definition: Definition, inputs_cache: InputsCache, *, minutes: float | None
-) -> tuple[Definition, list[Rates]]:
+def _measure(definition: Definition, inputs_cache: InputsCache) -> tuple[Definition, list[Rates]]:
     """Returns a checked sweep with its number of steps, and what its trainings take."""
     from lorasweep.sweep.checks import check_definition, set_steps
     from lorasweep.sweep.measure import measure_sweep
@@ -272,7 +270,7 @@ def _measure(
 
     definition = set_steps(definition, inputs_cache)
     check_definition(definition, inputs_cache, new_folder=definition.sweep_config.sweep.output)
-    return definition, measure_sweep(definition, inputs_cache, minutes=minutes, on_progress=note)
+    return definition, measure_sweep(definition, inputs_cache, on_progress=note)
 
 
 def compare(arguments: argparse.Namespace) -> Outcome:

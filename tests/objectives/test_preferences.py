@@ -35,7 +35,7 @@ from lorasweep.objectives.preferences import Preferences
 from lorasweep.record import read_run
 from lorasweep.sweep.cost import estimate_cost
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.measure import choose_sample, scale_up, train_briefly
+from lorasweep.sweep.measure import scale_up, train_briefly
 from lorasweep.training import reference as reference_file
 from lorasweep.training.evaluation import evaluate_model, score_split
 from lorasweep.training.inputs import InputsCache
@@ -396,17 +396,16 @@ def test_data_that_must_be_retained_is_compared_with_the_base_too(tmp_path, call
 def test_a_plan_measures_without_the_numbers_of_the_base_and_counts_their_time(calls):
     config = make_config()
     inputs = make_preference_inputs(config)
-    sample = choose_sample(config, inputs, slots=1, token_s=1e-4, limit_s=1.0)
-    training = train_briefly(sample, is_pack=True)
-    assert training.record.status == "complete"
+    training = train_briefly(config, inputs, slots=1, is_pack=True)
+    assert training.record.status == "interrupted"
     assert calls == []
     definition = read_definition({"name": "pairs", "settings": RUN, "arms": {"lora": {"settings": {"method": "lora"}}}})
     arm, inputs_cache = definition.arms[0], InputsCache()
     inputs_cache._loaded[cache_key(arm.base)] = inputs
     size = PackSize(1, "")
-    rates = scale_up(training, sample, size, [arm], definition=definition, inputs_cache=inputs_cache)
+    rates = scale_up(training, size, [arm], definition=definition, inputs_cache=inputs_cache)
     tokens = sum(int(split.lengths.sum()) for split in (inputs.data.train, inputs.data.validation, inputs.data.test()))
-    per_token = training.evaluating_s / int(sample.inputs.splits.validation.lengths.sum())
+    per_token = training.evaluating_s / int(inputs.data.validation.lengths.sum())  # one batch
     assert rates.reference_s == pytest.approx(per_token * tokens)
     without = estimate_cost(definition, [replace(rates, reference_s=0.0)])
     assert estimate_cost(definition, [rates]).low_s == pytest.approx(without.low_s + rates.reference_s)

@@ -16,7 +16,6 @@ from lorasweep.config.data import BlockSettings, DataConfig, RowSettings
 from lorasweep.config.run import STEPS_KEY, RunConfig
 from lorasweep.config.sweep import MINUTES_KEY, RayWorkers
 from lorasweep.errors import ConfigError
-from lorasweep.record import RunRecord
 from lorasweep.sweep.controller.proposals import find_batch_start
 from lorasweep.sweep.controller.stopping import MIN_STEPS
 from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition, searches_one_key
@@ -29,11 +28,8 @@ MIN_TRIALS = 6
 """Minimum number of trials that `--minutes` leaves. Fewer are too few to search two decades of learning rates."""
 MIN_EXAMPLES = 64
 """Minimum number of examples or blocks on which `--minutes` lets a run be scored."""
-ROUGH = "The estimate is rough: whole packs or steps took too long to measure."
 MINUTES_TOLERANCE = 0.15
 """The smallest budget may exceed `--minutes` by this fraction, because two measurements differ by as much."""
-MAX_MEASURED_SHARE = 0.1
-"""Maximum share of `--minutes` for which all groups are measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +105,9 @@ class Rates:
     """Number of examples by name of the split."""
     num_train: int = 0
     """Number of training examples; 0 if it is not known."""
-    is_rough: bool = False
-    """Whether fewer slots, or fewer examples a step, were measured than the sweep has."""
     peak_memory_bytes: int
-    record: RunRecord
-    """Record of one of the measured runs."""
-    kept_bytes: int
-    """Size of the folder of that run."""
+    metric: str
+    """The metric that scores the measured run."""
     trained_params: dict[str, int]
     """Trained parameters of the largest run of each arm, by name of the arm."""
 
@@ -243,16 +235,15 @@ def fit_minutes(
         budget = next((each for each in fitting if estimate(each) <= available_s), budget)
         given_up["steps"] = _describe_steps(budget.steps or most, most)
     seconds, lost = estimate(budget), "; ".join(given_up.values()) or "nothing is given up"
-    rough = f" {ROUGH}" if any(group.is_rough for group in rates) else ""
     # with room, because an earlier measurement may have named these minutes
     if seconds + spent_s > (1 + MINUTES_TOLERANCE) * 60 * minutes:
         raise ConfigError(
             f"`--minutes` must be at least {math.ceil((seconds + spent_s) / 60)} for this sweep on this machine, but "
-            f"got {minutes:g}. That would give up: {lost}.{rough} What helps: shorter examples (`data.max_length`), "
+            f"got {minutes:g}. That would give up: {lost}. What helps: shorter examples (`data.max_length`), "
             "fewer ranks, an arm less, or a smaller model."
         )
     about = "about " if seconds > available_s else ""
-    return budget, f"within {about}{minutes:g} min: {lost}.{rough}"
+    return budget, f"within {about}{minutes:g} min: {lost}."
 
 
 def _describe_steps(steps: int, most: int) -> str:

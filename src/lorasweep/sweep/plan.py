@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.record import describe_confirmation
-from lorasweep.sweep.cost import ROUGH, Rates, count_workers, estimate_cost
+from lorasweep.sweep.cost import Rates, count_workers, estimate_cost
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.definition.confirm import count_confirm_runs, find_warnings
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms
@@ -25,7 +25,7 @@ MAX_NAME_WIDTH = 16
 
 def render_plan(definition: Definition, rates: Sequence[Rates]) -> RenderableType:
     """Returns a table with a row for each arm, followed by sentences on packs, stages, time, memory and warnings."""
-    metric = rates[0].record.metric
+    metric = rates[0].metric
     key = "data.metric" if definition.arms[0].base.module is None else "metric.name"
     title = f"{definition.name}: scored by {metric} (`{key}`), nothing is trained yet"
     # an arm's name may wrap if it is very long, but numbers never do
@@ -40,9 +40,7 @@ def render_plan(definition: Definition, rates: Sequence[Rates]) -> RenderableTyp
     for arm in definition.arms:
         group = next(group for group in rates if arm.name in group.arms)
         cost, runs = estimate_cost(definition, [group]), num_runs[arm.name]
-        # a run keeps its best and its last trained weights, both in fp32
         trained = group.trained_params[arm.name]
-        kept_bytes = group.kept_bytes + 8 * (trained - group.record.trainable_params)
         share = runs / sum(num_runs[name] for name in group.arms)
         at_most = "≤ " if len({getattr(config.method, "rank", 0) for config in arm.corner_configs}) > 1 else ""
         table.add_row(
@@ -52,7 +50,7 @@ def render_plan(definition: Definition, rates: Sequence[Rates]) -> RenderableTyp
             at_most + format_count(trained),
             str(group.slots),
             format_bytes(group.peak_memory_bytes),
-            at_most + format_bytes(runs * kept_bytes),
+            at_most + format_bytes(runs * 8 * trained),  # its best and its last trained weights, both in fp32
             format_seconds_range(share * cost.low_s, share * cost.high_s),
         )
     return Group(table, *(Text(f"• {note}") for note in _list_notes(definition, rates)))
@@ -75,7 +73,6 @@ def _list_notes(definition: Definition, rates: Sequence[Rates]) -> Iterator[str]
     range_note = " The upper end is for packs whose steps take as long with empty slots." if " to " in total else ""
     shared = f" {workers} workers share this time." if (workers := count_workers(definition)) > 1 else ""
     yield f"Time on this machine, if it does nothing else: {total} ({parts}).{range_note}{shared}"
-    yield from [ROUGH] if any(group.is_rough for group in rates) else []
     if longest.high_s > LONG_PLAN_S:
         yield "`--minutes N` cuts a sweep to a time of your choice, and says what that gives up."
     if longest.confirm_s > cost.confirm_s:
@@ -86,7 +83,7 @@ def describe_group(definition: Definition, rates: Rates) -> dict[str, Any]:
     """Returns a group of arms in what `lorasweep plan --json` prints."""
     config, cost = definition.find_arm(rates.arms[0]).base, estimate_cost(definition, [rates])
     return {
-        **{name: value for name, value in vars(rates).items() if name != "record"},
+        **vars(rates),
         "run_s": rates.estimate_run_s(config.num_steps, config.trainer.eval_every_steps),
         "search_s": [cost.search_low_s, cost.search_high_s],
     }

@@ -1,4 +1,4 @@
-"""Measures how fast the machine multiplies matrices and copies memory. `plan` and the benchmarks print it."""
+"""Measures how fast the machine multiplies matrices and copies memory. The benchmarks print it."""
 
 from __future__ import annotations
 
