@@ -3,7 +3,8 @@
     result = lorasweep.run_sweep("quickstart", overrides=["trainer.max_steps=60"])
     result.best("lora").params, result.trials_dataframe(), result.study("lora")
 
-`run_sweep`, `resume_sweep` and `train_run` train; `load_sweep` and `load_run` read a folder. `TrainingModule` and
+`run_sweep`, `resume_sweep` and `train_run` train; `load_sweep`, `load_run` and `inspect_run` read
+a folder. `TrainingModule` and
 `DataModule` are for your own Trainer. Each name is imported when it is first used, because torch is slow to import.
 """
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lorasweep.record import Trial
     from lorasweep.report.judge import judge
     from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
+    from lorasweep.runs.inspect import inspect_run
     from lorasweep.training.data_module import DataModule
     from lorasweep.training.module import TrainingModule
     from lorasweep.training.own_module import record_scores
@@ -29,6 +31,7 @@ __all__ = [
     "SweepResult",
     "TrainingModule",
     "Trial",
+    "inspect_run",
     "judge",
     "load_run",
     "load_sweep",
@@ -50,6 +53,7 @@ _MODULES = {
     "TrainingModule": "lorasweep.training.module",
     "Trial": "lorasweep.record",
     "record_scores": "lorasweep.training.own_module",
+    "inspect_run": "lorasweep.runs.inspect",
     "judge": "lorasweep.report.judge",
 }
 """The module of each public name."""

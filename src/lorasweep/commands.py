@@ -345,15 +345,20 @@ def _export_into(arguments: argparse.Namespace) -> Outcome:
 
 
 def inspect(arguments: argparse.Namespace) -> Outcome:
-    """Analyses the weights of a run, writes the tables into its folder `inspect/` and shows them."""
+    """Shows how the norm of a run's updates is shared among the kinds of layers, and how many directions they use."""
     run = _choose_run(arguments.run, verb="inspecting")
     with quick_imports():
-        from lorasweep.runs.inspect import INSPECT_FOLDER, inspect_run, render_inspection
+        from lorasweep.runs.inspect import inspect_run
 
-    inspection = inspect_run(run, trust=arguments.trust)
-    show(render_inspection(inspection))
-    say(f"all numbers: {run / INSPECT_FOLDER}")
-    return Outcome(inspection)
+    found = inspect_run(run, trust=arguments.trust)
+    kinds = found["layer"].str.rsplit(".", n=1).str[-1]  # the name of a layer in its block, such as `q_proj`
+    rows = found.groupby(kinds.where(found["directions"].notna(), "norms, biases"))
+    columns = {"rank": "max", "norm_share": "sum", "directions": "median"}
+    table = rows.agg(weights=("layer", "size"), **{name: (name, how) for name, how in columns.items()})
+    table = table.sort_values("norm_share", ascending=False).rename_axis(None)
+    say(table.to_string(formatters={"norm_share": "{:.1%}".format}, na_rep="–"))
+    say("directions: the median number of singular values that hold 90 % of an update's squared norm")
+    return Outcome({"layers": found.astype(object).where(found.notna(), None).to_dict("records")})
 
 
 def _choose_run(folder: Path, *, verb: str) -> Path:
