@@ -49,7 +49,7 @@ def main() -> None:
     others = [path for path, content in contents.items() if not is_recipe(content)]
     ends: Counter[str] = Counter({"no training file": len(others)})
     reasons: Counter[str] = Counter()
-    not_taken: Counter[str] = Counter()
+    not_followed: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         for path, content in contents.items():
@@ -59,16 +59,16 @@ def main() -> None:
                 reasons.update([end.partition(": ")[2]] if ": " in end else [])
                 if recipe is not None:
                     ends["keys without a list"] += sum(key not in list_keys(recipe) for key in content)
-                    unknown.update(key for key, why in recipe.keys.not_taken.items() if why == UNKNOWN)
-                    not_taken.update({*recipe.keys.not_taken.values()})
+                    unknown.update(key for key, why in recipe.keys.not_followed.items() if why == UNKNOWN)
+                    not_followed.update({*recipe.keys.not_followed.values()})
     found = {"files": len(contents), **ends}
     print(json.dumps(found, indent=1))
-    for title, counts in (("refused", reasons), ("not taken", not_taken), ("unknown", unknown)):
+    for title, counts in (("refused", reasons), ("not followed", not_followed), ("unknown", unknown)):
         print(f"{title}:")
         for reason, count in counts.most_common(12):
             print(f"  {count:4d}  {reason}")
     if arguments.output:
-        arguments.output.write_text(json.dumps({**found, "refused": reasons, "not taken": not_taken}, indent=1))
+        arguments.output.write_text(json.dumps({**found, "refused": reasons, "not followed": not_followed}, indent=1))
 
 
 def load(path: Path) -> Mapping[str, Any]:
@@ -87,7 +87,7 @@ def is_recipe(content: Mapping[str, Any]) -> bool:
 def list_keys(recipe: Recipe) -> set[str]:
     """Returns the keys of a file that are in one of the lists."""
     keys = recipe.keys
-    listed = [*keys.taken, *keys.no_effect, *keys.not_taken, *keys.refused, *recipe.defaults]
+    listed = [*keys.followed, *keys.not_followed, *keys.refused, *recipe.defaults]
     return {*listed, *(key.partition(".")[0] for key in listed)}
 
 

@@ -123,7 +123,7 @@ def test_plain_text_has_no_settings_of_chats(read, tmp_path):
     values = {"model_name_or_path": "org/base", "stage": "pt", "dataset": "mine", "dataset_dir": ".", "max_samples": 9}
     recipe = read(values)
     assert data_of(recipe) == {"data": "text", "data.path": "a/b", "data.train": "train", "data.text": "body"}
-    assert "as a whole" in recipe.keys.not_taken["max_samples"]
+    assert "as a whole" in recipe.keys.not_followed["max_samples"]
 
 
 def test_images_of_descriptions_are_refused(read, tmp_path):

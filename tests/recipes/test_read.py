@@ -125,9 +125,8 @@ def test_axolotls_keys_become_settings(read):
     }
     assert (recipe.lr, recipe.epochs, recipe.length, recipe.warmup_steps) == (2e-4, 2.0, 2048, 0)
     assert "2 × 4 accumulated" in recipe.batch
-    assert recipe.keys.no_effect.keys() == {"logging_steps", "wandb_project"}
-    assert recipe.keys.not_taken.keys() == {"sample_packing", "val_set_size"}
-    assert "`trainer.batch_size` examples" in recipe.keys.not_taken["sample_packing"]
+    assert recipe.keys.not_followed.keys() == {"logging_steps", "wandb_project", "sample_packing", "val_set_size"}
+    assert "`trainer.batch_size` examples" in recipe.keys.not_followed["sample_packing"]
 
 
 def test_trls_defaults_count_where_its_file_has_no_key(read):
@@ -140,12 +139,12 @@ def test_trls_defaults_count_where_its_file_has_no_key(read):
     assert recipe.settings["schedule"] == "linear"
     assert "data" not in recipe.settings  # the columns decide
     assert recipe.defaults["lora_alpha"] == 32
-    assert "Taken as TRL's defaults: " in "\n".join(recipe.describe())
+    assert "Followed as TRL's defaults: " in "\n".join(recipe.describe())
     dpo = read(TRL, beta=0.05)
     assert (dpo.settings["data"], dpo.settings["objective.beta"], dpo.lr) == ("preferences", 0.05, 1e-6)
     assert read(TRL, use_peft=False).method == {"method": "full"}
-    assert "also scores the prompts" in recipe.keys.not_taken["assistant_only_loss"]
-    assert "assistant_only_loss" not in read(TRL, assistant_only_loss=True).keys.not_taken
+    assert "also scores the prompts" in recipe.keys.not_followed["assistant_only_loss"]
+    assert "assistant_only_loss" not in read(TRL, assistant_only_loss=True).keys.not_followed
 
 
 def test_llama_factorys_data_are_described_above_its_file(read, tmp_path):
@@ -170,7 +169,7 @@ def test_llama_factorys_data_are_described_above_its_file(read, tmp_path):
     assert recipe.method["method.alpha"] == 8  # twice the rank
     assert recipe.defaults["lora_alpha"] == 8
     assert "llama3" not in str(recipe.settings)
-    assert "chat template" in recipe.keys.not_taken["template"]
+    assert "chat template" in recipe.keys.not_followed["template"]
     describe_data(tmp_path, hf_hub_url="org/pairs", ranking=True, formatting="sharegpt")
     dpo = read(FACTORY, stage="dpo", pref_beta=0.2)
     assert (
@@ -182,12 +181,12 @@ def test_llama_factorys_data_are_described_above_its_file(read, tmp_path):
             "objective.beta": 0.2,
         }.items()
     )
-    assert "pref_beta" in read(FACTORY, pref_beta=0.2).keys.no_effect  # it trains no pairs
+    assert "pref_beta" in read(FACTORY, pref_beta=0.2).keys.not_followed  # it trains no pairs
 
 
 def test_every_key_is_in_one_list_and_unknown_ones_are_named(read):
     recipe = read(AXOLOTL, new_trick=3, lora_qkv_kernel=True, gptq=False)
-    lists = [recipe.keys.taken, recipe.keys.no_effect, recipe.keys.not_taken, recipe.keys.refused]
+    lists = [recipe.keys.followed, recipe.keys.not_followed, recipe.keys.refused]
     theirs = {
         *AXOLOTL,
         "new_trick",
@@ -198,20 +197,15 @@ def test_every_key_is_in_one_list_and_unknown_ones_are_named(read):
         "datasets.field_messages",
     }
     assert sorted(key for keys in lists for key in keys) == sorted(theirs)
-    assert recipe.keys.not_taken["new_trick"] == UNKNOWN
-    assert f"Not taken: new_trick ({UNKNOWN})." in recipe.describe()
+    assert recipe.keys.not_followed["new_trick"] == UNKNOWN
+    assert f"Not followed: new_trick ({UNKNOWN})." in recipe.describe()
 
 
 @pytest.mark.parametrize("name", TOOLS)
-def test_a_table_has_each_key_once(name):
+def test_a_table_has_a_reason_for_each_refused_value(name):
     table = load_table(name)
     for part in (table, table["data_set"]):
-        keys = [
-            *part["taken"],
-            *(key for s in ("no_effect", "not_taken", "refused") for k in part.get(s, {}).values() for key in k),
-        ]
-        assert len(keys) == len(set(keys))
-        rules = [rule for rule in part["taken"].values() if isinstance(rule, dict)]
+        rules = [rule for rule in part["followed"].values() if isinstance(rule, dict)]
         assert all("why" in rule for rule in rules if "refuse" in rule)
 
 
@@ -249,12 +243,12 @@ def test_lora_plus_is_a_setting_of_the_arms_of_lora(read):
     assert "optim.lr_ratio_b" not in recipe.settings
     full = read(AXOLOTL, loraplus_lr_ratio=16, adapter=None, load_in_4bit=None)
     assert full.method == {"method": "full"}
-    assert "loraplus_lr_ratio" in full.keys.no_effect
+    assert "loraplus_lr_ratio" in full.keys.not_followed
 
 
 def test_without_targets_it_is_said_which_layers_are_adapted(read):
     recipe = read(AXOLOTL, lora_target_modules=None)
-    assert "all linear layers" in recipe.keys.not_taken["lora_target_modules"]
+    assert "all linear layers" in recipe.keys.not_followed["lora_target_modules"]
 
 
 @pytest.mark.parametrize(
@@ -269,10 +263,10 @@ def test_without_targets_it_is_said_which_layers_are_adapted(read):
         ({"liger_rope": True}, ("liger_rope", "rounding")),
     ],
 )
-def test_what_is_not_taken_says_what_that_changes(read, changes, said):
+def test_what_is_not_followed_says_what_that_changes(read, changes, said):
     key, why = said
     recipe = read(AXOLOTL, **changes)
-    assert why in recipe.keys.not_taken[key]
+    assert why in recipe.keys.not_followed[key]
     assert "model.trust_remote_code" not in recipe.settings
 
 
@@ -350,12 +344,12 @@ def test_a_missing_file_and_a_folder_are_one_sentence(tmp_path):
 def test_foreign_yaml_sets_no_class(read):
     recipe = read(AXOLOTL, optimizer={"_target_": "os.system"}, _target_="os.system")
     assert recipe.settings["optim"] == "adamw"
-    assert recipe.keys.not_taken["_target_"] == UNKNOWN
+    assert recipe.keys.not_followed["_target_"] == UNKNOWN
 
 
 def test_keys_below_a_group_are_read_by_their_dotted_names(read):
     pairs = [{"path": "org/pairs", "type": "chatml.intel"}]
     recipe = read(AXOLOTL, datasets=pairs, rl="dpo", rl_beta=0.3, trl={"beta": 0.2, "use_vllm": True})
     assert recipe.settings["objective.beta"] == 0.2  # as in axolotl, where it wins
-    assert recipe.keys.taken["trl.beta"] == "objective.beta"
-    assert recipe.keys.not_taken["trl.use_vllm"] == UNKNOWN
+    assert recipe.keys.followed["trl.beta"] == "objective.beta"
+    assert recipe.keys.not_followed["trl.use_vllm"] == UNKNOWN

@@ -78,9 +78,9 @@ def test_their_settings_are_an_arm_of_their_own_and_their_rank_is_searched(here,
     assert settings["schedule.warmup_fraction"] == pytest.approx(10 / steps, abs=1e-3)
     written, printed = Path("mine.yaml").read_text(), capsys.readouterr().out
     for text in (" ".join(line.removeprefix("# ") for line in written.splitlines()), printed):
-        assert "Not taken: sample_packing (packed sequences" in text
-        assert "No effect on the result: logging_steps (logs)" in text
-        assert re.search("Taken: [^.]*lora_r, ", text)
+        assert "Not followed: sample_packing (packed sequences" in text
+        assert "logging_steps (logs)" in text
+        assert re.search("Followed: [^.]*lora_r, ", text)
     assert "4 × 2 accumulated on one GPU; multiply by your GPUs" in written
     definition = read_definition(here / "mine.yaml")
     questions = [(question.name, question.arm) for question in list_questions(definition)]

@@ -40,7 +40,7 @@ def read_data_sets(values: Mapping[str, Any], table: Mapping[str, Any], *, stage
     except ValueError as error:
         found.refused[name] = str(error)
         return found
-    found.taken[name] = "data"
+    found.followed[name] = "data"
     if len(entries) > 1:
         found.refuse(name, f"lorasweep reads one data set, and these are {len(entries)}; merge them into one")
     entry = {**table.get("data_defaults", {}), **beside, **entries[0]}
@@ -52,15 +52,17 @@ def read_data_sets(values: Mapping[str, Any], table: Mapping[str, Any], *, stage
         kind = "pretrain" if stage == "pt" or name == "pretraining_dataset" else str(facts.get("type", "alpaca"))
         types = table["pair_types" if stage == "dpo" else "types"]
         rules = [types[form] for form in (kind, kind.split(".")[-1], kind.split(":")[0]) if form in types]
-        for key, value in rules[0]["settings"].items() if rules else ():
+        rule = dict(rules[0]) if rules else {}
+        differs = rule.pop("differs", None)
+        for key, value in rule.items():
             (theirs, default), *_ = value.items() if isinstance(value, Mapping) else [("", value)]
             if (column := facts.get(theirs) or default) is not None:
                 found.settings[key] = column
         if not rules:
             found.refuse(f"{prefix}type", f"it is {kind!r}, whose columns can't be read here; name other data")
-        elif "differs" in rules[0]:
-            found.taken.pop(f"{prefix}type", None)
-            found.not_taken[f"{prefix}type"] = f"{kind}: {rules[0]['differs']}"
+        elif differs:
+            found.followed.pop(f"{prefix}type", None)
+            found.not_followed[f"{prefix}type"] = f"{kind}: {differs}"
     _read_source(found, facts, prefix=prefix)
     return found
 

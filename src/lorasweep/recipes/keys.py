@@ -1,10 +1,11 @@
-"""Sorts the keys of another tool's file into taken, without effect, not taken and refused, by the table of the tool."""
+"""Sorts the keys of another tool's file into followed, not followed and refused, by the table of the tool."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
 from typing import Any
 
 from lorasweep.config.build import (
@@ -41,16 +42,14 @@ UNKNOWN = "lorasweep does not know this key"
 
 @dataclass(frozen=True, kw_only=True)
 class MappedKeys:
-    """The keys of a file, each in exactly one of four lists, and the settings that follow from those that are taken."""
+    """The keys of a file, each in exactly one of three lists, and the settings of those that are followed."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     """Our dotted keys with values, and facts (`recipe.epochs`) that become settings together with others."""
-    taken: dict[str, str] = field(default_factory=dict)
+    followed: dict[str, str] = field(default_factory=dict)
     """Our key for each of theirs."""
-    no_effect: dict[str, str] = field(default_factory=dict)
-    """Their keys that change nothing in the result, each with the reason."""
-    not_taken: dict[str, str] = field(default_factory=dict)
-    """Their keys that are not followed, each with what that changes."""
+    not_followed: dict[str, str] = field(default_factory=dict)
+    """Their keys that are not followed, each with the reason, or with what that changes."""
     refused: dict[str, str] = field(default_factory=dict)
     """Their keys for which no sweep is drafted, each with the reason."""
 
@@ -60,7 +59,7 @@ class MappedKeys:
             getattr(self, part.name).update(getattr(other, part.name))
 
     def refuse(self, key: str, why: str) -> None:
-        self.taken.pop(key, None)
+        self.followed.pop(key, None)
         self.refused[key] = why
 
     def pop_facts(self) -> dict[str, Any]:
@@ -72,26 +71,25 @@ class MappedKeys:
 def sort_keys(values: Mapping[Any, Any], table: Mapping[str, Any], *, prefix: str = "") -> MappedKeys:
     """Returns the keys of a part of a file in their lists. `prefix` stands before each key, such as `datasets.`.
 
-    Raises ConfigError if the value of a taken key has the wrong type.
+    Raises ConfigError if the value of a followed key has the wrong type.
     """
-    found, lists = MappedKeys(), ("no_effect", "not_taken", "refused")
-    places = {key: (name, why) for name in lists for why, keys in table.get(name, {}).items() for key in keys}
+    found = MappedKeys()
     for key, value in values.items():
-        name, rule = f"{prefix}{key}", table["taken"].get(key)
+        name, rule = f"{prefix}{key}", table["followed"].get(key)
         rule = {"to": rule} if isinstance(rule, str) else rule
         choices = rule.get("values", {}) if rule else {}
         single = value[0] if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], dict) else value
         choice = single if isinstance(single, bool | int | float | None) else str(single)
-        if rule is None and key not in places:
-            found.not_taken[name] = UNKNOWN
+        section, why = _find_reason(key, table) if rule is None else ("followed", "")
+        if why == UNKNOWN:
+            found.not_followed[name] = UNKNOWN
         elif (choice not in choices and value in (None, "", [], {})) or (rule is None and not value):
-            found.no_effect[name] = "empty or switched off"
+            found.not_followed[name] = "empty or switched off"
         elif rule is None:
-            section, why = places[key]
-            getattr(found, section)[name] = why
+            (found.refused if section == "refused" else found.not_followed)[name] = why
         elif choice in choices or not re.search(rule.get("refuse", "(?!)"), str(choice)):
             if choices and choice not in choices and "otherwise" in rule:
-                found.not_taken[name] = f"{rule['otherwise']} (it is {shorten(value)})"
+                found.not_followed[name] = f"{rule['otherwise']} (it is {shorten(value)})"
                 if key in table.get("defaults", {}):
                     found.settings[rule["to"]] = choices[table["defaults"][key]]
                 continue
@@ -100,10 +98,26 @@ def sort_keys(values: Mapping[Any, Any], table: Mapping[str, Any], *, prefix: st
                 content = [part.strip() for part in content.split(rule["separator"])]
             several = content if isinstance(content, dict) and choices else {rule["to"]: content}
             found.settings.update({ours: _convert(ours, given, name=name) for ours, given in several.items()})
-            found.taken[name] = rule["to"]
+            found.followed[name] = rule["to"]
         else:
             found.refused[name] = f"it is {shorten(value)}, and {rule['why']}"
     return found
+
+
+def find_key(table: Mapping[str, Any], ours: str) -> str | None:
+    """Returns the tool's first key that sets one of our keys; None if it has none."""
+    target = table["set_by"].get(ours, ours)
+    rules = {key: rule if isinstance(rule, str) else rule["to"] for key, rule in table["followed"].items()}
+    return next((key for key, to in rules.items() if to == target), None)
+
+
+def _find_reason(key: str, table: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the section, and the reason for which a key is not followed or refused."""
+    for section in ("refused", "not_followed", "patterns"):
+        for why, patterns in table.get(section, {}).items():
+            if any(fnmatchcase(key, pattern) for pattern in patterns):
+                return section, why
+    return "", UNKNOWN
 
 
 def _convert(key: str, value: Any, *, name: str) -> Any:

@@ -18,7 +18,7 @@ from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY
 from lorasweep.config.small_yaml import require_small_yaml
 from lorasweep.errors import ConfigError
 from lorasweep.recipes.data_sets import read_data_sets
-from lorasweep.recipes.keys import MappedKeys, sort_keys
+from lorasweep.recipes.keys import MappedKeys, find_key, sort_keys
 from lorasweep.wording import join_words, shorten
 
 TOOLS = ("axolotl", "llamafactory", "trl")
@@ -67,11 +67,10 @@ class Recipe:
     def describe(self) -> list[str]:
         """Returns lines that have each key of the file in its list."""
         given = [f"{key} {value}" for key, value in self.defaults.items() if value is not None]
-        lines = [f"{self.path.name} is read as a file of {self.tool}.", f"Taken: {', '.join(self.keys.taken)}."]
-        lines += [f"Taken as {self.tool}'s defaults: {', '.join(given)}."] if given else []
+        lines = [f"{self.path.name} is read as a file of {self.tool}.", f"Followed: {', '.join(self.keys.followed)}."]
+        lines += [f"Followed as {self.tool}'s defaults: {', '.join(given)}."] if given else []
         for title, keys in (
-            ("No effect on the result", self.keys.no_effect),
-            ("Not taken", self.keys.not_taken),
+            ("Not followed", self.keys.not_followed),
             ("Refused, so other data are named", self.keys.refused),
         ):
             reasons: dict[str, list[str]] = {}
@@ -122,7 +121,7 @@ def read_recipe(path: Path, *, has_data: bool = False) -> Recipe:
         defaults |= follows
     for ours in (LR,) if facts["adapter"] == "full" else (LR, RANK, ALPHA):
         if ours not in found.settings:
-            key, tool = table["decided"][ours], table["name"]
+            key, tool = find_key(table, ours), table["name"]
             raise ConfigError(f"{str(path)!r} must have `{key}`, but it is missing, and {tool} has no default. Add it.")
     found.add(data)
     recipe = _combine(path, table, found, facts, stage=stage, defaults=defaults)
@@ -130,7 +129,7 @@ def read_recipe(path: Path, *, has_data: bool = False) -> Recipe:
     try:
         compose_run({"model": "causal_lm", **known, **recipe.method, LR: recipe.lr}, require_all=False)
     except ConfigError as error:
-        theirs = [key for key, ours in found.taken.items() if f"`{ours}" in str(error)]
+        theirs = [key for key, ours in found.followed.items() if f"`{ours}" in str(error)]
         raise ConfigError(f"{str(path)!r}: {error}{f' There it is `{theirs[0]}`.' if theirs else ''}") from error
     return recipe
 
@@ -156,13 +155,13 @@ def _combine(
         "optim.beta": settings.get("optim") != "adamw",
     }
     if settings.get("data") == "text":
-        for key in [key for key, ours in found.taken.items() if ours in CHAT_KEYS]:
-            settings.pop(found.taken.pop(key))
-            found.not_taken[key] = "plain text is read as a whole"
-    for key, ours in [*found.taken.items()]:
+        for key in [key for key, ours in found.followed.items() if ours in CHAT_KEYS]:
+            settings.pop(found.followed.pop(key))
+            found.not_followed[key] = "plain text is read as a whole"
+    for key, ours in [*found.followed.items()]:
         if any(ours.startswith(start) and is_useless for start, is_useless in useless.items()):
-            found.no_effect.update({} if key in defaults else {key: "what it sets is not trained here"})
-            del found.taken[key]
+            found.not_followed.update({} if key in defaults else {key: "what it sets is not trained here"})
+            del found.followed[key]
             settings.pop(ours, None)
             method.pop(ours, None)
     if stage == "dpo":
@@ -193,7 +192,7 @@ def _combine(
         length=facts["length"],
         warmup_steps=steps,
         keys=found,
-        defaults={key: value for key, value in defaults.items() if found.taken.pop(key, None)},
+        defaults={key: value for key, value in defaults.items() if found.followed.pop(key, None)},
         texts={} if "data.template" in settings else table.get("texts", {}),
         batch=f"{micro_batch} × {accumulate} accumulated on one GPU; multiply by your GPUs",
     )
@@ -202,7 +201,7 @@ def _combine(
 def _combine_lora(method: dict[str, Any], facts: Mapping[str, Any], found: MappedKeys) -> dict[str, Any]:
     targets = "all-linear" if facts.get("all_linear") else facts.get("targets")
     if not targets:
-        found.not_taken["lora_target_modules"] = (
+        found.not_followed["lora_target_modules"] = (
             "it is missing, so PEFT chooses layers by the model's name, often q_proj and v_proj; here all linear layers"
         )
     method["method.targets"] = list(targets) if isinstance(targets, tuple) else targets or "all-linear"
@@ -228,8 +227,13 @@ def _load(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
+def load_table(name: str) -> Mapping[str, Any]:
+    """Returns the table of a tool, which says what each of its keys means here, and the lists that all tools share."""
+    tables = _load_tables()
+    return {**tables["common"], **tables[name]}
+
+
 @cache
-def load_table(name: str) -> dict[str, Any]:
-    """Returns the table of a tool: what each of its keys means here."""
-    table: dict[str, Any] = yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text())
-    return table
+def _load_tables() -> dict[str, Any]:
+    tables: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "tables.yaml").read_text())
+    return tables

@@ -1,14 +1,15 @@
 """Writes the settings that a sweep decided into a training file of another tool, and nothing else.
 
-Only the lines of the decided keys change. The result is parsed again and compared before a file is written.
+Comments, quotes and order stay; spacing may become more even. The result is read again and compared before a file is
+written.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
-import os
 import re
-import stat
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,21 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from lorasweep.config.build import as_settings, dotted_items
 from lorasweep.config.compose import compose_run
 from lorasweep.config.method import LoraConfig, int_if_whole
 from lorasweep.config.run import ALPHA, LR, RANK, SCALING, SEED_KEYS, STEPS_KEY
 from lorasweep.disk import write_atomically
-from lorasweep.errors import ConfigError, RecordError
+from lorasweep.errors import ConfigError, RecordError, first_line
+from lorasweep.recipes.keys import find_key
 from lorasweep.recipes.read import load_table, read_recipe
 from lorasweep.record import RunRecord, restore_config
 from lorasweep.wording import join_words
 
-NEWLINE = re.compile(r"\r\n|\r|\n")
 OWN_COMMENT = re.compile(r"\s*# lorasweep: .*")
 """The comment of an earlier export, which a new one replaces. It is the last comment of its line."""
-PEFT_ALPHA, TARGETS, WARMUP = "method.config.lora_alpha", "method.targets", "schedule.warmup_fraction"
+FIRST_LIST = re.compile(r"^( *)[^\s#-].*:[ ]*(?:#.*)?\r?\n( *)- ", re.MULTILINE)
+"""The first list below a key, whose indent is that of all lists of most files."""
+PEFT_ALPHA, WARMUP = "method.config.lora_alpha", "schedule.warmup_fraction"
 ALWAYS_DECIDED = {RANK, ALPHA, SCALING, LR, PEFT_ALPHA, "method.config.r", "method.config.use_rslora", "objective.beta"}
 """The keys that are written even if the sweep did not search them, because rank and rate hold with these alone."""
 
@@ -88,22 +94,20 @@ def write_recipe(
         if abs(theirs.get(key, 0) - settings.get(key, 0)) <= room:
             theirs[key] = settings.get(key)
     known = {*swept, *(ALWAYS_DECIDED & settings.keys())}
-    if wrong := _list_differences(table["must_agree"], theirs, settings, known=known):
+    if wrong := _list_differences(table, "must_agree", theirs, settings, known=known):
         raise ConfigError(
             f"{str(path)!r} must train as the run did, because rank and rate hold for that alone, but "
             f"{join_words(wrong)}. Nothing was written. Change the file, or sweep as it trains: "
             f"`lorasweep new mine.yaml --like {path}`."
         )
-    notes = _list_differences(table["may_differ"], theirs, settings, known=known)
+    notes = _list_differences(table, "may_differ", theirs, settings, known=known)
     if all(theirs.get(key) == settings[key] for key in known & settings.keys()):  # perhaps by the tool's defaults
         wanted = []
-    if "lora_target_modules" in recipe.keys.not_taken:  # it is missing, and PEFT would choose some of the layers
-        wanted += [Change(key=key, value=value) for key, value in table["decided"][TARGETS].items()]
+    if "lora_target_modules" in recipe.keys.not_followed:  # it is missing, and PEFT would choose some of the layers
+        wanted += [Change(key=key, value=value) for key, value in table["all_linear"].items()]
     try:
         text, mode = path.read_bytes().decode(), path.stat().st_mode
         edited, changes = edit_text(text, wanted, name=str(path), evidence=evidence)
-        if not os.access(path, os.W_OK) or not mode & stat.S_IWUSR:
-            raise PermissionError("it is read-only")
         if changes:
             write_atomically(path.resolve(), edited.encode())  # of a link, the file that it names
             path.chmod(mode)
@@ -116,9 +120,14 @@ def write_recipe(
 
 
 def _list_differences(
-    names: Mapping[str, str], theirs: Mapping[str, Any], ours: Mapping[str, Any], *, known: Collection[str]
+    table: Mapping[str, Any],
+    part: str,
+    theirs: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    *,
+    known: Collection[str],
 ) -> list[str]:
-    """Returns a clause for each of the keys in `names` with another value in the file than in the run.
+    """Returns a clause for each key in a list of the table with another value in the file than in the run.
 
     Only an objective's key has a value if it is missing; other methods and kinds of data have other keys.
     """
@@ -129,9 +138,13 @@ def _list_differences(
             return str(value).rstrip("/").rpartition("/")[2]
         return sorted(value) if isinstance(value, list | tuple) else value or None
 
-    common = theirs.keys() & ours.keys() | {key for key in names if key.startswith("objective.")}
-    different = [key for key in names if key in common - {*known} and read(theirs, key) != read(ours, key)]
-    return [f"`{names[key]}` is {theirs.get(key)} there and {ours.get(key)} in the run" for key in different]
+    keys = table[part]
+    common = theirs.keys() & ours.keys() | {key for key in keys if key.startswith("objective.")}
+    different = [key for key in keys if key in common - {*known} and read(theirs, key) != read(ours, key)]
+    return [
+        f"`{find_key(table, key) or key}` is {theirs.get(key)} there and {ours.get(key)} in the run"
+        for key in different
+    ]
 
 
 def list_changes(tool: str, settings: Mapping[str, Any], swept: Collection[str]) -> list[Change]:
@@ -139,13 +152,14 @@ def list_changes(tool: str, settings: Mapping[str, Any], swept: Collection[str])
 
     Raises ConfigError if the run has no LoRA, or a value that the tool's keys can't have.
     """
-    decided, taken, found = load_table(tool)["decided"], load_table(tool)["taken"], dict(settings)
+    table, found = load_table(tool), dict(settings)
+    decided = {key: theirs for key in table["decided"] if (theirs := find_key(table, key))}
     if "lora" not in (found["method.name"], str(found.get("method.config.peft_type")).lower()):
         got = f"`method={found['method.name']}`"
         raise ConfigError(f"`--into` must get a run with LoRA, but got {got}. Name a LoRA arm: `SWEEP/ARM`.")
     if found.get(SCALING) == "alpha":  # no tool has this rule
         found |= {ALPHA: found[ALPHA] * found[RANK], SCALING: LoraConfig.scaling}
-    lost = [key for key in swept if not isinstance(decided.get(key), str) and key not in SEED_KEYS]
+    lost = [key for key in swept if key not in decided and key not in SEED_KEYS]
     alpha = found.get(ALPHA, found.get(PEFT_ALPHA, 0))
     if lost := [*lost, *([ALPHA] if alpha != int(alpha) else [])]:  # the tools declare α as a whole number
         named = join_words([f"`{key}={found.get(key)}`" for key in lost])
@@ -154,7 +168,7 @@ def list_changes(tool: str, settings: Mapping[str, Any], swept: Collection[str])
         )
     changes = []
     for key in [key for key in decided if key in found and key in {*ALWAYS_DECIDED, *swept}]:
-        rule = taken[decided[key]]
+        rule = table["followed"][decided[key]]
         values = rule.get("values", {}) if isinstance(rule, dict) else {}
         value = next((one for one, ours in values.items() if ours == found[key]), found[key])
         changes.append(Change(key=decided[key], value=value))
@@ -164,59 +178,50 @@ def list_changes(tool: str, settings: Mapping[str, Any], swept: Collection[str])
 def edit_text(text: str, wanted: Sequence[Change], *, name: str, evidence: str) -> tuple[str, list[Change]]:
     """Returns a file's text with the wanted values, and the changes of keys that had another value or none.
 
-    Order, comments, quotes and line ends stay. A missing key follows the nearest key before it in `wanted` that the
-    text has, or the first one after it; else it stands at the end. Raises ConfigError with the lines to write by hand
-    if a line can't be changed without changing something else.
+    Order, comments and quotes stay, and missing keys stand at the end. Raises ConfigError with the lines to write by
+    hand if another value would change.
     """
-    root, newline, before = (
-        yaml.compose(text, yaml.SafeLoader),
-        (NEWLINE.search(text) or ["\n"])[0],
-        yaml.safe_load(text),
-    )
-    # what is switched off is off if it is missing
-    wanted = [change for change in wanted if change.key in before or change.value is not False]
-    edits: list[tuple[int, int, str]] = []
-    changed: dict[str, Change] = {}
-    ends: dict[str, int] = {}
-    is_safe = not root.flow_style
-    for change in wanted:
-        for key, node in [pair for pair in root.value if pair[0].value == change.key]:
-            start, end = node.start_mark.index, node.end_mark.index
-            # an alias begins where its anchor is, an empty value at the colon
-            is_safe &= text[key.end_mark.index : start].strip() == ":" and text[start : start + 1] not in ("&", "!")
-            is_safe &= isinstance(node, yaml.ScalarNode) and not NEWLINE.search(text, key.start_mark.index, end)
-            is_safe &= change.key not in ends
-            ends[change.key] = found.start() if (found := NEWLINE.search(text, end)) else len(text)
-            if is_safe and _read_value(node.value) != change.value:
-                changed[change.key] = replace(change, old=text[start:end] or "empty")
-                quote, space, rest = node.style or "", " " * (start == end), text[end : ends[change.key]]
-                comment = f"  # lorasweep: was {changed[change.key].old}; {evidence}"
-                line = f"{space}{quote}{change.text}{quote}{OWN_COMMENT.sub('', rest)}{comment}"
-                edits.append((start, ends[change.key], line))
-    for number, change in enumerate(wanted):
-        if change.key not in ends:
-            near = next((one.key for one in (*wanted[:number][::-1], *wanted[number:]) if one.key in ends), None)
-            place = len(text) if near is None else ends[near]
-            line = f"{' ' * root.start_mark.column}{change.line}  # lorasweep: new; {evidence}"
-            is_after = place < len(text) or not text.endswith(("\r", "\n"))
-            edits.append((place, place, newline + line if is_after else line + newline))
-            changed[change.key] = change
-    parts: list[str] = []
-    done = 0
-    for start, end, line in sorted(edits, key=lambda edit: edit[:2]):
-        parts, done = [*parts, text[done:start], line], end
-    edited, after = "".join([*parts, text[done:]]), dict[str, Any]()
-    with suppress(yaml.YAMLError):
-        after = yaml.safe_load(edited)
-    others = [[pair for pair in content.items() if pair[0] not in {*ends, *changed}] for content in (before, after)]
-    has_values = all(_read_value(after.get(change.key)) == change.value for change in wanted)
-    if not is_safe or not has_values or repr(others[0]) != repr(others[1]):  # NaN does not equal itself
+    before, changed = yaml.safe_load(text), list[Change]()
+    tool = YAML()
+    tool.preserve_quotes, tool.width, tool.explicit_start = True, sys.maxsize, text.startswith("---")
+    tool.Representer = _NullRepresenter if re.search(r": +null\b", text) else RoundTripRepresenter
+    offset = len(found[2]) - len(found[1]) if (found := FIRST_LIST.search(text)) else 0
+    tool.indent(sequence=offset + 2, offset=offset)
+    try:
+        content = tool.load(text.replace("\r\n", "\n"))
+        for change in wanted:
+            key, comment, old = change.key, "", None
+            if key in before and _read_value(before[key]) == change.value:
+                continue
+            if key in before:
+                old = "empty" if before[key] is None else str(before[key])
+                if key in content.ca.items:  # also has the empty lines and comments that follow the line
+                    comment = content.ca.items.pop(key)[2].value
+            elif change.value is False:  # what is switched off is off if it is missing
+                continue
+            content[key] = tool.load(change.text)
+            own, newline, after = comment.partition("\n")
+            mark = f"# lorasweep: {'new' if old is None else f'was {old}'}; {evidence}"
+            comment = f"{OWN_COMMENT.sub('', own)}  {mark}".strip() + newline + after
+            content.yaml_add_eol_comment(comment, key, column=0)
+            changed.append(replace(change, old=old))
+        tool.dump(content, stream := io.StringIO())
+        edited = stream.getvalue().replace("\n", "\r\n" if "\r\n" in text else "\n")
+        now = yaml.safe_load(edited)
+    except YAMLError as error:
+        raise ConfigError(f"{name!r} must be YAML that has each key once, but is not: {first_line(error)}.") from error
+    keys = {change.key for change in changed}
+    if any(repr(before.get(key)) != repr(now.get(key)) for key in {*before, *now} - keys):  # NaN does not equal itself
         lines = join_words([f"`{change.line}`" for change in wanted])
-        raise ConfigError(
-            f"{name!r} must have each of these keys at most once, with its value on a line of its own, but has one in "
-            f"another form. Nothing was written. Write by hand: {lines}."
-        )
-    return edited, list(changed.values())
+        raise ConfigError(f"{name!r} can't be written without another change. Write by hand: {lines}.")
+    return edited, changed
+
+
+class _NullRepresenter(RoundTripRepresenter):
+    """Writes empty values as `null`, for files that write them so."""
+
+
+_NullRepresenter.add_representer(type(None), lambda one, _: one.represent_scalar("tag:yaml.org,2002:null", "null"))
 
 
 def _read_value(value: Any) -> Any:
