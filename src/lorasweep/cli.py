@@ -111,15 +111,9 @@ def _add_sweep_commands(add: Callable[[Command, str], argparse.ArgumentParser]) 
     plan_parser = add(commands.plan, "estimate the time, memory and disk of a sweep without training it")
     _add_overrides(plan_parser, "NAME|FILE key=value", "as in sweep")
     compare_parser = add(commands.compare, "write and show the report of a sweep again, or compare several sweeps")
-    compare_parser.add_argument(
-        "folders", type=Path, metavar="DIR", nargs="+", help="folder of a sweep or of `sweep -m`"
-    )
+    compare_parser.add_argument("folders", type=Path, metavar="DIR", nargs="+", help="folder of a sweep")
     for shown in (sweep_parser, compare_parser):
         shown.add_argument("--verbose", action="store_true", help="print all notes and findings of the report")
-    for several in (sweep_parser, plan_parser):
-        several.add_argument(
-            *("-m", "--multirun"), action="store_true", help="one sweep for each value: data.max_train_examples=250,500"
-        )
     for timed in (sweep_parser, plan_parser, new_parser):
         timed.add_argument(
             "--minutes",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
 from lorasweep.training.torch_variables import quick_imports
 
 if TYPE_CHECKING:
-    from lorasweep.report.comparison import Comparison
     from lorasweep.results import RunResult, SweepResult
     from lorasweep.sweep.cost import Rates
     from lorasweep.sweep.definition.arms import Definition
@@ -27,20 +25,14 @@ END_S = 3.0
 """Seconds of `--minutes` that are kept for the report at the end of a sweep."""
 RECIPE_FORMATS = ("axolotl", "trl", "llamafactory")
 """Formats of `export` that write settings into a training file of another tool."""
-MAX_LABEL_CHARACTERS = 60
-"""Maximum length of the values in the name of a folder of `sweep -m`."""
 Command = Callable[[argparse.Namespace], Outcome]
 
 
 def sweep(arguments: argparse.Namespace) -> Outcome:
-    from lorasweep.record import list_sweeps
-
     progress: Literal["auto", "verbose"] = "verbose" if arguments.verbose else "auto"
-    if arguments.resume and (arguments.minutes or arguments.multirun or _has_name(arguments.overrides)):
-        given = "`--minutes`" if arguments.minutes else "`-m`" if arguments.multirun else repr(arguments.overrides[0])
+    if arguments.resume and (arguments.minutes or _has_name(arguments.overrides)):
+        given = "`--minutes`" if arguments.minutes else repr(arguments.overrides[0])
         raise ConfigError(f"{given} must be left out with `--resume`, because the sweep already has these.")
-    if arguments.multirun or (arguments.resume and list_sweeps(arguments.resume)):
-        return _sweep_several(arguments, progress)
     if arguments.resume:
         with quick_imports():
             from lorasweep.api import resume_sweep
@@ -74,52 +66,6 @@ def _say_unconfirmed(result: SweepResult) -> int:
     return FAILED if result.unconfirmed else DONE
 
 
-def _sweep_several(arguments: argparse.Namespace, progress: Literal["auto", "verbose"]) -> Outcome:
-    """Trains the sweeps that `-m` makes, or resumes such a group, and compares them."""
-    if arguments.resume:
-        with quick_imports():
-            from lorasweep.api import load_sweep, resume_sweep
-            from lorasweep.record import list_sweeps
-            from lorasweep.sweep.controller.lifecycle import read_saved_definition
-        if arguments.cfg:
-            return [_show_settings(read_saved_definition(folder)) for folder in list_sweeps(arguments.resume)][-1]
-        results = [load_sweep(folder) for folder in list_sweeps(arguments.resume)]  # all, before anything trains
-        for place, result in enumerate(results):
-            if result.status != "complete" or arguments.overrides:
-                results[place] = resume_sweep(result.folder, overrides=arguments.overrides, progress=progress)
-            if results[place].status != "complete":
-                return _say_how_to_resume(results[place])
-    else:
-        definitions = {name: definition for name, definition, _, _ in _define_several(arguments, measures=False)}
-        if arguments.cfg:
-            return [_show_settings(definition) for definition in definitions.values()][-1]
-        from lorasweep.sessions import run_definitions
-
-        results = run_definitions(definitions, progress=progress)
-    if results[-1].status != "complete":
-        return _say_how_to_resume(results[-1])
-    code = max(_say_unconfirmed(result) for result in results)
-    return Outcome(_compare([result.folder for result in results]), code)
-
-
-def _define_several(
-    arguments: argparse.Namespace, *, measures: bool
-) -> list[tuple[str, Definition, list[Rates], InputsCache]]:
-    """Returns the sweeps that `-m` makes, as `_define` does, each with the name of its folder."""
-    from lorasweep.config.command_line import describe_job, expand_multirun
-
-    if arguments.minutes:
-        raise ConfigError("`--minutes` must be left out with `-m`. Fit one sweep to the time, then give its settings.")
-    words = arguments.overrides
-    name = words[:1] if _has_name(words) else []
-    typed, jobs = words[len(name) :], []
-    for number, job in enumerate(expand_multirun(typed)):
-        own = re.sub(r"[^\w.-]+", "-", describe_job(job, typed))[:MAX_LABEL_CHARACTERS]
-        given = argparse.Namespace(**{**vars(arguments), "overrides": [*name, *job]})
-        jobs.append((f"{number}-{own}".rstrip("-."), *_define(given, measures=measures)))
-    return jobs
-
-
 def _show_settings(definition: Definition) -> Outcome:
     from lorasweep.sweep.definition.arms import describe_definition
 
@@ -128,17 +74,8 @@ def _show_settings(definition: Definition) -> Outcome:
 
 
 def status(arguments: argparse.Namespace) -> Outcome:
-    from lorasweep.record import list_sweeps
     from lorasweep.sweep.status import read_status, render_status, watch_status
 
-    if sweeps := list_sweeps(arguments.folder):
-        if arguments.watch:
-            raise ConfigError(f"`--watch` must get one sweep, such as {str(sweeps[0])!r}, but got a group of sweeps.")
-        statuses = [read_status(path) for path in sweeps]
-        for one in statuses:
-            say(f"{one.folder}:")
-            show(render_status(one))
-        return Outcome({"sweeps": [one.as_json() for one in statuses]})
     if arguments.watch:
         return Outcome(watch_status(arguments.folder, EscapingConsole()))
     now = read_status(arguments.folder)
@@ -192,32 +129,21 @@ def new(arguments: argparse.Namespace) -> Outcome:
 def plan(arguments: argparse.Namespace) -> Outcome:
     """Checks a sweep, measures a few steps of its trainings, and shows the cost of the sweep. Keeps no file."""
     began = time.monotonic()
-    several = _define_several(arguments, measures=True) if arguments.multirun else []
-    sweeps = several or [("", *_define(arguments, measures=True))]
+    definition, rates, inputs_cache = _define(arguments, measures=True)
     from lorasweep.sweep.checks import describe_coverages, describe_steps
-    from lorasweep.sweep.cost import estimate_cost
     from lorasweep.sweep.plan import describe_group, render_plan
     from lorasweep.sweep.power import describe_power
-    from lorasweep.wording import format_seconds, format_seconds_range
+    from lorasweep.wording import format_seconds
 
-    plans = []
-    for name, definition, rates, inputs_cache in sweeps:
-        if name:
-            say(f"{name}:")
-        show(render_plan(definition, rates))
-        splits = inputs_cache.load(definition.arms[0].base).splits
-        notes = [*describe_coverages(definition, inputs_cache), *describe_steps(definition, inputs_cache)]
-        notes += describe_power(definition, splits)
-        for sentence in notes:
-            say(f"• {sentence}")
-        groups = [describe_group(definition, group) for group in rates]
-        plans.append({"name": name or definition.name, "groups": groups, "notes": notes})
-    if several:
-        costs = [estimate_cost(definition, rates) for _, definition, rates, _ in sweeps]
-        low, high = sum(cost.low_s for cost in costs), sum(cost.high_s for cost in costs)
-        say(f"• All {len(sweeps)} sweeps, one after another: {format_seconds_range(low, high)}.")
+    show(render_plan(definition, rates))
+    splits = inputs_cache.load(definition.arms[0].base).splits
+    notes = [*describe_coverages(definition, inputs_cache), *describe_steps(definition, inputs_cache)]
+    notes += describe_power(definition, splits)
+    for sentence in notes:
+        say(f"• {sentence}")
     say(f"this plan took {format_seconds(time.monotonic() - began)}", file=sys.stderr)
-    return Outcome({"sweeps": plans} if several else plans[0])
+    groups = [describe_group(definition, group) for group in rates]
+    return Outcome({"name": definition.name, "groups": groups, "notes": notes})
 
 
 def _has_name(words: Sequence[str]) -> bool:
@@ -274,27 +200,19 @@ def _measure(definition: Definition, inputs_cache: InputsCache) -> tuple[Definit
 
 
 def compare(arguments: argparse.Namespace) -> Outcome:
-    """Writes and shows the report of a sweep again; compares several sweeps, or those of a group."""
-    from lorasweep.record import list_sweeps
+    """Writes and shows the report of a sweep again; compares several sweeps."""
+    from lorasweep.report.comparison import compare_sweeps, render_comparison
     from lorasweep.report.write import write_report
     from lorasweep.results import load_sweep
 
-    folders = [one for folder in arguments.folders for one in list_sweeps(folder) or [folder]]
-    if len(folders) > 1:
-        return Outcome(_compare(folders))
-    result = load_sweep(folders[0])
+    if len(arguments.folders) > 1:
+        comparison = compare_sweeps(arguments.folders)
+        show(render_comparison(comparison))
+        return Outcome(comparison)
+    result = load_sweep(arguments.folders[0])
     write_report(result.findings)
     _show_report(result, verbose=arguments.verbose)
     return Outcome(result)
-
-
-def _compare(folders: Sequence[Path]) -> Comparison:
-    """Shows the comparison of several sweeps."""
-    from lorasweep.report.comparison import compare_sweeps, render_comparison
-
-    comparison = compare_sweeps(folders)
-    show(render_comparison(comparison))
-    return comparison
 
 
 def export(arguments: argparse.Namespace) -> Outcome:
@@ -476,12 +394,10 @@ def _show_report(result: SweepResult, *, verbose: bool) -> None:
 
 
 def _say_how_to_resume(result: SweepResult) -> Outcome:
-    from lorasweep.record import find_resumed_folder
-
     record = result.record
     done = sum(row.state != "running" for row in record.trials)
     asked = sum(arm.trials for arm in record.arms)
-    remedy = f"lorasweep sweep --resume {find_resumed_folder(result.folder)}"
+    remedy = f"lorasweep sweep --resume {result.folder}"
     try:
         say_error(f"stopped with {done} of {asked} trials done. To resume type:")
         say(f"    {remedy}", file=sys.stderr)

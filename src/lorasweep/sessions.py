@@ -25,11 +25,8 @@ from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import (
     RUN_FILE,
     SWEEP_FILE,
-    GroupRecord,
-    find_resumed_folder,
     read_run,
     read_sweep,
-    write_record,
 )
 from lorasweep.report.write import write_report
 from lorasweep.results import RunResult, SweepResult, load_sweep
@@ -46,13 +43,11 @@ from lorasweep.sweep.checks import (
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, read_saved_definition
 from lorasweep.sweep.definition.arms import Definition
-from lorasweep.sweep.definition.sweep_file import name_in_errors
 from lorasweep.sweep.fingerprints import compute_fingerprints
 from lorasweep.sweep.status import SweepStatus, report_status, show_progress
 from lorasweep.sweep.workers.train import train_sweep
 from lorasweep.training.generation import check_answers
 from lorasweep.training.inputs import InputsCache, build_inputs
-from lorasweep.training.loaded_parts import LoadedParts
 from lorasweep.training.module import check_run
 from lorasweep.training.processes import join_processes, run_on_first
 from lorasweep.training.restore import check_same_run
@@ -105,55 +100,10 @@ def check_sweep(
     )
 
 
-def run_definitions(definitions: Mapping[str, Definition], *, progress: Progress) -> list[SweepResult]:
-    """Checks several sweeps, creates a folder with all of them, trains one after another, and returns their results.
-
-    The keys are the names of the sweeps' folders. The folder above them is `sweep.output`, else `outputs/NAME` with the
-    next free number. After an interruption, the last result is that of the sweep that was interrupted.
-
-    Raises ConfigError if one of the sweeps can't run as asked, or they have different metrics; nothing was written.
-    """
-    parts: dict[Any, LoadedParts] = {}
-
-    def build_cache(definition: Definition) -> InputsCache:
-        """Returns a cache that shares base and data with the sweep before, but keeps no other base in memory."""
-        bases = tuple(arm.base.model for arm in definition.arms)
-        if bases not in parts:
-            parts.clear()
-        return InputsCache(parts.setdefault(bases, LoadedParts()))
-
-    first, *others = definitions.values()
-    wanted = first.sweep_config.sweep.output
-    if any(other.sweep_config.sweep.output != wanted for other in others):
-        raise ConfigError("`sweep.output` must have one value with `-m`: the folder of all sweeps.")
-    if wanted is not None:
-        require_new_folder(Path(wanted), key="sweep.output")
-    creators = {}
-    for name, definition in definitions.items():
-        with name_in_errors(name):
-            creators[name] = check_sweep(definition, build_cache(definition))
-    metrics = {create.keywords["metric"].name for create in creators.values()}
-    if len(metrics) > 1:
-        raise ConfigError(f"the sweeps of `-m` are compared, so they must have one metric, but have {sorted(metrics)}.")
-    folders = numbered_folders(Path("outputs") / first.name)
-    with claim_folder(Path(wanted) if wanted else None, otherwise=folders, key="sweep.output") as folder:
-        waiting = [create(folder / name) for name, create in creators.items()]
-        write_record(GroupRecord(sweeps=[*definitions]), folder)  # last: a folder that has it can be resumed
-    results: list[SweepResult] = []
-    try:
-        while waiting and all(result.status == "complete" for result in results):
-            opened = waiting.pop(0)
-            results.append(run_opened_sweep(opened, build_cache(opened.definition), progress=progress))
-    finally:
-        for opened in waiting:
-            opened.close()
-    return results
-
-
 def run_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progress: Progress) -> SweepResult:
     """Trains the remaining trials of an open sweep and closes it; writes the report if the sweep is complete."""
     folder = opened.path
-    remedy = f"To resume type `lorasweep sweep --resume {find_resumed_folder(folder)}`"
+    remedy = f"To resume type `lorasweep sweep --resume {folder}`"
     shown: AbstractContextManager[Any] = nullcontext()
     if isinstance(progress, str):
         shown = show_progress(folder, EscapingConsole(), verbose=progress == "verbose")

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from lorasweep.config.command_line import complete_override, expand_multirun, format_override, parse_overrides
+from lorasweep.config.command_line import complete_override, format_override, parse_overrides
 from lorasweep.errors import ConfigError
 
 
@@ -109,15 +109,3 @@ def test_what_is_no_override_is_refused(override, message):
 )
 def test_a_word_is_completed_with_what_train_takes(prefix, typed, completions):
     assert complete_override(prefix, typed, primaries=["train"]) == completions
-
-
-def test_multirun_makes_each_combination_of_values_as_hydra_does():
-    jobs = expand_multirun(["data=chat", "seed=1,2", "optim.lr=choice(1e-3,1e-2)", "method.alpha=interval(1,4)"])
-    assert len(jobs) == 4
-    assert jobs[1] == ["data=chat", "seed=1", "optim.lr=0.01", "method.alpha=interval(1,4)"]
-    assert expand_multirun(["data.max_train_examples=5,null"]) == [
-        ["data.max_train_examples=5"],
-        ["data.max_train_examples=null"],
-    ]
-    assert expand_multirun(["data.train='a,b.csv',c.csv"])[0] == ["data.train='a,b.csv'"]
-    assert [job[0] for job in expand_multirun(["seed=range(1,4)"])] == ["seed=1", "seed=2", "seed=3"]

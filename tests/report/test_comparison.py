@@ -10,7 +10,6 @@ from tests.files import edit_json
 from lorasweep.cli import run
 from lorasweep.errors import ConfigError
 from lorasweep.outcome import DONE, WRONG_REQUEST
-from lorasweep.record import GroupRecord, write_record
 from lorasweep.report.comparison import compare_sweeps, list_rows
 
 from .conftest import build_rank_sweep, build_sweep
@@ -106,13 +105,12 @@ def test_wrong_folders_are_one_sentence(tmp_path, capsys, monkeypatch):
         assert error.count("\n") == 1
 
 
-def test_a_group_is_compared_as_a_whole(tmp_path, capfd, monkeypatch):
+def test_a_comparison_has_the_documented_keys(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     group = tmp_path / "group"
     for number in (1, 2):
         build(group / f"{number}", data__max_train_documents=number, num_train=100 * number)
-    write_record(GroupRecord(sweeps=["1", "2"]), group)
-    assert run(["compare", "group", "--json"]) == DONE
+    assert run(["compare", "group/1", "group/2", "--json"]) == DONE
     found = json.loads(capfd.readouterr().out)
     section = JSON_PAGE.read_text(encoding="utf-8").split("\n## comparison\n")[1].split("\n## ")[0]
     keys = [
@@ -120,12 +118,6 @@ def test_a_group_is_compared_as_a_whole(tmp_path, capfd, monkeypatch):
     ]
     assert found.keys() == {*keys}
     assert found["examples"] == [100, 200]
-    assert run(["status", "group"]) == DONE
-    assert "group/2:" in capfd.readouterr().out
-    assert run(["compare", "group/1", "group"]) == WRONG_REQUEST
-    write_record(GroupRecord(sweeps=["1", "2", "gone"]), group)
-    assert run(["compare", "group"]) == WRONG_REQUEST
-    assert "'group/gone'" in capfd.readouterr().err
 
 
 def test_sweeps_without_test_scores_are_compared_by_their_search(tmp_path):

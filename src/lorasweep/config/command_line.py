@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import re
 import shlex
@@ -25,8 +24,6 @@ MAX_LISTED_VALUES = 2000
 """Maximum number of values in one override. Hydra takes a second to parse them, and four for twice as many."""
 MAX_RANGE_VALUES = 100_000
 """Maximum number of values of `range(...)`, of which a grid makes a list."""
-MAX_JOBS = 100
-"""Maximum number of sweeps that `-m` makes. Each trains dozens of runs."""
 MAX_NESTING = 50
 """Maximum number of brackets inside each other. Hydra fails at about 150."""
 
@@ -102,29 +99,6 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
             hint = f" If the value is a text, quote it for Hydra and for the shell: {quoted}." if is_text else ""
             raise ConfigError(f"an override must read `key=value`, but got {shorten(override, 200)}.{hint}") from error
     return parsed
-
-
-def expand_multirun(overrides: Sequence[str]) -> list[list[str]]:
-    """Returns the overrides of each job of `-m`: each combination of the values after commas, as in Hydra.
-
-    `choice(...)` and `range(...)` are values too; `interval(...)` stays a range, in which each job searches.
-
-    Raises:
-        ConfigError: An override is wrong, or they make one job or too many.
-    """
-    parse_overrides(overrides)  # refuses what has no values, such as `range(0,1,0)`
-    choices = [
-        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-        if isinstance(override._value, ChoiceSweep | RangeSweep)
-        else [str(override.input_line)]
-        for override in _parse(overrides)
-    ]
-    if not 2 <= (num_jobs := math.prod(map(len, choices))) <= MAX_JOBS:
-        raise ConfigError(
-            f"`-m` must make 2 to {MAX_JOBS} sweeps, one for each value of a key such as "
-            f"`data.max_train_examples=250,500,1000`, but got {'one' if num_jobs == 1 else f'{num_jobs:,}'}."
-        )
-    return [list(job) for job in itertools.product(*choices)]
 
 
 def format_override(key: str, value: Any) -> str:

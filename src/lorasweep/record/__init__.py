@@ -1,7 +1,7 @@
 """Records on disk: one class each for a run, a trial and a sweep. No other package reads or writes these files.
 
 `run.json` is the record of a run and `steps.jsonl` the log of its steps. `sweep.json` is the record of a sweep with all
-of its trials, and `sweeps.json` names the sweeps of a group.
+of its trials.
 """
 
 from lorasweep.record.json_file import MAX_NUMBER, dump_row, is_number, write_record
@@ -24,7 +24,6 @@ from lorasweep.record.sweep import (
     MAX_LOOKS,
     SWEEP_FILE,
     ArmRow,
-    GroupRecord,
     LookRow,
     Question,
     QuestionName,
@@ -35,11 +34,9 @@ from lorasweep.record.sweep import (
     SweepState,
     add_telemetry,
     describe_confirmation,
-    find_resumed_folder,
     find_winner,
     get_run_folder,
     list_confirm_runs,
-    list_sweeps,
     read_sweep,
 )
 from lorasweep.record.trial import COST_FIELDS, STATES, Stage, Subject, Trial, TrialState, build_frame, name_run

@@ -1,4 +1,4 @@
-"""The record of a sweep, `sweep.json`: its definition, its trials, and the confirm stage. `sweeps.json` of a group."""
+"""The record of a sweep, `sweep.json`: its definition, its trials, and the confirm stage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from lorasweep.record.trial import Stage, Subject, Trial
 from lorasweep.wording import join_words, shorten
 
 SWEEP_FILE = "sweep.json"
-GROUP_FILE = "sweeps.json"
 MAX_LOOKS = 20
 SweepState = Literal["running", "complete", "interrupted"]
 NumSeeds = Annotated[int, Field(ge=1, le=MAX_CONFIRM_SEEDS)]
@@ -244,27 +243,6 @@ def read_sweep(folder: Path) -> SweepRecord:
     if problem is not None:
         raise RecordError(f"{str(folder / SWEEP_FILE)!r} must be a whole record, but {problem}. Restore the file.")
     return record
-
-
-@dataclass(kw_only=True)
-class GroupRecord:
-    """The sweeps that one command made (`-m`), in `sweeps.json` in the folder above them."""
-
-    format: Literal["lorasweep.sweeps"] = "lorasweep.sweeps"
-    version: Literal[1] = VERSION
-    sweeps: Annotated[list[FolderName], Field(min_length=1)]
-    """The names of their folders, in the order in which they train."""
-
-
-def list_sweeps(folder: Path) -> list[Path]:
-    """Returns the folders of a group's sweeps; empty without a group. Raises RecordError if its record is damaged."""
-    path = folder / GROUP_FILE
-    return [folder / name for name in read_json(GroupRecord, path).sweeps] if path.is_file() else []
-
-
-def find_resumed_folder(sweep: Path) -> Path:
-    """Returns the folder that a user resumes to complete a sweep: that of its group, or else its own."""
-    return sweep.parent if sweep in list_sweeps(sweep.parent) else sweep
 
 
 def get_run_folder(sweep: Path, run: str) -> Path:

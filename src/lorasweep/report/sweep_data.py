@@ -24,7 +24,6 @@ from lorasweep.record import (
     SweepRecord,
     Trial,
     TrialState,
-    find_resumed_folder,
     find_winner,
     get_run_folder,
     read_run,
@@ -120,7 +119,7 @@ class SweepData:
         """The command that leads to a complete sweep: `status --watch` if a process runs it now, else a resume."""
         if is_running(self.folder):
             return f"lorasweep status {shlex.quote(str(self.folder))} --watch"
-        return f"lorasweep sweep --resume {shlex.quote(str(find_resumed_folder(self.folder)))}"
+        return f"lorasweep sweep --resume {shlex.quote(str(self.folder))}"
 
     @property
     def run_records(self) -> tuple[RunRecord, ...]:

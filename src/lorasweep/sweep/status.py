@@ -28,7 +28,6 @@ from lorasweep.record import (
     SweepRecord,
     Trial,
     describe_confirmation,
-    find_resumed_folder,
     find_winner,
     list_confirm_runs,
     read_sweep,
@@ -204,8 +203,7 @@ def render_status(status: SweepStatus) -> RenderableType:
     elif is_over:
         notes.append(f"• Type `lorasweep compare {status.folder}` for the answers and the test scores.")
     else:
-        resumed = find_resumed_folder(status.folder)
-        notes.append(f"• No process runs this sweep. Type `lorasweep sweep --resume {resumed}` to resume it.")
+        notes.append(f"• No process runs this sweep. Type `lorasweep sweep --resume {status.folder}` to resume it.")
     return Group(Text(title, style="bold"), _build_table(status), *map(Text, notes))
 
 
