@@ -164,8 +164,8 @@ def _add_run_commands(add: Callable[[Command, str], argparse.ArgumentParser]) ->
         reader.add_argument(
             "--trust", action="store_true", help="run code that the settings of the model name; commands that train do"
         )
-    reproduce_parser = add(commands.reproduce, "run a run or a sweep again from its record and compare the results")
-    reproduce_parser.add_argument("folder", type=Path, metavar="RUN|SWEEP", help="folder of a run, or of a whole sweep")
+    reproduce_parser = add(commands.reproduce, "train a run again from its record and compare the results")
+    reproduce_parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as SWEEP/runs/lora-0003")
     reproduce_parser.add_argument("--tolerance", type=float, metavar="T", help="maximum relative difference")
     reproduce_parser.add_argument("--steps", type=int, metavar="N", help="compare the first N steps only")
     reproduce_parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/reproduce/NAME")

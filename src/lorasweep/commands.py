@@ -303,14 +303,16 @@ def _is_run(folder: Path) -> bool:
 
 
 def reproduce(arguments: argparse.Namespace) -> Outcome:
-    from lorasweep.record import SWEEP_FILE, read_run, read_sweep
+    from lorasweep.record import read_run
 
-    folder = arguments.folder  # a damaged record is refused at once, before torch is loaded
-    (read_sweep if (folder / SWEEP_FILE).is_file() else read_run)(folder)
+    run = arguments.run
+    read_run(run)  # a damaged record is refused at once, before torch is loaded
     with quick_imports():
         from lorasweep.sessions import reproduce
 
-    repeated = reproduce(folder, output=arguments.output, tolerance=arguments.tolerance, steps=arguments.steps)
+    repeated = reproduce(
+        arguments.folder, output=arguments.output, tolerance=arguments.tolerance, steps=arguments.steps
+    )
     say(repeated.description)
     code = INTERRUPTED_EXIT_CODE if repeated.verdict == "interrupted" else DONE if repeated.holds else FAILED
     return Outcome(repeated, code)

@@ -10,27 +10,19 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
-import torch
-
 from lorasweep.config.run import RunConfig
 from lorasweep.console import EscapingConsole, say
 from lorasweep.disk import claim_folder, lock_folder, numbered_folders, require_new_folder
-from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import (
-    RUN_FILE,
-    SWEEP_FILE,
-    read_run,
-    read_sweep,
-)
+from lorasweep.errors import ConfigError
+from lorasweep.record import RUN_FILE, read_run
 from lorasweep.report.write import write_report
 from lorasweep.results import RunResult, SweepResult, load_sweep
-from lorasweep.runs.reproduce import Reproduction, compare_sweeps, reproduce_run
+from lorasweep.runs.reproduce import Reproduction, reproduce_run
 from lorasweep.sweep.checks import (
     check_definition,
     list_notes,
@@ -41,7 +33,7 @@ from lorasweep.sweep.checks import (
     set_steps,
 )
 from lorasweep.sweep.controller.folder import SweepFolder
-from lorasweep.sweep.controller.lifecycle import create_sweep, read_saved_definition
+from lorasweep.sweep.controller.lifecycle import create_sweep
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.fingerprints import compute_fingerprints
 from lorasweep.sweep.status import SweepStatus, report_status, show_progress
@@ -65,17 +57,16 @@ def run_definition(
     inputs_cache: InputsCache,
     *,
     output: str | Path | None = None,
-    default: Path | None = None,
     progress: Progress,
 ) -> SweepResult:
     """Checks a sweep, creates its folder, trains it, and returns its result.
 
-    The folder is `output`, else the setting `sweep.output`, else `default` (`outputs/NAME`) with the next free number.
+    The folder is `output`, else the setting `sweep.output`, else `outputs/NAME` with the next free number.
     Raises ConfigError if the sweep can't run as asked; then nothing was written.
     """
     wanted = definition.sweep_config.sweep.output if output is None else str(output)
     create = check_sweep(definition, inputs_cache, new_folder=wanted)
-    folders = numbered_folders(default or Path("outputs") / definition.name)
+    folders = numbered_folders(Path("outputs") / definition.name)
     with claim_folder(None if wanted is None else Path(wanted), otherwise=folders, key="sweep.output") as path:
         opened = create(path)
     return run_opened_sweep(opened, inputs_cache, progress=progress)
@@ -174,41 +165,11 @@ def _claim_run_folder(path: Path | None, *, resume: bool) -> AbstractContextMana
     return claim_folder(path, otherwise=numbers, key="output")
 
 
-def reproduce(folder: Path, *, output: Path | None, tolerance: float | None, steps: int | None) -> Reproduction:
-    """Trains a run or a whole sweep again and compares it with the original.
+def reproduce(run: Path, *, output: Path | None, tolerance: float | None, steps: int | None) -> Reproduction:
+    """Trains a run again and compares it with the original. Arguments and errors are those of `reproduce_run`.
 
-    A sweep runs with the same number of threads, and must be identical. `output` is a new folder, by default the next
-    free `outputs/reproduce/NAME`; `tolerance` and `steps` are for a run, as in `reproduce_run`.
-
-    Raises:
-        ConfigError: The request is wrong, or the sweep grew or did not have `worker=local`.
-        RecordError: The record is damaged, or the sweep is not complete.
+    `output` is a new folder, by default the next free `outputs/reproduce/NAME`.
     """
-    default = Path("outputs") / "reproduce" / folder.resolve().name
-    if not (folder / SWEEP_FILE).is_file():
-        folders = numbered_folders(default)
-        with StopSignal() as stop, claim_folder(output, otherwise=folders, key="--output") as claimed:
-            return reproduce_run(folder, output=claimed, tolerance=tolerance, steps=steps, stop_requested=stop)
-    if (tolerance, steps) != (None, None):
-        raise ConfigError("`--tolerance` and `--steps` must be missing with a sweep, which is compared as a whole.")
-    record, definition = read_sweep(folder), read_saved_definition(folder)
-    if record.status != "complete":
-        raise RecordError(f"a sweep must be complete to be reproduced, but {str(folder)!r} is {record.status}.")
-    worker = definition.sweep_config.worker.name
-    if worker != "local" or any(change.trials for change in record.changes):
-        reason = f"had `worker={worker}`" if worker != "local" else "grew, and its proposals depend on when it did"
-        raise ConfigError(
-            f"a sweep must have had one worker and not have grown to be reproduced as a whole, but {str(folder)!r} "
-            f"{reason}. Reproduce one of its runs."
-        )
-    torch.set_num_threads(record.threads or torch.get_num_threads())
-    if output is not None:
-        require_new_folder(output, key="--output")
-    # `sweep.output` names the folder of the original. The sweep file may be gone; the record has its content.
-    sweep_config = replace(definition.sweep_config, sweep=replace(definition.sweep_config.sweep, output=None))
-    definition = replace(definition, sweep_config=sweep_config, source=None)
-    result = run_definition(definition, InputsCache(), output=output, default=default, progress="auto")
-    if result.status == "complete":
-        return compare_sweeps(folder, result.folder)
-    remedy = f"interrupted. To resume type:\n    lorasweep sweep --resume {result.folder}"
-    return Reproduction(folder=result.folder, verdict="interrupted", description=remedy)
+    folders = numbered_folders(Path("outputs") / "reproduce" / run.resolve().name)
+    with StopSignal() as stop, claim_folder(output, otherwise=folders, key="--output") as claimed:
+        return reproduce_run(run, output=claimed, tolerance=tolerance, steps=steps, stop_requested=stop)

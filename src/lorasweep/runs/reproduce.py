@@ -1,4 +1,4 @@
-"""Trains a run again and compares it step by step (`lorasweep reproduce RUN`), and compares two sweeps."""
+"""Trains a run again and compares it step by step (`lorasweep reproduce RUN`)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ from lorasweep.models.attention import IMPLEMENTATIONS
 from lorasweep.record import (
     STEPS_FILE,
     RunRecord,
-    get_run_folder,
     read_run,
     read_steps,
-    read_sweep,
     restore_config,
 )
 from lorasweep.training.inputs import build_inputs
@@ -37,27 +35,21 @@ PACK_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 """Default tolerance for a run that was trained in a pack or by several processes. A run alone rounds sums differently.
 The difference grows with the number of steps and with the learning rate. Over 60 steps of the embedded model it was at
 most 2e-7 in fp32 and 2e-3 in bf16. At too high a learning rate (3e-2) it was 1e-5 and 2e-2."""
-POSSIBLE_REASONS = (
-    *("data.train.fingerprint", "data.validation.fingerprint", "base.fingerprint"),
-    # A pack adds in another order, which changes rounding. With `shared_draws`, its slots share the random numbers of
-    # attention's dropout.
-    *("pack.slots", "pack.shared_draws", "platform.precision", "platform.device", "batching.micro_batches"),
-    *("packages.torch", "platform", "environment", "packages", "code"),
-)
-"""Parts of a run's record, outside its settings, that may change its losses, the most likely reason first."""
+COMPARED_PARTS = ("data", "base", "pack", "batching", "platform", "packages", "environment", "code")
+"""Parts of a run's record, outside its settings, whose differences are listed if the losses differ."""
 MISSING = "nothing"
 Verdict = Literal["identical", "within tolerance", "different", "interrupted"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduction:
-    """The comparison of a run or a sweep with its repetition."""
+    """The comparison of a run with its repetition."""
 
     folder: Path
     """Folder of the repetition."""
     verdict: Verdict
     description: str
-    """What was compared and the first difference; for a run also a line for each possible reason."""
+    """What was compared and the first difference; a line for each other difference of the records."""
 
     @property
     def holds(self) -> bool:
@@ -126,16 +118,14 @@ def reproduce_run(
     )
     if comparison.holds:
         return comparison
-    parts = {reason.partition(".")[0] for reason in POSSIBLE_REASONS}
-    recorded, now = (flatten({part: getattr(run, part) for part in parts}) for run in (record, repeated))
-    different = [name for name in {**recorded, **now} if recorded.get(name) != now.get(name)]
-    ordered = [name for part in POSSIBLE_REASONS for name in different if f"{name}.".startswith(f"{part}.")]
-    reasons = [
-        f"  {number}. `{name}` was {shorten(recorded.get(name))} and is {shorten(now.get(name))}"
-        for number, name in enumerate(dict.fromkeys(ordered), 1)
+    before, after = (flatten({part: getattr(run, part) for part in COMPARED_PARTS}) for run in (record, repeated))
+    differences = [
+        f"  `{name}` was {shorten(before.get(name))} and is {shorten(after.get(name))}"
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
     ]
-    lead = "possible reasons, the most likely first:" if reasons else "no recorded hardware, software or data differs"
-    return replace(comparison, description="\n".join([f"{comparison.description}{failure}", lead, *reasons]))
+    lead = "the records differ in:" if differences else "no recorded hardware, software or data differs"
+    return replace(comparison, description="\n".join([f"{comparison.description}{failure}", lead, *differences]))
 
 
 def restore_solo_config(record: RunRecord) -> RunConfig:
@@ -186,7 +176,7 @@ def _find_last_step(record: RunRecord, run: Path) -> int:
     return record.steps_planned if record.status == "complete" else last_logged
 
 
-def _read_values(run: Path, *, up_to: float = math.inf, prefix: str = "") -> dict[str, Any]:
+def _read_values(run: Path, *, up_to: float = math.inf) -> dict[str, Any]:
     """Returns loss and learning rate of each step of a run, and every metric of each evaluation.
 
     Keys say where a value is: "step 3: `loss`". NaN and infinite values are None. Steps after `up_to` are skipped.
@@ -196,7 +186,7 @@ def _read_values(run: Path, *, up_to: float = math.inf, prefix: str = "") -> dic
         named: dict[str, Any] = {name: row[name] for name in ("loss", "lr") if name in row}
         named |= {f"validation {name}": value for name, value in row.get("validation", {}).items()}
         if row["step"] <= up_to:
-            values |= {f"{prefix}step {row['step']}: `{name}`": value for name, value in named.items()}
+            values |= {f"step {row['step']}: `{name}`": value for name, value in named.items()}
     return values
 
 
@@ -235,29 +225,3 @@ def _compare(
         verdict = "within tolerance"
         description = f"within a tolerance of {tolerance:g}: {what}; the largest difference: {largest}"
     return Reproduction(folder=folder, verdict=verdict, description=description)
-
-
-def compare_sweeps(first: Path, second: Path) -> Reproduction:
-    """Compares proposals, decisions, losses of every step and scores of two sweeps, trial by trial."""
-    before, after = map(_read_sweep_values, (first, second))
-    what = f"decisions, losses and scores of all runs of {first} and {second}"
-    return _compare(before, after, folder=second, what=what)
-
-
-def _read_sweep_values(folder: Path) -> dict[str, Any]:
-    """Returns the values that a repetition must have too. The keys are like those of `_read_values`."""
-    record = read_sweep(folder)
-    metric = record.search_metric
-    values: dict[str, Any] = {"sweep: `metric`": metric.name, "sweep: `direction`": metric.direction}
-    values["sweep: `confirm_seeds`"] = record.confirm_seeds
-    values |= {f"{row.subject}: `{key}`": value for row in record.settings for key, value in row.params.items()}
-    for name, rows in (("trials", record.trials), ("confirm runs", record.confirm)):
-        values[f"sweep: `number of {name}`"] = len(rows)
-        for row in rows:
-            is_trial = row.stage == "search"
-            where = f"trial {row.arm}-{row.number}" if is_trial else f"confirm run {row.subject} seed {row.seed}"
-            values |= {f"{where}: `{key}`": value for key, value in row.params.items()}
-            logged = _read_values(get_run_folder(folder, row.run), prefix=f"{where}, ")
-            values |= logged | {f"{where}: `number of logged values`": len(logged)}
-            values |= {f"{where}: `state`": row.state, f"{where}: `score`": record.find_run_score(row)}
-    return values
