@@ -233,7 +233,7 @@ def export(arguments: argparse.Namespace) -> Outcome:
 
     written = export_run(run, format=arguments.format, out=arguments.out, trust=arguments.trust)
     say(f"{arguments.format}, {written.dtype}, {format_bytes(written.num_bytes)}: {arguments.out}")
-    for sentence in written.serving:
+    for sentence in written.notes:
         say(f"• {sentence}")
     return Outcome(written)
 

@@ -25,6 +25,7 @@ from lorasweep.training.run_log import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT
 
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 TOKENS = torch.randint(3, 43, (3, 20), generator=torch.Generator().manual_seed(1))
 # fp32, logits up to about 10: sums in another order, through 4 layers, of parts that cancel (PiSSA)
 LOGIT_TOLERANCE = 1e-4
@@ -248,3 +249,37 @@ def test_an_export_that_fails_leaves_nothing_behind(
     with pytest.raises(RunError, match=message):
         export_run(trained(settings), format=format, out=tmp_path / "new" / "out")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"r": 4}, ["highest rank is 4"]),
+        ({"r": 4, "rank_pattern": {"q": 16}}, ["highest rank is 16"]),
+        ({"r": 4, "use_rslora": True}, ["highest rank is 4", "√rank = 2."]),
+        ({"peft_type": "IA3"}, []),
+    ],
+)
+def test_the_highest_rank_and_the_scale_of_an_rslora_are_said(tmp_path, settings, said):
+    plain = {"peft_type": "LORA", "base_model_name_or_path": "/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(plain | settings))
+    found = export_file._describe_adapter(tmp_path / "adapter_config.json")
+    assert all(words in sentence for words, sentence in zip(said, found, strict=True))
+
+
+def test_a_template_of_ones_own_is_exported_with_the_tokenizer(make_config, tmp_path):
+    talks = [[{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": str(n)}] for n in range(20)]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    (tmp_path / "mine.jinja").write_text(TEMPLATE)
+    data = {"data": "chat", "data.train": str(tmp_path / "talks.jsonl"), "data.template": str(tmp_path / "mine.jinja")}
+    trainer = {f"trainer.{key}": value for key, value in {"max_steps": 1, "batch_size": 2, "device": "cpu"}.items()}
+    config = compose_run(data | trainer | {"trainer.progress": False, "method.rank": 2})
+    train_run(config, RunFolder(path=tmp_path / "run"), inputs=build_inputs(config))
+    for form in ("peft", "merged"):
+        written = export_run(tmp_path / "run", format=form, out=tmp_path / form)
+        assert (written.folder / "chat_template.jinja").read_text() == TEMPLATE
+        assert AutoTokenizer.from_pretrained(written.folder).chat_template == TEMPLATE
+    (tmp_path / "mine.jinja").write_text(TEMPLATE + " ")
+    with pytest.raises(RecordError, match=r"mine.jinja' has changed"):
+        export_run(tmp_path / "run", format="peft", out=tmp_path / "changed")
+    assert not (tmp_path / "changed").exists()
