@@ -45,7 +45,7 @@ class WorkerError(LoraSweepError):
 
 
 class RanksLost(WorkerError):
-    """One of the processes of a run ended or ran out of memory. The run can be retried."""
+    """One of the processes of a run ended. The run can resume."""
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from pydantic_core import to_jsonable_python
 
 from lorasweep.config.redaction import redact
 from lorasweep.console import reserve_stdout, say_error, show_heartbeat
-from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
+from lorasweep.errors import ConfigError, LoraSweepError, OutOfMemory, RanksLost, RecordError
 from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
@@ -75,7 +75,7 @@ def end_with_error(error: LoraSweepError | OSError, job: str = "") -> Outcome:
         reason = f"{file_name}: {error.strerror or error}."
         code, message = FAILED, f"the files of a run must exist and be writable, but got{reason}"
     message = redact(f"{job}: {message}" if job else message)
-    if get_rank() > 0 and not isinstance(error, RanksLost):
+    if get_rank() > 0 and not isinstance(error, RanksLost | OutOfMemory):  # these alone are not raised on every rank
         return Outcome(None, FAILED)
     say_error(message)
     return Outcome(_describe_error(type(error).__name__, message), code)

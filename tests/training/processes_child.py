@@ -64,6 +64,7 @@ class Child:
         self.base = config_of(trainer__devices=2, trainer__strategy="ddp")
         self.outcomes = {}
         self.seen = None
+        self.resumes = (out / "killed").exists()  # before any process trains
 
         def look(callback, trainer, module, *batch):
             """An ordinary callback counts the processes and the numbers that each holds."""
@@ -85,7 +86,7 @@ class Child:
             record = train_run(
                 config, RunFolder(path=self.out / name), inputs=self.inputs_cache.load(config), **(hooks or {})
             )
-            self.outcomes[name] = [record.status, record.steps_done, record.batching.get("too_large")]
+            self.outcomes[name] = [record.status, record.steps_done]
         except Exception as error:
             self.outcomes[name] = [type(error).__name__, str(error)]
             if type(error).__name__ == "RanksLost":
@@ -116,18 +117,12 @@ class Child:
                 self.attempt(f"{name}-{strategy}", stop, **settings)
             self.attempt(f"stopped-{strategy}", {"resume": True}, **settings)
 
-    def restarted(self):
-        """torchrun starts both processes again: twice because the second can't hold more than one row, and once because
-        it is killed at step 3 of the next run."""
-        num_restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-        if num_restarts < 3:
-            self.damage(self.too_large)
-            self.attempt("memory", {"resume": True}, trainer__batch_size=8, trainer__strategy="fsdp")
-            self.damage(lambda losses: losses)
+    def killed(self):
+        """The second process is killed at step 3, unless the run resumes."""
         steps = iter(range(1, 9))
 
         def stop():
-            if next(steps) == 4 and self.rank == 1 and num_restarts == 2:
+            if next(steps) == 4 and self.rank == 1 and not self.resumes:
                 os.kill(os.getpid(), signal.SIGKILL)
             return False
 
@@ -151,11 +146,6 @@ class Child:
             self.outcomes[f"{name} stopped"] = self.outcomes[name]
             self.damage(lambda losses: losses)
             self.attempt(name, {"resume": True})
-
-    def too_large(self, losses):
-        if self.rank == 1 and torch.is_grad_enabled() and len(losses) > 1:
-            raise torch.OutOfMemoryError("out of memory on one rank")
-        return losses
 
     def damage(self, action):
 

@@ -129,7 +129,7 @@ def test_two_processes_learn_what_one_does(trained, alone, name):
 def test_what_the_first_process_is_told_ends_all_at_one_step(trained):
     first, second = (seen(trained, "all", rank) for rank in range(2))
     assert {k: v for k, v in first.items() if "seen" not in k} == {k: v for k, v in second.items() if "seen" not in k}
-    assert first["ended"] == ["stopped", 2, None]
+    assert first["ended"] == ["stopped", 2]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -163,13 +163,9 @@ def test_a_signal_ends_all_processes_at_one_step(trained, alone, moment, ranks):
     assert_equal_runs(trained / f"{moment}-{ranks}", alone())
 
 
-def test_torchrun_starts_processes_again_that_ran_out_of_memory_or_were_killed(tmp_path, alone):
-    """Without memory all begin again with half of the rows; after a kill they go on."""
-    run_child(tmp_path, "restarted", launcher=(*TORCHRUN, "--max-restarts", "3"))
-    record = read_run(tmp_path / "memory")
-    assert (record.status, record.batching["micro_batches"], record.batching["too_large"]) == ("complete", 4, [1, 2])
-    whole = alone("memory", trainer__batch_size=8, trainer__accumulate=4)
-    assert losses(tmp_path / "memory") == pytest.approx(losses(whole), **ROUNDING)
+def test_a_run_of_torchrun_resumes_after_one_process_was_killed(tmp_path, alone):
+    assert start(tmp_path, *TORCHRUN, CHILD, "killed", tmp_path).returncode
+    run_child(tmp_path, "killed", launcher=TORCHRUN)
     assert_equal_runs(tmp_path / "killed", alone())
 
 

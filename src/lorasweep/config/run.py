@@ -33,21 +33,7 @@ from lorasweep.wording import join_words, suggest_nearest
 ModelKind = Literal["causal_lm", "classifier"]
 Attention = Literal["auto", "sdpa", "sdpa_fp32", "eager", "flash_attention_2"]
 Quantization = Literal["none", "nf4"]
-StrategyName = Literal[
-    "auto",
-    "ddp",
-    "ddp_find_unused_parameters_true",
-    "fsdp",
-    "model_parallel",
-    "deepspeed",
-    "deepspeed_stage_1",
-    "deepspeed_stage_2",
-    "deepspeed_stage_3",
-]
-"""Names of Lightning's strategies. Those that fork or spawn are missing, because lorasweep starts each process by a
-command line."""
-
-
+StrategyName = Literal["auto", "ddp", "fsdp"]
 METHODS_ON_QUANTISED_BASE = ("lora", "frozen")
 """Methods that work on a quantised base. Others train its weights, or need them unquantised (some adapters of PEFT)."""
 
@@ -187,8 +173,8 @@ class TrainerConfig(Settings):
     device: Literal["auto", "cpu", "gpu"]
     """`auto` takes a GPU if there is one."""
     strategy: StrategyName | Component
-    """Lightning's strategy. `auto` takes `ddp` for several processes, each with the whole model. `fsdp` and
-    `model_parallel` (FSDP2) shard every block's weights over the processes. `_target_` sets any other strategy."""
+    """Lightning's strategy. `auto` takes `ddp` for several processes, each with the whole model. `fsdp` (FSDP2) shards
+    every block's weights over the processes. `_target_` sets any other strategy."""
     devices: Positive | Literal["auto"]
     """Processes per node, each with one GPU or a share of the cores. `auto` is the number that torchrun or srun
     started, else the number of GPUs. Trials of several processes run alone."""
@@ -213,7 +199,7 @@ class TrainerConfig(Settings):
     @property
     def is_sharded(self) -> bool:
         """Whether the strategy is FSDP2, so that each process holds only a share of the weights."""
-        return self.strategy_name in ("fsdp", "model_parallel", "ModelParallelStrategy")
+        return self.strategy == "fsdp"
 
     def __post_init__(self) -> None:
         if self.accumulate > self.batch_size:

@@ -22,8 +22,6 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import Strategy
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from lorasweep.config.components import Component, instantiate
 from lorasweep.config.run import TrainerConfig
@@ -36,7 +34,6 @@ ProcessGroup: TypeAlias = Fabric | Strategy
 """Sends values between the processes of a run: Lightning's Fabric, or the strategy of a Trainer."""
 IRRELEVANT_WARNINGS = (
     ".*does not have many workers.*",  # the data is in memory
-    ".*this fit will run with no optimizer.*",  # a pack has one outside of Lightning
     ".*your dataloader is not resumable.*",  # `SeededLoader` is
     ".*in eval mode at the start of training.*",  # norms with the statistics of a frozen base
     "The `srun` command is available",  # on the login node of a cluster
@@ -126,14 +123,6 @@ def join_processes(config: TrainerConfig) -> Iterator[Fabric]:
             plugins=[launch.environment],
         )
         is_outer = is_distributed(config, launch) and not dist.is_initialized()
-        if is_outer and isinstance(launch.environment, TorchElasticEnvironment):
-            # torchrun keeps its store when it restarts processes. With the same keys, the new processes would find the
-            # addresses of the ended processes, so the keys are new after each restart.
-            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            store = next(rendezvous("env://", rank, size))[0]
-            keys = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            backend = "nccl" if fabric.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=keys, rank=rank, world_size=size)
         if is_distributed(config, launch):
             fabric.launch()
     try:
@@ -151,8 +140,6 @@ def join_processes(config: TrainerConfig) -> Iterator[Fabric]:
 
 def build_strategy(config: TrainerConfig, launch: Launch) -> Strategy | str:
     if isinstance(config.strategy, Component):
-        if config.is_sharded:
-            raise ConfigError("`trainer.strategy` must be fsdp for `ModelParallelStrategy`, but got its class.")
         return instantiate(config.strategy, key="trainer.strategy", expected=Strategy)  # type: ignore[type-abstract]
     if config.is_sharded:
         return FsdpStrategy(
@@ -181,13 +168,3 @@ def run_on_first(group: ProcessGroup, action: Callable[[], T]) -> T:
         raise failure
     result: T = value
     return result
-
-
-def require_same_on_processes(values: dict[str, Any]) -> None:
-    """Raises `ConfigError` if a value differs between processes. A key is the setting that decides the value."""
-    by_rank: list[Any] = [values] * dist.get_world_size()
-    dist.all_gather_object(by_rank, values)
-    for key in values:
-        found = [other[key] for other in by_rank]
-        if found != found[:1] * len(found):
-            raise ConfigError(f"`{key}` must be the same on every process, but got {found}. Use the same files.")

@@ -32,10 +32,9 @@ from lorasweep.training.checkpoint import (
 )
 from lorasweep.training.environment import deterministic_algorithms, resolve_device
 from lorasweep.training.failures import (
-    choose_error_to_raise,
+    convert_lost_process,
     convert_memory_errors,
     describe_failure,
-    pop_failed_micro_batches,
     status_after,
 )
 from lorasweep.training.inputs import check_batch_memory, describe_batching, get_workload
@@ -45,7 +44,6 @@ from lorasweep.training.processes import (
     find_launch,
     join_processes,
     quiet_lightning,
-    require_same_on_processes,
     run_on_first,
 )
 from lorasweep.training.run_inputs import RunInputs
@@ -89,18 +87,14 @@ def train_run(
 
     Raises:
         Diverged: The loss became NaN or infinite. The record says `failed`.
-        OutOfMemory: One example per micro-batch does not fit. The record says `infeasible`.
-        RanksLost: Another process is gone, or one of several processes ran out of memory. The record says
-            `interrupted`. The next call with `resume` resumes the run, or begins it with smaller micro-batches.
+        OutOfMemory: One example per micro-batch does not fit, or memory ran out in one of several processes. The record
+            says `infeasible`.
+        RanksLost: Another process is gone. The record says `interrupted`, and the next call with `resume` resumes.
     """
     too_large: list[int] = []  # micro-batches per step of the attempts that ran out of memory
     while True:
         try:
             with join_processes(config.trainer) as group:
-                if group.world_size > 1:
-                    chosen = inputs.attention and inputs.attention.name
-                    values = {"trainer.precision": inputs.precision, "model.attention": chosen}
-                    require_same_on_processes(inputs.fingerprints(config) | values)
                 attempt = LightningRun(
                     config=config,
                     run_folder=run_folder,
@@ -110,11 +104,16 @@ def train_run(
                     stop_requested=stop_requested,
                 )
                 return attempt.run(resume=resume, too_large=too_large)
-        except OutOfMemory:
+        except OutOfMemory as error:
+            if group.world_size > 1:  # the other processes are in a step, so they can't agree on smaller micro-batches
+                raise OutOfMemory(
+                    f"a run of several processes must fit in memory, but {error}. Start it again with a larger "
+                    "`trainer.accumulate`."
+                ) from error
             record = read_run(run_folder.path)
             micro_batches = int(record.batching.get("micro_batches", 1))
             can_cut = get_workload(config).cuts_batches and micro_batches < config.trainer.batch_size
-            if group.world_size > 1 or not can_cut or not record.steps_planned:
+            if not can_cut or not record.steps_planned:
                 raise
             too_large.append(micro_batches)
         resume = False  # a run with two different numbers of micro-batches could not be reproduced
@@ -181,8 +180,7 @@ class LightningRun(lightning.Callback):
                     status, reason = end or self._train(record, checkpoint=checkpoint)
                 run_on_first(self.group, lambda: self._score_best_weights(status))
         except BaseException as caught:
-            micro_batches = int(record.batching["micro_batches"])
-            error = choose_error_to_raise(caught, group=self.group, folder=folder, micro_batches=micro_batches)
+            error = convert_lost_process(caught, num_processes=self.group.world_size)
             if self.run_log is not None:
                 self._close(status_after(error, folder), describe_failure(error))
             if error is caught:
@@ -195,9 +193,6 @@ class LightningRun(lightning.Callback):
     def _open(self, *, resume: bool, too_large: list[int]) -> tuple[RunRecord, Path | None, int]:
         """Opens record and log on the first process. Returns the record, the checkpoint to resume from and its step."""
         config, folder, inputs = self.config, self.run_folder.path, self.inputs
-        did_not_fit = pop_failed_micro_batches(folder) if resume else None
-        if did_not_fit is not None:  # one of several processes ran out of memory in the last attempt
-            too_large = [*read_run(folder).batching.get("too_large", []), did_not_fit]
         # An attempt with more micro-batches begins at step 0: a run with two different numbers can't be reproduced.
         found = find_checkpoint(folder, kind="last") if resume and not too_large else FoundCheckpoint()
         record = open_record(config, self.run_folder, inputs, found=found, num_processes=self.group.world_size)
@@ -215,7 +210,7 @@ class LightningRun(lightning.Callback):
             record.batching["too_large"] = list(too_large)
         self.run_log = RunLog(record, folder, found=found)
         if too_large and too_large[-1] >= config.trainer.batch_size:
-            self._close("infeasible", reason := "one row per process and micro-batch does not fit")
+            self._close("infeasible", reason := "one row per micro-batch does not fit")
             raise OutOfMemory(reason)
         return record, found.path, found.step
 
@@ -302,7 +297,7 @@ class LightningRun(lightning.Callback):
             enable_progress_bar=shows_progress or has_bar,
             enable_model_summary=False,
             accumulate_grad_batches=accumulate,
-            gradient_clip_val=config.optim.clip_norm,  # the module clips by itself, except under DeepSpeed
+            gradient_clip_val=config.optim.clip_norm,
             default_root_dir=self.run_folder.path,
         )
         # Lightning's SIGTERM handler sends a message to the other processes, whatever they are doing, and raises in the

@@ -33,7 +33,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from lorasweep.config.run import RunConfig
-from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, WorkerError, first_line
+from lorasweep.errors import ConfigError, LoraSweepError, OutOfMemory, RanksLost, WorkerError, first_line
 from lorasweep.record import RunRecord, read_sweep
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.lifecycle import read_saved_definition, reopen_sweep
@@ -99,10 +99,10 @@ def code_versions() -> dict[str, str]:
     return {"lorasweep": code.hexdigest()[:16], "python": sys.version.split()[0], **describe_packages()}
 
 
-def _get_results(calls: Any) -> Any:
+def _get_results(calls: Any, *, timeout_s: float | None = None) -> Any:
     """Returns the results of calls. Raises errors of lorasweep without Ray's wrapper, other errors as RayTaskError."""
     try:
-        return ray.get(calls)
+        return ray.get(calls, timeout=timeout_s)
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, LoraSweepError) else error) from None
 
@@ -198,6 +198,8 @@ class WorkerActor:
         self._inputs_cache.folder = self._context.sweep_path
         try:
             train_run(config, run_folder, inputs=self._inputs_cache.load(config), resume=resume)
+        except OutOfMemory:  # `_train_with_peers` tells the controller
+            raise
         except BaseException as error:
             # All ranks raise an error of lorasweep. After any other error the other ranks would wait for this process.
             if not isinstance(error, LoraSweepError) or isinstance(error, RanksLost):
@@ -224,7 +226,11 @@ class WorkerActor:
         threading.Thread(target=end_with_peers, daemon=True).start()
         os.environ.update(_rank_variables(0, size, *rendezvous))
         try:
-            record = train_run(config, run_folder, resume=resume, **options)
+            try:
+                record = train_run(config, run_folder, resume=resume, **options)
+            except RanksLost:
+                _get_results(calls, timeout_s=PEER_TIMEOUT_S)  # raises `OutOfMemory` of another rank
+                raise
             ray.get(calls, timeout=PEER_TIMEOUT_S)
         except (RanksLost, RayError):
             _end_process()
