@@ -19,15 +19,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.wording import format_bytes
 
 LOCK_FILE = ".lock"
 """The file in a sweep's folder that is locked while a process runs the sweep."""
-MAX_FILE_BYTES = 100 * 2**20
-"""Maximum size of a record or of an adapter's settings. Reading takes about 10 times its size in memory. 10,000 trials
-have 10 MB."""
-MAX_TABLE_BYTES = 2**30
-"""Maximum size of a file with scores or generated answers of examples, which is read row by row."""
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
 """Error numbers that mean a problem of the whole disk, not of one file."""
 
@@ -92,29 +86,11 @@ def require_no_links(folder: Path) -> None:
         raise RecordError(f"a folder of results must have no symbolic links, but {str(link)!r} is one. Remove it.")
 
 
-def require_regular_file(path: Path) -> None:
-    """Raises OSError if a path names a pipe, a device or a folder. Opening a pipe would wait for ever."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-
-
-def open_bounded(path: Path, *, folder: Path | None = None, max_bytes: float = MAX_FILE_BYTES) -> BinaryIO:
-    """Opens a file that somebody else may have made, for reading.
-
-    Raises OSError if it is missing, no regular file, or larger than `max_bytes`, or if links lead out of `folder`.
-    """
-    require_regular_file(path)
-    if folder is not None and not path.resolve().is_relative_to(folder.resolve()):
+def open_inside(folder: Path, path: Path) -> BinaryIO:
+    """Opens a file in a stranger's folder for reading. Raises OSError if it is missing or a link out of the folder."""
+    if not path.resolve().is_relative_to(folder.resolve()):
         raise OSError(errno.EINVAL, "a link leads out of its folder", str(path))
-    if path.stat().st_size > max_bytes:
-        raise OSError(errno.EFBIG, f"it has more than {format_bytes(max_bytes)}", str(path))
     return path.open("rb")
-
-
-def read_bounded(path: Path, *, folder: Path | None = None) -> bytes:
-    """Returns the content of a file of at most `MAX_FILE_BYTES`. Errors as in `open_bounded`."""
-    with open_bounded(path, folder=folder) as file:
-        return file.read()
 
 
 @contextmanager
@@ -171,7 +147,7 @@ def lock_folder(path: Path, *, key: str) -> Iterator[Path]:
 
 def is_running(path: Path) -> bool:
     """Returns whether a process has a sweep's folder open; False if the file system has no locks."""
-    with suppress(OSError), open_bounded(path / LOCK_FILE, folder=path) as file:
+    with suppress(OSError), open_inside(path, path / LOCK_FILE) as file:
         return not _try_lock(file.fileno(), shared=True)
     return False
 
@@ -182,7 +158,6 @@ def take_lock(path: Path, undo: ExitStack) -> int:
     Raises RecordError if another process holds the lock, or the folder's file system has no locks.
     """
     try:
-        require_regular_file(path / LOCK_FILE)
         handle = os.open(path / LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW)
         undo.callback(os.close, handle)
         is_free = _try_lock(handle)

@@ -58,7 +58,6 @@ def test_build_makes_nested_settings_that_come_back_from_mappings():
         ("copies", 0, "`page.copies >= 1` must hold, but got 0. It may also be 'auto'."),
         ("copies", True, "`page.copies` must be a whole number, but got True."),
         ("signed", "maybe", "`page.signed` must be true or false, but got 'maybe'."),
-        pytest.param("signed", 10**5000, "`page.signed` must be .*, but got a value of class int.", id="5,000 digits"),
         ("weights", [1], r"`page.weights` must be a mapping, but got \[1\]."),
         ("weights", {"a": 10**400}, "`page.weights.a` must be a number, but got 1000"),
         ("weights", {"a": float("inf")}, "`page.weights.a` must be a finite number, but got inf"),

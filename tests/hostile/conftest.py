@@ -1,13 +1,12 @@
 """A small complete sweep, and a copy of it as a stranger's folder that a test may damage."""
 
-import os
 import shutil
 import sys
 
 import pytest
 import yaml
 from tests.files import fill_once
-from tests.fuzzing import list_files
+from tests.hostile.commands import list_files
 from tests.small_runs import MINI
 
 from lorasweep.cli import run
@@ -47,8 +46,6 @@ def theirs(recorded, tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('canary').write_text('ran')\n")
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "kept").write_text("kept")
-    for name in ("fifo", "lock"):
-        os.mkfifo(tmp_path / "outside" / name)  # opening it would wait for ever
     before = list_files(tmp_path / "outside")
     yield tmp_path / "theirs"
     assert list_files(tmp_path / "outside") == before

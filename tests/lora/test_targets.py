@@ -3,8 +3,7 @@ import torch
 import transformers
 from torch import nn
 
-from lorasweep.lora import LoraConfig, find_targets, inject_lora, patterns
-from lorasweep.lora.patterns import fits_pattern
+from lorasweep.lora import LoraConfig, find_targets, inject_lora
 
 UP = ("layers.0.up", "layers.1.up")
 PROJ = ("layers.0.proj", "layers.1.proj")
@@ -21,8 +20,6 @@ REFUSED = [
     ({"targets": ("out_proj",)}, ["'out_proj' is a NonDynamicallyQuantizableLinear"]),
     ({"targets": ("down_proj",)}, ["'down_proj' matches only parameters of fused experts", "method=peft"]),
     ({"targets": "("}, ["must be a regular expression", "missing"]),
-    ({"targets": (f"re:{'(' * 100_000}",)}, ["must be a regular expression"]),
-    ({"targets": ("re:a{99999999999999999999}",)}, ["must be a regular expression"]),
     ({"targets": ("re:(?P<n>a)(?P<n>",)}, ["must be a regular expression"]),
     ({"exclude": ("prj",)}, ["`method.exclude`", "'prj' matches none", "Did you mean `proj`"]),
     ({"rank_pattern": {"upp": 4}}, ["`method.rank_pattern`", "'upp'", "Did you mean `up`"]),
@@ -46,12 +43,6 @@ def test_settings_that_do_not_fit_the_model_are_refused_and_change_nothing(model
     assert [word for word in words if word not in str(raised.value)] == []
     assert str(model) == before
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_an_expression_that_takes_years_is_refused(monkeypatch):
-    monkeypatch.setattr(patterns, "MAX_MATCH_S", 0.05)
-    with pytest.raises(ValueError, match="must be a regular expression"):
-        fits_pattern("re:(a|aa)+b", "a" * 200)
 
 
 def config(targets="all-linear", *, rank=2):

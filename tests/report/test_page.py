@@ -109,13 +109,13 @@ def test_what_is_missing_is_a_sentence_and_the_rest_still_appears(tmp_path, chan
 
 def test_a_report_reads_each_record_once(confirmed, monkeypatch):
     reads = Counter()
-    read = json_file.read_bounded
+    open_file = json_file.open_inside
 
-    def count(path, **others):
+    def count(folder, path):
         reads[path] += 1
-        return read(path, **others)
+        return open_file(folder, path)
 
-    monkeypatch.setattr(json_file, "read_bounded", count)
+    monkeypatch.setattr(json_file, "open_inside", count)
     result = load_sweep(confirmed)
     write_report(result.findings)
     assert result.table()

@@ -20,12 +20,8 @@ from lorasweep.config.compose import Primary, compose_values, default_options, h
 from lorasweep.errors import ConfigError
 from lorasweep.wording import shorten
 
-MAX_LISTED_VALUES = 2000
-"""Maximum number of values in one override. Hydra takes a second to parse them, and four for twice as many."""
 MAX_RANGE_VALUES = 100_000
 """Maximum number of values of `range(...)`, of which a grid makes a list."""
-MAX_NESTING = 50
-"""Maximum number of brackets inside each other. Hydra fails at about 150."""
 
 
 def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -84,15 +80,9 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     parser = OverridesParser.create()
     parsed = []
     for override in overrides:
-        depths = itertools.accumulate((sign in "[{(") - (sign in "]})") for sign in override)
-        if override.count(",") >= MAX_LISTED_VALUES or max(depths, default=0) > MAX_NESTING:
-            raise ConfigError(
-                f"an override must have at most {MAX_LISTED_VALUES:,} values, in at most {MAX_NESTING} brackets inside "
-                f"each other, but got {shorten(override, 200)}. Write more values in a file of `conf/`."
-            )
         try:
             parsed += parser.parse_overrides([override])
-        except (HydraException, ValueError) as error:  # ValueError: a number of more than 4,300 digits
+        except HydraException as error:
             key, _, value = override.partition("=")
             is_text = value and value[0] not in "[{'\"" and not value.isdigit()
             quoted = shlex.quote(f'{key}="{value}"')

@@ -32,7 +32,7 @@ from lorasweep.config.redaction import redact
 from lorasweep.config.run import ModuleComponent, OptimSettings, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError, first_line
-from lorasweep.wording import join_words, shorten, suggest_nearest
+from lorasweep.wording import join_words, suggest_nearest
 
 T = TypeVar("T")
 Primary = Literal["train", "sweep"]
@@ -265,10 +265,7 @@ def apply_settings(
                 kept = {name: component[name] for name in component if name in COMPONENT_SETTINGS.get(place, ())}
                 OmegaConf.update(composed, place, kept, merge=False)
         for key, value in settings.items():
-            try:
-                OmegaConf.update(composed, key, value, merge=False, force_add=True)
-            except RecursionError as error:
-                raise ConfigError(f"`{key}` must be nested less deeply, but got {shorten(value)}.") from error
+            OmegaConf.update(composed, key, value, merge=False, force_add=True)
         values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=require_all)
     return values  # type: ignore[no-any-return]
 

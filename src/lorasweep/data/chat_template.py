@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from lorasweep.config.data import ConversationSettings
 from lorasweep.data.rendering import Renderer, Rendering
 from lorasweep.data.source import MAX_NAMED_ROWS, Conversation
-from lorasweep.disk import read_bounded
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import join_words, shorten
 
@@ -178,7 +177,7 @@ def read_template(config: ConversationSettings, tokenizer: PreTrainedTokenizerBa
     text = None
     if config.template.endswith(".jinja"):
         try:
-            text = read_bounded(Path(config.template).expanduser()).decode("utf-8-sig")
+            text = Path(config.template).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: the user in `~USER` is unknown
             raise ConfigError(
                 f"`data.template` must name a readable file, but got {config.template!r}: {first_line(error)}."

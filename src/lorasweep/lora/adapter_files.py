@@ -26,7 +26,7 @@ from lorasweep.config.method import (
     int_if_whole,
     refuse_unsupported_fields,
 )
-from lorasweep.disk import read_bounded, require_regular_file, write_atomically
+from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError, first_line
 from lorasweep.lora.fully_trained import match_modules_to_save, trained_modules
 from lorasweep.lora.inject import check_not_injected, inject_lora, require_lora_layers
@@ -96,7 +96,6 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str 
     except (RecordError, ValueError) as error:
         raise ValueError(f"{str(folder / CONFIG_FILE)!r} must be a LoRA configuration, but got: {error}") from error
     try:
-        require_regular_file(folder / WEIGHTS_FILE)
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
             metadata = file.metadata() or {}
@@ -185,7 +184,7 @@ def read_peft_settings(path: Path) -> dict[str, Any]:
     Raises RecordError if the file is damaged, or a setting that lorasweep reads has another type.
     """
     try:
-        return dict(TypeAdapter(_PeftSettings).validate_json(read_bounded(path), strict=True))
+        return dict(TypeAdapter(_PeftSettings).validate_json(path.read_bytes(), strict=True))
     except (OSError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else first_line(error)
         raise RecordError(f"{str(path)!r} must be the settings of an adapter, but is damaged: {reason}.") from error

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from functools import lru_cache
-
-import regex
 
 from lorasweep.config.method import REGEX_PREFIX
 from lorasweep.wording import suggest_nearest
-
-MAX_MATCH_S = 1.0
-"""Maximum seconds for one name. Somebody's adapter may have an expression for which a name takes years."""
-MAX_PATTERN_CHARACTERS = 100_000
-"""An adapter may name all of its layers in one expression. Longer ones take seconds to compile."""
-_compile = lru_cache(maxsize=10_000)(regex.compile)
-"""An adapter may have a pattern for each layer, and each is compared with all layers. `regex` keeps only 500."""
 
 
 def is_name_ending(ending: str, name: str) -> bool:
@@ -28,10 +19,8 @@ def fits_pattern(pattern: str, name: str) -> bool:
     if not pattern.startswith(REGEX_PREFIX):
         return is_name_ending(pattern, name)
     try:
-        if len(pattern) > MAX_PATTERN_CHARACTERS:
-            raise OverflowError(f"it has more than {MAX_PATTERN_CHARACTERS:,} characters")
-        return _compile(pattern.removeprefix(REGEX_PREFIX)).fullmatch(name, timeout=MAX_MATCH_S) is not None
-    except (regex.error, TimeoutError, RecursionError, OverflowError, MemoryError) as error:
+        return re.fullmatch(pattern.removeprefix(REGEX_PREFIX), name) is not None
+    except re.error as error:
         raise ValueError(f"{pattern!r} must be a regular expression, but got an error: {error}. Correct it.") from error
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
-import json
-import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,10 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lorasweep.config.build import dotted_items
 from lorasweep.config.components import require_package
 from lorasweep.config.run import ModelConfig, ModelKind
-from lorasweep.disk import read_bounded, require_regular_file
 from lorasweep.errors import ConfigError, describe_error, first_line
 from lorasweep.lora.layer_kinds import count_parameters, list_scales
 from lorasweep.models.pretrained import (
@@ -48,15 +44,6 @@ MODEL_CLASSES: dict[ModelKind, Any] = {
 EMBEDDED_PREFIX = "embedded:"
 ALWAYS_DOWNLOADED = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
 """Patterns for the names of files that are always downloaded: configuration, tokenizer and weights."""
-COUNT_NAMES = re.compile(r"(?:^|[._])(?:(?P<labels>labels)|layers?|experts?|blocks|depth)$")
-"""Keys of `config.json` whose value is a number of modules, or of labels."""
-MAX_MODULES, MAX_LABELS = 1000, 100_000
-"""Maximum values of these keys. transformers needs about 6 ms for a layer, and an entry in a dictionary for a label."""
-MAX_PARAMETERS_PER_BYTE = 8
-"""Maximum number of parameters for each byte of weights, because the smallest quantisation has one bit. A model with
-more is damaged or hostile: transformers would allocate what the files lack."""
-ALWAYS_ALLOWED_PARAMETERS = 10**8
-"""Number of parameters that every model may have, for example in a new head."""
 LAYER_DROP_NAMES = ("layerdrop", "layer_drop", "drop_path")
 """Rates whose names contain one of these skip whole layers."""
 
@@ -129,7 +116,6 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None 
     shared: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     with _refuse_damaged_files(config):
-        _check_files(folder)
         settings = AutoConfig.from_pretrained(str(folder), **shared)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **shared)
         if config.dropout is not None:
@@ -139,12 +125,6 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None 
             settings.label2id = {name: index for index, name in settings.id2label.items()}
             settings.num_labels = labels.num_outputs
             settings.problem_type = "regression" if labels.kind == "regression" else f"{labels.kind}_classification"
-        if not config.path.startswith(EMBEDDED_PREFIX):
-            with torch.device("meta"):
-                num_parameters = count_parameters(model_class.from_config(settings, **shared))
-            num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-            if num_parameters > max(ALWAYS_ALLOWED_PARAMETERS, MAX_PARAMETERS_PER_BYTE * num_bytes):
-                raise ValueError(f"its `config.json` has {num_parameters:,} parameters, its files {num_bytes:,} bytes")
         arguments = {"config": settings, **attention, **shared}
         if config.quantization != "none":
             arguments |= build_quantisation_arguments(config, model_class, settings, dtype=dtype)
@@ -177,22 +157,10 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None 
     )
 
 
-def _check_files(folder: Path) -> None:
-    """Raises an error if a model has a pipe or a device as a file, or so many layers that building it takes minutes."""
-    for path in folder.iterdir():
-        if not path.is_dir():
-            require_regular_file(path)
-    for key, value in dotted_items(json.loads(read_bounded(folder / "config.json"))):
-        limit = (found := COUNT_NAMES.search(key)) and (MAX_LABELS if found["labels"] else MAX_MODULES)
-        if limit and isinstance(value, int | float) and value > limit:
-            raise ValueError(f"`{key}` in its `config.json` must be at most {limit:,}")
-
-
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Returns a model's tokenizer without loading the model. Raises ConfigError if it can't be loaded."""
     folder = find_model_folder(config)
     with _refuse_damaged_files(config):
-        _check_files(folder)
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
 
 

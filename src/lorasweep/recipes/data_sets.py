@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorasweep.disk import read_bounded
 from lorasweep.errors import first_line
 from lorasweep.recipes.keys import MappedKeys, sort_keys
 
@@ -92,11 +91,11 @@ def _find_descriptions(given: Any, data_folder: str, folder: Path) -> list[dict[
     if place is None:
         raise ValueError(f"{INFO_FILE}, which describes {names[0]!r}, is not in `dataset_dir` {data_folder!r}")
     try:
-        described = json.loads(read_bounded(place / INFO_FILE))
+        described = json.loads((place / INFO_FILE).read_bytes())
         entries = [dict(described[name]) for name in names]
         entries = [{**entry, **entry.pop("columns", {}), **entry.pop("tags", {})} for entry in entries]
         entries = [{key: value for key, value in entry.items() if key not in ("columns", "tags")} for entry in entries]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(place / INFO_FILE)!r} must describe {', '.join(names)}: {first_line(error)}") from error
     files = [{"file_name": str(place / str(entry["file_name"]))} if "file_name" in entry else {} for entry in entries]
     return [{**entry, **file} for entry, file in zip(entries, files, strict=True)]

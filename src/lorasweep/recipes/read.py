@@ -15,7 +15,6 @@ import yaml
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY
-from lorasweep.config.small_yaml import require_small_yaml
 from lorasweep.errors import ConfigError
 from lorasweep.recipes.data_sets import read_data_sets
 from lorasweep.recipes.keys import MappedKeys, find_key, sort_keys
@@ -213,13 +212,10 @@ def _combine_lora(method: dict[str, Any], facts: Mapping[str, Any], found: Mappe
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Returns the mapping in a YAML file. Raises ConfigError if it is none or too large."""
+    """Returns the mapping in a YAML file. Raises ConfigError if it is none."""
     try:
-        require_small_yaml(path, what="a training file")
         content = yaml.safe_load(path.read_bytes())
-    except ConfigError:
-        raise
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"a training file must be a YAML file, but {str(path)!r} can't be read: {reason}.") from error
     if not isinstance(content, dict) or not content:

@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from lorasweep.config.redaction import redact
-from lorasweep.disk import read_bounded, write_atomically
+from lorasweep.disk import open_inside, write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.wording import shorten, suggest_nearest
 
@@ -39,22 +39,6 @@ Number = Annotated[int | float, BeforeValidator(_check_number)]
 Finite = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER)]
 Count = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 """A whole number of a record, which fits into the 64 bits that numpy and pandas have."""
-
-MAX_SETTINGS = 1000
-"""Maximum number of swept keys, because each is a column of every table."""
-MAX_SETTINGS_CHARACTERS = 100_000
-"""Maximum length of one trial's swept settings, because every table and figure shows them."""
-
-
-def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    if len(repr(settings)) > MAX_SETTINGS_CHARACTERS:
-        raise ValueError(f"must have at most {MAX_SETTINGS_CHARACTERS:,} characters")
-    if any(isinstance(value, int) and abs(value) >= 2**63 for value in settings.values()):
-        raise ValueError("must have whole numbers of at most 64 bits")
-    return settings
-
-
-SweptSettings = Annotated[dict[str, Any], Field(max_length=MAX_SETTINGS), AfterValidator(_check_settings)]
 
 FOLDER_NAME = r"[\w-][\w.-]*"
 """Regular expression of a name from which a path is built: one component of a path, and not `.` or `..`."""
@@ -88,7 +72,8 @@ def read_json(kind: type[T], path: Path) -> T:
             f"{suggest_nearest(str(path.parent), [str(folder) for folder in others if folder.is_dir()])}"
         )
     try:
-        record: T = _adapter(kind).validate_json(read_bounded(path, folder=path.parent), strict=True)  # type: ignore[arg-type]
+        with open_inside(path.parent, path) as file:
+            record: T = _adapter(kind).validate_json(file.read(), strict=True)  # type: ignore[arg-type]
         return record
     except PermissionError as error:
         raise RecordError(f"{str(path)!r} must be readable, but can't be read: {error.strerror}.") from error

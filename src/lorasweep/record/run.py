@@ -5,25 +5,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lorasweep.config.build import build, dotted_items
 from lorasweep.config.data import Direction, ScoreMetric
 from lorasweep.config.run import RunConfig
-from lorasweep.disk import open_bounded
+from lorasweep.disk import open_inside
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record.json_file import VERSION, Count, Number, is_number, read_json
 
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
-MAX_STEP_CHARACTERS = 2**20
-"""Maximum length of a line of `steps.jsonl`. A longer line is read as several damaged ones."""
 TEST_SCORES_FILE = "test_scores.csv"
 ANSWERS_FILE = "{}_answers.csv"
 """Generated answers with their scores, of the split whose name replaces `{}`; `base` in a sweep's folder."""
@@ -165,14 +161,14 @@ def read_steps(folder: Path, *, having: str = "") -> Iterator[dict[str, Any]]:
     path = folder / STEPS_FILE
     if not path.is_file():
         return
-    with io.TextIOWrapper(open_bounded(path, folder=folder, max_bytes=math.inf), errors="replace") as file:
-        for line in iter(partial(file.readline, MAX_STEP_CHARACTERS), ""):
+    with io.TextIOWrapper(open_inside(folder, path), errors="replace") as file:
+        for line in file:
             if having not in line:
                 continue
             try:
                 row = json.loads(line)
                 numbers = [*row.values(), *row.get("validation", {}).values()]
-            except (ValueError, RecursionError, AttributeError):  # no JSON, or not of mappings
+            except (ValueError, AttributeError):  # no JSON, or not of mappings
                 return
             known = (value is None or is_number(value) or value is row.get("validation") for value in numbers)
             if type(row.get("step")) is not int or not all(known):

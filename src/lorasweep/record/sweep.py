@@ -14,7 +14,7 @@ from lorasweep.config.data import ScoreMetric
 from lorasweep.config.method import FrozenConfig
 from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES, MAX_CONFIRM_SEEDS, MAX_PAIRS, MINUTES_KEY
 from lorasweep.errors import RecordError
-from lorasweep.record.json_file import VERSION, Count, Finite, FolderName, Number, SweptSettings, is_number, read_json
+from lorasweep.record.json_file import VERSION, Count, Finite, FolderName, Number, is_number, read_json
 from lorasweep.record.trial import Stage, Subject, Trial
 from lorasweep.wording import join_words, shorten
 
@@ -48,7 +48,7 @@ class SettingRow:
     arm: FolderName
     setting: Count
     """Number of the setting in its arm's confirm stage."""
-    params: SweptSettings
+    params: dict[str, Any]
     """Swept keys (dotted) and their values."""
     trial: Count | None
     """The complete trial of the search that has this setting; null if it was not tried."""
@@ -94,7 +94,7 @@ class ArmRow:
     """Optimizer steps of a complete run, unless `trainer.max_steps` is swept."""
     settings: dict[str, Any]
     """Dotted keys and values that differ from the defaults."""
-    space: SweptSettings
+    space: dict[str, Any]
     """Swept keys: a list of choices or a mapping `low`, `high`, and `log` or `step`."""
     has_fixed_score: bool = False
     """Whether the arm has the same score with every seed, so one confirm run is enough."""

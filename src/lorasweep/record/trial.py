@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from lorasweep.config.run import follows_rate_law
-from lorasweep.record.json_file import FOLDER_NAME, Count, FolderName, Number, SweptSettings, is_number
+from lorasweep.record.json_file import FOLDER_NAME, Count, FolderName, Number, is_number
 from lorasweep.record.run import RunRecord
 from lorasweep.wording import format_setting, short_key
 
@@ -74,7 +74,7 @@ class Trial:
     number: Count
     """Number of the trial in its arm and stage."""
     state: TrialState = "running"
-    params: SweptSettings
+    params: dict[str, Any]
     """Swept keys (dotted) and their values; in the confirm stage without swept seeds."""
     setting_number: Count | None = None
     """Number of the confirmed setting in its arm (`SettingRow.setting`); None in the search."""

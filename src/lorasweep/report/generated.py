@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from lorasweep.disk import MAX_TABLE_BYTES, open_bounded
+from lorasweep.disk import open_inside
 from lorasweep.record import ANSWERS_FILE
 from lorasweep.report.sweep_data import SweepData
 
@@ -44,8 +44,7 @@ def list_generated_examples(data: SweepData) -> list[GeneratedExample]:
 def _read(path: Path, folder: Path) -> dict[str, list[str]]:
     """Returns prompt, reference, answer and score by row; empty if the file is missing or damaged."""
     try:
-        file = open_bounded(path, folder=folder, max_bytes=MAX_TABLE_BYTES)
-        with io.TextIOWrapper(file, newline="", encoding="utf-8") as text:
+        with io.TextIOWrapper(open_inside(folder, path), newline="", encoding="utf-8") as text:
             columns = ("prompt", "reference", "answer", "score")
             return {line["row"]: [str(line[name]) for name in columns] for line in csv.DictReader(text)}
     except (OSError, ValueError, KeyError, csv.Error):

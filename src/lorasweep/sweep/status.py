@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.activity import NOW_FILE_STEM, doing, repeat_every
-from lorasweep.disk import is_running, read_bounded
+from lorasweep.disk import is_running, open_inside
 from lorasweep.errors import RecordError
 from lorasweep.record import (
     STATES,
@@ -179,8 +179,8 @@ def _read_now(folder: Path) -> dict[str, float]:
     """Returns what each worker of a sweep does now, with the age of the line in seconds."""
     now = {}
     for path in sorted(folder.glob(f"{NOW_FILE_STEM}*.txt")):
-        with suppress(OSError):  # the worker has just ended
-            if line := read_bounded(path, folder=folder)[:MAX_NOW_CHARACTERS].decode(errors="replace"):
+        with suppress(OSError), open_inside(folder, path) as file:  # the worker may have just ended
+            if line := file.read(MAX_NOW_CHARACTERS).decode(errors="replace"):
                 now[line] = max(0.0, time.time() - path.stat().st_mtime)
     return now
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from lorasweep.disk import move_into_place, read_bounded, temporary_name, write_atomically
+from lorasweep.disk import move_into_place, temporary_name, write_atomically
 from lorasweep.record import compute_sha256
 
 CheckpointKind = Literal["last", "slot"]
@@ -133,7 +133,7 @@ def write_pack_state(path: Path, state: PackState) -> None:
 def read_pack_state(path: Path) -> PackState | None:
     """Returns the state in a file; None if the file is missing or damaged. Each run can then resume on its own."""
     try:
-        return PackState(**json.loads(read_bounded(path, folder=path.parent)))
+        return PackState(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -24,7 +24,7 @@ from lorasweep.config.run import TrainerConfig
 from lorasweep.console import say
 from lorasweep.data.batching import EvaluationSampler
 from lorasweep.data.split import PreferenceSplit, Split, move_batch
-from lorasweep.disk import require_regular_file, write_atomically
+from lorasweep.disk import write_atomically
 from lorasweep.errors import describe_error
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.models.load import BaseModel
@@ -91,7 +91,6 @@ def read_reference(file: Path | None, split: PreferenceSplit) -> Tensor:
     if file is None or not file.exists():
         return unknown
     try:
-        require_regular_file(file)
         with safe_open(file, "pt") as opened:
             values: Tensor = opened.get_tensor("values")
             name = (opened.metadata() or {}).get("name")

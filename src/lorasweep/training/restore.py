@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 
 from lorasweep.config.build import as_settings, build
 from lorasweep.config.run import RunConfig
-from lorasweep.disk import open_bounded, require_regular_file
+from lorasweep.disk import open_inside
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, Labels
@@ -90,19 +89,17 @@ def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Mod
         model = copy_sharing_weights(base.model)
     else:
         model = method.prepare(base, config.method, generator=torch.Generator().manual_seed(config.seeds.init))
-    for path in folder.glob("*"):
-        require_regular_file(path)  # reading a pipe or a device would have no end
     method.load(model, folder)
     model.train(False)
     return model
 
 
 def check_kept_files(record: RunRecord, run_folder: Path, *, part: str) -> None:
-    """Checks that a run's folder has weights in `part` (`best` or `last`): unchanged regular files."""
+    """Checks that a run's folder has weights in `part` (`best` or `last`): unchanged files."""
     paths, found = list((run_folder / part).glob("*")), "none"
     try:
         for path in paths:
-            open_bounded(path, folder=run_folder, max_bytes=math.inf).close()
+            open_inside(run_folder, path).close()
     except OSError as error:
         paths, found = [], f"other files ({error})"
     if not paths:

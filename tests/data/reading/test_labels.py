@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasweep.data.reading import tables
 from lorasweep.data.reading.labels import learn_labels
 from lorasweep.errors import ConfigError
 
@@ -137,14 +136,6 @@ def test_labels_that_look_like_missing_values_or_have_one_example_are_doubted(re
     source = read("table", {f"{split}.csv": csv_of(rows) for split in ("train", "validation", "test")})
     (note,) = (note for note in source.notes if note.startswith("Check the labels"))
     assert "['NaN', 'once']" in note
-
-
-def test_a_text_longer_than_a_line_may_be_is_refused(read, monkeypatch):
-    monkeypatch.setattr(tables, "MAX_LINE_BYTES", 100)
-    long = [*ROWS, ("x" * 101, ROWS[0][1])]
-    files = {f"{split}.csv": csv_of(long) for split in ("train", "validation", "test")}
-    with pytest.raises(ConfigError, match="texts of at most 100 characters, but has one of 101"):
-        read("table", files)
 
 
 def test_pairs_of_texts_belong_together(read):

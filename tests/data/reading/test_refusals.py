@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 
 import pytest
 
@@ -29,10 +28,6 @@ def said(role, content):
     return {"role": role, "content": content}
 
 
-def nest(levels):
-    return "[" * levels + "]" * levels
-
-
 GOOD = rows("a,x", "b,y", "c,x")
 USER, ANSWER = said("user", "hi"), said("assistant", "hello")
 CALLING = {"role": "assistant", "tool_calls": [{"name": "get", "arguments": {"n": 7}}]}
@@ -53,14 +48,11 @@ FILES = [
     ("train.csv.gz", GOOD, ["gzip"]),
     ("train.csv.gz", gzip.compress(GOOD.encode(), mtime=0)[:-9], ["ended"]),
     ("train.json", "[1", ["json"]),
-    ("train.json", "[" * 100_000, ["json"]),
     ("train.jsonl", '{"text": "a", "label": 1}\n{"text"}\n', ["JSON", "line 2"]),
     ("train.jsonl", b"\xff", ["UTF-8"]),
     ("train.jsonl", '{"text": "a"}\n5\n', ["line 2", "an object", "5"]),
-    ("train.jsonl", '{"text": "a", "text": "b"}', ["line 1", "different keys", "['text', 'text']"]),
     ("train.json", '[{"text": "a"},\n{"text" "b"}]', ["line 2", "column 9"]),
     ("train.jsonl.gz", '{"text": "a"}', ["gzip"]),
-    ("train.jsonl", '{"text": "a\\udfff", "label": 1}', ["surrogate"]),
     ("train.parquet", "PAR1 but not really", ["parquet"]),
 ]
 ROWS = [
@@ -71,8 +63,6 @@ ROWS = [
     (["a,2.5", "b,2.5"], {}, [LABEL, "two different labels", "2.5"]),
     (["a,1", "b,x"], REGRESSION, [LABEL, "finite number", "'x'"]),
     (["a,1", "b,1e999"], REGRESSION, [LABEL, "finite number", "'1e999'"]),
-    (["a,1", "b,-1e300"], REGRESSION, ["finite number up to 1e+18"]),
-    (["a,1", f"b,{'1' * 5000}"], REGRESSION, ["finite number up to 1e+18"]),
     ([f"a{n},{n}" for n in range(30)], {}, [LABEL, "30 different values", "`data.task`"]),
     (["a,x", "b,y"], {}, ["`data.train`", "at least 3 different examples", "has 2"]),
 ]
@@ -95,9 +85,6 @@ CHATS = [
     (talk(USER, said("tool", "7"), ANSWER), ["role tool", "calls: 0"]),
     (talk(USER, {**CALLING, "tool_calls": [{"name": "get", "arguments": "7"}]}), ["object"]),
     (talk(USER, {**CALLING, "tool_calls": "get()"}), ["JSON list", "'get()'"]),
-    (talk(USER, {**CALLING, "tool_calls": nest(100_000)}), ["JSON list", "'[[["]),
-    (talk(USER, {**CALLING, "tool_calls": [{"name": "get", "arguments": '{"a":' + nest(100_000) + "}"}]}), ["'get'"]),
-    (talk(USER, {**CALLING, "tool_calls": [{"name": "get", "arguments": {"a": json.loads(nest(200))}}]}), ["100 deep"]),
     (talk(USER, {**ANSWER, "weight": 0.5}), ["weight 0", "0.5", "message 2"]),
     (talk(USER, {**ANSWER, "weight": "0"}), ["weight 0", "'0'", "message 2"]),
     (talk(USER, {**ANSWER, "weight": 0}), ["whose weight is not 0"]),
@@ -193,13 +180,3 @@ def test_data_that_can_not_be_used_is_refused(read, name, files, settings, words
     with pytest.raises(ConfigError) as raised:
         read(name, files, **settings)
     assert [word for word in words if word.lower() not in str(raised.value).lower()] == []
-
-
-@pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_a_pipe_or_a_device_is_refused_unopened(read, folder, kind):
-    if kind == "pipe":
-        os.mkfifo(folder / "train.csv")
-    else:
-        (folder / "train.csv").symlink_to("/dev/zero")
-    with pytest.raises(ConfigError, match=r"`data\.train` must name a file or folder, but 'train\.csv' is a pipe"):
-        read("table", {}, train="train.csv")

@@ -49,7 +49,7 @@ def read(path, **rules):
             [("2020-01-01 00:00:00", "1"), ("b", 0.1234567890123456)],
         ),
         ("a.json", '[{"text": "a", "label": 1},\n{"text": "b"}]', [("a", 1), ("b", None)]),
-        ("a.json", '{"text": "a",\n"label": 1}\n{"text": "b"}', [("a", 1), ("b", None)]),
+        ("a.json", '{"text": "a", "label": 1}\n{"text": "b"}', [("a", 1), ("b", None)]),
         ("A.CSV", "text,label\na,b\n", [("a", "b")]),
     ],
 )

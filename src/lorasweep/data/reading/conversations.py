@@ -31,9 +31,6 @@ KNOWN_COLUMNS = (
 """Columns that are tried in this order if the user names none."""
 ROLES: Mapping[str, Role] = {**{role: role for role in get_args(Role)}, "human": "user", "gpt": "assistant"}
 """Our role for each role name in a file. ShareGPT's files have `human` and `gpt`."""
-MAX_LEVELS = 100
-"""Maximum depth of JSON in tools and calls of tools. Each step from here to the template takes frames of Python's stack
-for each level."""
 MIN_PROMPTS = 20
 """With fewer different prompts, the whole conversation decides its split, not the prompt."""
 
@@ -180,11 +177,10 @@ def _parse_objects(value: Any, *, kind: str) -> list[dict[str, Any]]:
     """Returns a list of JSON objects, given as such or as JSON text. None counts as no object."""
     try:
         objects = json.loads(value) if isinstance(value, str) and value.strip() else _drop_nulls(value or [])
-    except (ValueError, RecursionError):  # no JSON, a number of too many digits, or nested too deeply
+    except ValueError:  # no JSON
         objects = None
     if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
         raise ValueError(f"must have a JSON list of objects as `{kind}`, but has {shorten(value)}")
-    _require_shallow(objects, kind)
     return objects
 
 
@@ -195,22 +191,13 @@ def _drop_nulls(value: Any) -> Any:
     return [_drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _require_shallow(value: Any, kind: str, levels: int = MAX_LEVELS) -> None:
-    """Raises ValueError if lists and objects are nested more than `levels` deep."""
-    if levels < 0:
-        raise ValueError(f"must have `{kind}` nested at most {MAX_LEVELS} deep, but they are nested deeper")
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _require_shallow(item, kind, levels - 1)
-
-
 def _parse_call(call: dict[str, Any]) -> dict[str, Any]:
     """Returns a tool call as servers give it to templates: its function apart, the arguments as an object."""
     function: Any = call.get("function", call)
     name, arguments = (function.get("name"), function.get("arguments")) if isinstance(function, dict) else (None, None)
-    with suppress(ValueError, RecursionError):
+    with suppress(ValueError):
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments or {}
     if not name or not isinstance(name, str) or not isinstance(arguments, dict):
         raise ValueError(f"must have tool calls with a `name` and an object of `arguments`, but has {shorten(call)}")
-    _require_shallow(arguments, "arguments")
     identity = {"id": call["id"]} if call.get("id") else {}
     return {"type": "function", **identity, "function": {"name": name, "arguments": arguments}}

@@ -6,6 +6,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,6 @@ MAX_UNCHECKED_CLASSES = 20
 """With more classes than this, each must have two examples on average, unless `data.task` is set. Otherwise the column
 is probably a number or a text and not a label."""
 
-MAX_REGRESSION_LABEL = 1e18
-"""Highest absolute value of a label under regression. The loss squares it, and 1e36 is finite in fp32."""
 MISSING_VALUES = ("nan", "null", "none", "na", "n/a", "-", "?")
 """Labels in lower case that may mean a missing value. They are classes, because "none" is one in many data sets."""
 MAX_LISTED_CLASSES = 20
@@ -143,7 +142,7 @@ def learn_labels(values: Sequence[Any], *, task: str, class_names: Sequence[str]
     if len(used) < 2:
         raise ConfigError(f"{key} must have at least two different labels in training, but has only {used}.")
     if decided == "regression":
-        mean = math.fsum(labels) / len(labels)
+        mean = sum(labels) / len(labels)
         reason = f"The model predicts a number ({why}); in training from {used[0]:g} to {used[-1]:g}, mean {mean:g}."
         return LabelEncoder(task=decided, names=(), reason=reason)
     if task == "auto" and len(used) > max(MAX_UNCHECKED_CLASSES, len(values) / 2):
@@ -186,10 +185,7 @@ def _to_name(value: Any) -> str:
 
 def _parse_number(value: Any) -> float:
     if isinstance(value, str | int | float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (ValueError, OverflowError):
-            number = math.nan
-        if abs(number) <= MAX_REGRESSION_LABEL:
-            return number
-    raise ValueError(f"must have a finite number up to {MAX_REGRESSION_LABEL:g} as label, but has {shorten(value)}")
+        with suppress(ValueError):
+            if math.isfinite(number := float(value)):
+                return number
+    raise ValueError(f"must have a finite number as label, but has {shorten(value)}")

@@ -8,7 +8,6 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,9 +18,9 @@ import pyarrow.parquet
 from pandas.errors import EmptyDataError, ParserError, ParserWarning
 
 from lorasweep.config.data import Delimiter, Quoting, RowSettings
-from lorasweep.data.reading.files import find_files, find_suffix, get_max_bytes, open_text, refuse_unreadable
+from lorasweep.data.reading.files import find_files, find_suffix, open_text, refuse_unreadable
 from lorasweep.errors import ConfigError, first_line
-from lorasweep.wording import format_bytes, shorten
+from lorasweep.wording import shorten
 
 ChooseColumns = Callable[[Sequence[str], str], Sequence[str]]
 """Takes the column names of a table and its name. Returns the columns to read. Raises ConfigError if one is missing."""
@@ -38,12 +37,6 @@ PARSER_HINTS = {
 }
 """What to do about errors of pandas, by a part of their message."""
 TABLE_SUFFIXES = (*DEFAULT_DIALECTS, ".jsonl", ".json", ".parquet")
-MAX_COLUMNS = 10_000
-BLANK = re.compile(r"\s*")
-CHUNK_ROWS = 10_000
-"""Number of rows of a delimited file that are held twice while they are read."""
-BATCH_ROWS = 64
-"""Number of rows of a parquet file that are unpacked together to count their bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,15 +75,11 @@ def read_file(path: Path, config: RowSettings, choose: ChooseColumns) -> Table:
     Values of csv, tsv and txt files stay texts: `NA` and `01` are not converted. A key that an object of a json file
     lacks is None.
 
-    Raises ConfigError if the file is damaged, has no rows or breaks a limit, and as `choose` does.
+    Raises ConfigError if the file is damaged or has no rows, and as `choose` does.
     """
     kind = find_suffix(path)
 
     def choose_checked(names: Sequence[str]) -> list[str]:
-        if len(names) > MAX_COLUMNS:
-            raise ConfigError(
-                f"{str(path)!r} must have at most {MAX_COLUMNS:,} columns, but has more. Keep those that you need."
-            )
         if len(set(names)) < len(names):
             repeated = next(name for name in names if names.count(name) > 1)
             raise ConfigError(f"{str(path)!r} must have columns of different names, but has {repeated!r} twice.")
@@ -115,37 +104,30 @@ def _read_delimited(path: Path, config: RowSettings, choose: Callable[[Sequence[
         quoting = config.quoting
     elif quoting == "none" and _has_csv_quotes(path, separator):
         quoting = "csv"  # quotes that pandas wrote around fields would become part of the texts
-    with open_text(path) as file:
-        if file.readline().count(separator) >= MAX_COLUMNS:  # pandas takes minutes for millions
-            choose([""] * (MAX_COLUMNS + 1))
-    columns: dict[str, list[Any]] = {}
-    num_surplus = 0
-    surplus_fields_are_errors = warnings.catch_warnings(action="error", category=ParserWarning)
-    with open_text(path, newline="") as file, surplus_fields_are_errors, suppress(EmptyDataError):
-        try:
-            chunks = pandas.read_csv(
-                file,
+    try:
+        with warnings.catch_warnings(action="error", category=ParserWarning):  # rows with more fields than the header
+            frame = pandas.read_csv(
+                path,
                 sep=separator,
                 quoting=csv.QUOTE_MINIMAL if quoting == "csv" else csv.QUOTE_NONE,
                 names=None if config.columns is None else list(config.columns),
                 header=0 if config.columns is None else None,
-                dtype=object,
-                na_filter=False,  # otherwise the text NA would be lost
+                dtype=str,
+                na_filter=False,  # otherwise the text NA, and fields that a short row lacks, would be no texts
                 index_col=False,  # otherwise the first field would be lost if rows are longer than the header
-                chunksize=CHUNK_ROWS,
+                encoding="utf-8-sig",
             )
-            for chunk in chunks:
-                chunk.columns = [str(name).strip() for name in chunk.columns]
-                columns = columns or {name: [] for name in choose(list(chunk.columns))}
-                for name, values in columns.items():
-                    values += chunk[name].tolist()
-                # pandas names a column without a name `Unnamed: 2`; surplus commas make one, or a text with commas
-                surplus = chunk[[name for name in chunk.columns if name.startswith("Unnamed: ")]]
-                num_surplus += int((surplus != "").any(axis=1).sum())
-        except (ParserError, ParserWarning) as error:
-            said = first_line(error)
-            hints = [hint for part, hint in PARSER_HINTS.items() if part in said]
-            raise ValueError(". ".join([said, *hints])) from error
+    except EmptyDataError:
+        return Table(name=str(path), columns={})
+    except (ParserError, ParserWarning) as error:
+        said = first_line(error)
+        hints = [hint for part, hint in PARSER_HINTS.items() if part in said]
+        raise ValueError(". ".join([said, *hints])) from error
+    frame.columns = [str(name).strip() for name in frame.columns]
+    columns = {name: frame[name].tolist() for name in choose(list(frame.columns))}
+    # pandas names a column without a name `Unnamed: 2`; surplus commas make one, or a text with commas
+    surplus = frame[[name for name in frame.columns if name.startswith("Unnamed: ")]]
+    num_surplus = int((surplus != "").any(axis=1).sum())
     note = f"{num_surplus} rows of {str(path)!r} have values in columns without a name, which are not read."
     return Table(name=str(path), columns=columns, notes=[note] if num_surplus else [])
 
@@ -160,67 +142,41 @@ def _has_csv_quotes(path: Path, separator: str) -> bool:
 
 
 def _read_json(path: Path, config: RowSettings, choose: Callable[[Sequence[str]], list[str]]) -> Table:
-    rows: list[dict[str, Any]] = []
-    names: dict[str, None] = {}
     with open_text(path) as file:
-        for row in _iterate_objects(path, file):
-            rows.append(row)
-            names.update(dict.fromkeys(row))
-            if len(names) > MAX_COLUMNS:
-                break
-    chosen = choose(list(names)) if names else []
+        rows = list(_iterate_objects(path, file))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    chosen = choose(names) if names else []
     return Table(name=str(path), columns={name: [row.get(name) for row in rows] for name in chosen})
 
 
 def _iterate_objects(path: Path, file: TextIO) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a JSON text, alone or in a list, or of a file with such a text on every line."""
+    """Yields the objects of a JSON list, or of a file with an object on every line."""
     first = file.readline()
-    is_whole = find_suffix(path) == ".json" or first.startswith("[")
-    texts = [first + file.read()] if is_whole else map(str.strip, itertools.chain([first], file))
-    decoder = json.JSONDecoder(object_pairs_hook=_build_object)
-    for number, text in enumerate(texts, start=1):
-        has_surrogates, end = "\\ud" in text or "\\uD" in text, 0
+    is_list = first.lstrip().startswith("[")
+    for number, text in enumerate([first + file.read()] if is_list else itertools.chain([first], file), start=1):
+        if not text.strip():
+            continue
         try:
-            while (start := BLANK.match(text, end).end()) < len(text):  # type: ignore[union-attr]  # matches anywhere
-                value, end = decoder.raw_decode(text, start)
-                for row in value if isinstance(value, list) else [value]:
-                    if not isinstance(row, dict):
-                        raise ValueError(f"a row must be an object, but is {shorten(row)}")
-                    if has_surrogates:
-                        json.dumps(row, ensure_ascii=False).encode()  # raises ValueError for half a pair
-                    yield row
-        except (ValueError, RecursionError) as error:
+            value = json.loads(text)
+            for row in value if is_list else [value]:
+                if not isinstance(row, dict):
+                    raise ValueError(f"a row must be an object, but is {shorten(row)}")
+                yield row
+        except ValueError as error:
             place, problem = number, first_line(error)
             if isinstance(error, json.JSONDecodeError):
                 place += error.lineno - 1
                 # the message may be "Unterminated string starting at"
                 problem = f"{error.msg.removesuffix(' at')} at column {error.colno}"
-            wanted = "must be JSON" if is_whole else "must have JSON on every line"
+            wanted = "must be a JSON list" if is_list else "must have JSON on every line"
             raise ConfigError(f"{str(path)!r} {wanted}, but line {place} is wrong: {problem}.") from error
-
-
-def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    built = dict(pairs)
-    if len(built) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"an object must have different keys, but has {shorten(keys)}")
-    return built
 
 
 def _read_parquet(path: Path, config: RowSettings, choose: Callable[[Sequence[str]], list[str]]) -> Table:
     with pyarrow.parquet.ParquetFile(path) as file:
-        schema, max_bytes, num_bytes = file.schema_arrow, get_max_bytes(path), 0
-        columns: dict[str, list[Any]] = {name: [] for name in choose(schema.names)}
-        # The sizes in the metadata count a value once that many rows have, so the unpacked batches are counted.
-        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)):
-            num_bytes += batch.nbytes
-            if num_bytes > max_bytes:
-                limit = format_bytes(max_bytes)
-                raise ConfigError(
-                    f"{str(path)!r} must unpack to at most {limit}, but has more. Save it in several files."
-                )
-            for name, values in columns.items():
-                values += batch.column(name).to_pylist()
+        schema = file.schema_arrow
+        table = file.read(columns=choose(schema.names))
+    columns: dict[str, list[Any]] = {name: table[name].to_pylist() for name in table.column_names}
     for name, values in columns.items():
         kind = schema.field(name).type
         if "arrow.json" in str(kind):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from lorasweep.config.data import RowSettings, SplitSettings
 from lorasweep.console import say
-from lorasweep.data.reading.files import MAX_LINE_BYTES, find_suffix, refuse_unreadable
+from lorasweep.data.reading.files import find_suffix, refuse_unreadable
 from lorasweep.data.reading.local import DEFAULT_DIALECTS, ChooseColumns, Table, find_tables, read_file
 from lorasweep.data.source import MAX_NAMED_ROWS
 from lorasweep.errors import ConfigError
@@ -147,11 +147,9 @@ def _require_group(value: Any) -> str:
 
 
 def require_text(value: Any) -> str:
-    """Returns a value that is a text and neither blank nor longer than a line may be; raises ValueError otherwise."""
+    """Returns a value that is a text and not blank; raises ValueError otherwise."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"must have a text, but has {shorten(value)}")
-    if len(value) > MAX_LINE_BYTES:
-        raise ValueError(f"must have texts of at most {MAX_LINE_BYTES:,} characters, but has one of {len(value):,}")
     return value
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import stdtr, stdtrit
 
-from lorasweep.disk import MAX_TABLE_BYTES, open_bounded
+from lorasweep.disk import open_inside
 from lorasweep.record import MAX_NUMBER
 
 Array = NDArray[np.float64]
@@ -92,7 +92,7 @@ class ConfirmScores:
 def read_examples(path: Path) -> RunExampleScores:
     """Reads a run's scores of single test examples. Raises ValueError if the file does not hold them."""
     try:
-        with io.TextIOWrapper(open_bounded(path, folder=path.parent, max_bytes=MAX_TABLE_BYTES), newline="") as file:
+        with io.TextIOWrapper(open_inside(path.parent, path), newline="") as file:
             columns = ("row", "score", "weight", "group")  # without texts, which may be long
             lines = [{name: line[name] for name in columns} for line in csv.DictReader(file)]
         found = RunExampleScores(

@@ -21,7 +21,6 @@ from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import Positive, Settings, build
 from lorasweep.config.compose import packaged_folder
-from lorasweep.config.small_yaml import require_small_yaml
 from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import SWEEP_FILE, is_number
@@ -108,14 +107,10 @@ def read_content(source: Path | Mapping[str, Any]) -> Any:
         ConfigError: The file is not YAML, or the content has values that YAML does not have.
     """
     try:
-        if not isinstance(source, Mapping):
-            require_small_yaml(source, what="a sweep file")
         loaded = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else OmegaConf.load(source)
         content = OmegaConf.to_container(loaded, resolve=True)
         json.dumps(content)  # the record keeps the content; YAML also has bytes and paths
         return make_paths_absolute(content)
-    except ConfigError:
-        raise
     except Exception as error:  # PyYAML and OmegaConf raise errors of many classes
         reason = " ".join(str(error).split())
         name = "the content of a sweep" if isinstance(source, Mapping) else repr(str(source))
