@@ -271,10 +271,7 @@ def run_sweep(name: str, *, data: str | None) -> None:
     subprocess.run([sys.executable, "-m", "lorasweep", "sweep", *command], check=True)
     summary = json.loads((output / "report" / "summary.json").read_text())
     settings = {row["subject"]: row["params"] for row in json.loads((output / "sweep.json").read_text())["settings"]}
-    forgotten = [
-        row | {"name": f"forgotten_of_{row['data']}", "reference": "frozen", "value": row["change"]}
-        for row in summary["retained"]
-    ]
+    forgotten = [row | {"name": f"forgotten_of_{row['data']}"} for row in summary["retained"]]
     rows = []
     for row in [*summary["questions"], *forgotten]:
         if row["name"] == "setting":

@@ -7,9 +7,7 @@ import pytest
 from rich.console import Console
 from tests.files import edit_json
 
-from lorasweep.record import read_sweep
 from lorasweep.report.caveats import judge_learning
-from lorasweep.report.findings import read_findings
 from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.report.terminal import render_terminal
 
@@ -87,28 +85,6 @@ def set_test_scores(sweep, score):
             row["test_scores"] = {name: old if row["arm"] == "frozen" else score(row["seed"])}
 
     edit_json(sweep / "sweep.json", change)
-
-
-def test_labels_that_no_confirm_run_predicts_are_said(confirmed):
-    runs = [run for run in read_sweep(confirmed).confirm if run.arm != "frozen"]
-    for run in runs[:2]:
-        edit_json(confirmed / run.run / "run.json", lambda raw: raw["data"].update(test={"unpredicted": ["rare"]}))
-    (said,) = (text for text in read_findings(confirmed).warnings if "never predict" in text)
-    assert f"of {len(runs)} confirm runs" in said
-    assert "'rare' (2)" in said
-    assert "class_weights=balanced" in said
-    assert "f1" not in said  # only where the metric is accuracy
-
-
-def test_what_is_set_already_is_not_advised_for_labels_that_are_never_predicted(confirmed):
-    edit_json(confirmed / "sweep.json", lambda raw: raw["search_metric"].update(name="accuracy"))
-    for run in read_sweep(confirmed).confirm:
-        path = confirmed / run.run / "run.json"
-        edit_json(path, lambda raw: raw["data"].update(test={"unpredicted": ["rare"]}))
-        edit_json(path, lambda raw: raw["config"].update(data={"class_weights": "balanced"}))
-    (said,) = (text for text in read_findings(confirmed).warnings if "never predict" in text)
-    assert "data.metric=f1" in said
-    assert "balanced" not in said
 
 
 def test_gains_that_test_data_do_not_show_are_said(confirmed):

@@ -127,13 +127,6 @@ class Classification(LabelObjective):
         is_binary = any(base.__name__.startswith("Binary") for base in type(self.own_metric.metric).__mro__)
         return probabilities[:, 1] if is_binary and self.num_classes == 2 else probabilities
 
-    def describe_scores(self, split: Split, scores: ExampleScores) -> dict[str, Any]:
-        """Returns the names of the classes that examples have and that are never predicted."""
-        predicted, target = (set(values.tolist()) for values in _unpack(scores))
-        names = list(_as_labelled(split).facts["labels"])
-        unpredicted = [names[index] for index in sorted(target - predicted)]
-        return {"unpredicted": unpredicted} if unpredicted else {}
-
     def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
         predicted, target = _unpack(scores)
         classes = self.num_classes

@@ -181,10 +181,6 @@ class Objective(ABC):
         """Returns the answer of `fit_constant` as text."""
         return ""
 
-    def describe_scores(self, split: Split, scores: ExampleScores) -> dict[str, Any]:
-        """Returns further facts about an evaluation, for the split's entry in the run record."""
-        return {}
-
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user on how the base model is scored."""

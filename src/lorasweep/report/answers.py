@@ -13,7 +13,6 @@ from typing import Any
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.record import QuestionName, RetainedRow
 from lorasweep.report.caveats import Learning
-from lorasweep.report.evidence.evidence import RetainedChange
 from lorasweep.report.evidence.verdicts import (
     POSITIVE_VERDICTS,
     Answer,
@@ -107,11 +106,11 @@ def describe_evidence(one: SubjectData, data: SweepData) -> str:
     return f"{name_value(one.name, data)} {_describe_quantity(answer, data)} ({answer.verdict}{more})"
 
 
-def describe_change(change: RetainedChange, data: SweepData) -> str:
+def describe_change(answer: Answer, data: SweepData) -> str:
     """Returns the change of a subject's score on a retained data set, with its verdict."""
-    is_small = change.verdict in POSITIVE_VERDICTS and change.verdict != "better"
-    verdict = f"no more forgotten than {data.record.retain_margin:g}" if is_small else change.verdict
-    return f"{format_estimate(change.change, change.interval)} ({verdict})"
+    is_small = answer.verdict in POSITIVE_VERDICTS and answer.verdict != "better"
+    verdict = f"no more forgotten than {data.record.retain_margin:g}" if is_small else answer.verdict
+    return f"{format_estimate(answer.value, answer.interval)} ({verdict})"
 
 
 def explain_open(answer: Answer) -> str | None:
@@ -349,14 +348,13 @@ def _format_difference(difference: float, data: SweepData) -> str:
 
 
 def _answer_retained(row: RetainedRow, data: SweepData) -> AnswerLine:
-    question, base = f"What was forgotten of {row.name}?", data.evidence.base
-    changes = [change for change in data.retained if change.data == row.name and change.subject != base]
-    parts = [f"{name_value(change.subject, data)} {describe_change(change, data)}" for change in changes]
-    metric = f"{format_metric(row.metric.name)} against `{base}` ({row.metric.better_scores} is better)"
-    text = f"Changes of {metric}: {'; '.join(parts)}." if changes else f"Open: {NO_TEST_SCORES}."
-    is_settled = bool(changes) and all(change.verdict != "open" for change in changes)
+    question, found = f"What was forgotten of {row.name}?", data.retained.get(row.name, ())
+    parts = [f"{name_value(answer.subject, data)} {describe_change(answer, data)}" for answer in found]
+    metric = f"{format_metric(row.metric.name)} against `{data.evidence.base}` ({row.metric.better_scores} is better)"
+    text = f"Changes of {metric}: {'; '.join(parts)}." if found else f"Open: {NO_TEST_SCORES}."
+    is_settled = bool(found) and all(answer.is_settled for answer in found)
     step = find_early_step(data) or (
-        add_seeds(data) if changes else find_reasons("no run has a score on this data", data)
+        add_seeds(data) if found else find_reasons("no run has a score on this data", data)
     )
     return AnswerLine(
         question=question,

@@ -11,11 +11,9 @@ Confirm runs don't count: they choose nothing.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
-from statistics import median, stdev
 from typing import Any, Literal
 
 from lorasweep.config.data import ScoreMetric
@@ -24,15 +22,11 @@ from lorasweep.record import ArmRow, RunRecord, Trial, is_number
 from lorasweep.report.sweep_data import SubjectData, SweepData
 from lorasweep.wording import format_count, format_metric, format_score, format_setting, join_words
 
-MAX_EFFORT_RATIO = 1.25
+MAX_TOKENS_RATIO = 1.25
 """Maximum ratio of the tokens of two arms' runs that count as treated alike."""
 MAX_WIDTH_DIFFERENCE_DECADES = 0.5
 """Two learning-rate ranges with a smaller difference in width count as equally wide. It is a step of a coarse grid
 (1, 3, 10)."""
-MIN_SPREAD_RATIO, MIN_SPREAD_RUNS = 4.0, 3
-"""Ratio of the standard deviations over seeds from which a rate counts as too high, and the number of runs of each.
-With three seeds of equal normal scores, the largest of four ranks exceeds it in 6 of 100 sweeps."""
-MAX_NAMED_LABELS = 5
 EDGE_FRACTION = 0.05
 """A value is at an end of its range if it is closer to the end than this share of the range."""
 
@@ -153,59 +147,6 @@ def _describe(trials: Sequence[Trial], known: Learning, data: SweepData) -> str:
     return f"{count}{so_far} like {known.baseline}{score}{worse}"
 
 
-def describe_unstable_rates(data: SweepData, learning: Learning) -> list[str]:
-    """Returns a sentence for each subject whose learning rate is too high for some seeds.
-
-    Runs of the confirm stage diverged or learned nothing, or their scores vary over seeds `MIN_SPREAD_RATIO` times as
-    much as those of the other values of `confirm_each`. Many runs on small data fail in this way, at rates that are the
-    best for other seeds (Dodge et al. 2020, arXiv 2002.06305; Mosbach et al. 2021, arXiv 2006.04884).
-    """
-    found, scores = [], {}
-    for one in data.subjects:
-        known = [data.record.find_run_score(run) for run in one.confirm_runs if run.is_complete]
-        scores[one.name] = [score for score in known if is_number(score)]
-    spreads = {name: stdev(values) for name, values in scores.items() if len(values) >= MIN_SPREAD_RUNS}
-    for subject in data.subjects:
-        rate, runs = subject.setting.params.get(LR) if subject.setting else None, subject.confirm_runs
-        if rate is None or subject.name in learning.unlearned or not runs:
-            continue
-        failed = sum(run.state == "failed" for run in runs)
-        if (baseline := learning.test_score) is not None:
-            failed += sum(data.shown_metric.sign * (baseline - score) <= 0 for score in scores[subject.name])
-        others = [one.name for one in data.subjects if one.arm == subject.arm and one is not subject]
-        peers = [spreads[name] for name in others if name in spreads]
-        ratio = spreads[subject.name] / median(peers) if subject.name in spreads and peers and median(peers) else 0.0
-        reason = f"scores vary {ratio:.1f} times as much over seeds as those of its neighbours"
-        if failed:
-            reason = f"{failed} of {len(runs)} confirm runs diverged or learned nothing"
-        if failed or ratio >= MIN_SPREAD_RATIO:
-            found.append(
-                f"The learning rate {format_setting(rate)} of `{subject.name}` is too high for some seeds: {reason}."
-            )
-    return found
-
-
-def describe_unpredicted_labels(data: SweepData) -> list[str]:
-    """Returns a sentence on labels of the test data that confirm runs never predict; none if there are none."""
-    bases = {row.name for row in data.record.arms if row.is_base}
-    records = [run.record for run in data.confirm_runs if run.record and run.is_complete and run.arm not in bases]
-    found = (record.data.get("test", {}).get("unpredicted") for record in records)
-    counts = Counter(str(label) for labels in found if isinstance(labels, list) for label in labels)
-    if not counts:
-        return []
-    labels = [f"{label!r} ({count})" for label, count in counts.most_common(MAX_NAMED_LABELS)]
-    settings = [record.config.get("data") for record in records]
-    is_weighted = any(isinstance(one, Mapping) and one.get("class_weights") == "balanced" for one in settings)
-    remedies = ["more steps", *([] if is_weighted else ["`data.class_weights=balanced`"])]
-    hidden = ""
-    if data.record.verdict_metric.name == "accuracy":
-        hidden, remedies = " Accuracy hardly shows it.", [*remedies, "`data.metric=f1`"]
-    return [
-        f"Some of {len(records)} confirm runs never predict a label of the test data: {join_words(labels)}.{hidden} "
-        f"What may help: {join_words(remedies, last='or')}."
-    ]
-
-
 def describe_longer_answers(data: SweepData) -> list[str]:
     """Returns a sentence on the lengths of preferred answers; none for other data."""
     for name, records in {"test": [run.record for run in data.confirm_runs], "validation": data.run_records}.items():
@@ -230,8 +171,6 @@ class Fairness:
     """Clauses that say why the comparison is not fair."""
     edges: tuple[str, ...]
     """Sentences on best values, but not on rates, that lie at an end of their ranges."""
-    arms: tuple[dict[str, Any], ...]
-    """The `measure_effort` of each arm that trains."""
 
 
 def judge_fairness(data: SweepData, *, has_learned: bool = True) -> Fairness:
@@ -241,27 +180,27 @@ def judge_fairness(data: SweepData, *, has_learned: bool = True) -> Fairness:
     exceeds the margin. So an arm that searches fewer dimensions needs fewer trials.
     """
     compared = [row for row in data.record.arms if not row.is_base and row.name not in data.fixed_arms]
-    arms = tuple(measure_effort(row, data) for row in compared)
     edges = list_edges(data) if has_learned else []
-    faulty = {LR} if len(arms) > 1 else set()
+    faulty = {LR} if len(compared) > 1 else set()
     faults = [clause for key, clause in edges if key in faulty]
     others = tuple(f"{clause[0].upper()}{clause[1:]}." for key, clause in edges if key not in faulty)
     if not faulty:
-        return Fairness(is_fair=None, faults=(), edges=others, arms=arms)
-    for measure, unit, show, max_ratio, max_difference in (
-        ("tokens_per_run", "tokens a run", format_count, MAX_EFFORT_RATIO, 0.0),
-        ("lr_decades", "decades of learning rates", "{:.1f}".format, 1.0, MAX_WIDTH_DIFFERENCE_DECADES),
+        return Fairness(is_fair=None, faults=(), edges=others)
+    tokens = {row.name: max(map(_estimate_tokens, data.list_trials(row.name)), default=0) for row in compared}
+    decades = {row.name: _measure_lr_decades(row) for row in compared}
+    for found, unit, show, limit in (
+        (tokens, "tokens a run", format_count, MAX_TOKENS_RATIO * min(tokens.values())),
+        (decades, "decades of learning rates", "{:.1f}".format, min(decades.values()) + MAX_WIDTH_DIFFERENCE_DECADES),
     ):
-        least, most = min(arms, key=itemgetter(measure)), max(arms, key=itemgetter(measure))
-        if most[measure] > max_ratio * least[measure] + max_difference:
-            low, high = show(least[measure]), show(most[measure])
-            faults.append(f"`{least['arm']}` had {low} {unit} and `{most['arm']}` {high}")
+        least, most = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
+        if found[most] > limit:
+            faults.append(f"`{least}` had {show(found[least])} {unit} and `{most}` {show(found[most])}")
     margin = data.search_margin
     regrets = {row.subject: row.regret / margin for row in data.record.settings if margin and row.regret is not None}
     if above := [f"{regret:.2g} margins for `{subject}`" for subject, regret in regrets.items() if regret > 1]:
         better = f"an untried setting is expected to be better by {join_words(above)}"
         faults.append(f"{better}, so the luck of the search may decide")
-    return Fairness(is_fair=not faults, faults=tuple(faults), edges=others, arms=arms)
+    return Fairness(is_fair=not faults, faults=tuple(faults), edges=others)
 
 
 def _estimate_tokens(trial: Trial) -> int:
@@ -271,27 +210,10 @@ def _estimate_tokens(trial: Trial) -> int:
     return record.tokens_trained * record.steps_planned // max(record.steps_done, 1)
 
 
-def measure_effort(row: ArmRow, data: SweepData) -> dict[str, Any]:
-    """Returns the trials of an arm and their tokens, its searched dimensions, and its expected regret.
-
-    `tokens_per_run` is the number of tokens of the longest run, where a stopped run counts as if it had done all its
-    steps. `lr_decades` is the width of the range of learning rates, 0 if it is not searched. `dimensions` is the number
-    of searched keys; under the rate law, learning rate and α count as one key. `regret` is how much better an untried
-    setting is expected to be, in the metric's unit: the largest of the arm's subjects, None if it is not known.
-    """
-    keys, trials = set(row.space), data.list_trials(row.name)
-    if LR in keys and any(trial.follows_rate_law for trial in trials):
-        keys.discard(ALPHA)
-    settings = [one.setting for one in data.subjects if one.arm == row.name and one.setting]
+def _measure_lr_decades(row: ArmRow) -> float:
+    """Returns the width of an arm's range of learning rates; 0 if it is not searched."""
     low, high, _ = find_bounds(row.space.get(LR)) or (1.0, 1.0, False)
-    return {
-        "arm": row.name,
-        "trials_asked": row.trials,
-        "tokens_per_run": max(map(_estimate_tokens, trials), default=0),
-        "lr_decades": math.log10(high) - math.log10(low) if low > 0 else 0.0,
-        "dimensions": len(keys),
-        "regret": max((one.regret for one in settings if one.regret is not None), default=None),
-    }
+    return math.log10(high) - math.log10(low) if low > 0 else 0.0
 
 
 def list_edges(data: SweepData) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The page's figures (plotly): test scores by value, score against rate, and what was forgotten.
+"""The page's figures (plotly): test scores by value, and score against rate.
 
 Each function takes a `SweepData` and returns a `Panel`.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from lorasweep.config.run import ALPHA, LR
-from lorasweep.record import RetainedRow, Trial
+from lorasweep.record import Trial
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.panel import (
     METHOD_COLOURS,
@@ -37,8 +37,7 @@ LARGE = {"size": 16, "line": {"width": 2}}
 
 def draw_panels(data: SweepData) -> list[Panel]:
     """Returns all panels, in the order of the page."""
-    panels = [draw_scores_by_value(data), draw_score_by_lr(data)]
-    return [*panels, draw_retained(data)] if data.retained else panels
+    return [draw_scores_by_value(data), draw_score_by_lr(data)]
 
 
 def draw_scores_by_value(data: SweepData) -> Panel:
@@ -111,36 +110,6 @@ def _find_interval(name: str, data: SweepData) -> Interval | None:
     difference = data.evidence.estimate_difference(name, data.evidence.full)
     interval = difference.find_interval(data.evidence.confidence) if difference else None
     return interval and (full.value + interval[0], full.value + interval[1])
-
-
-def draw_retained(data: SweepData) -> Panel:
-    """Returns a figure for each retained data set: the gain of each subject on test data, and its loss on this data."""
-    text = (
-        "Each dot is a subject: to the right it learned more than the frozen base, upwards it forgot more. Bars are "
-        f"the {100 * data.evidence.confidence:.3g} % intervals of what was forgotten, on the same seeds and examples. "
-        "The band is the margin."
-    )
-    figures = tuple(_draw_data_set(row, data) for row in data.record.retained)
-    return Panel(key="retained", title="Learned and forgotten", text=text, figures=figures)
-
-
-def _draw_data_set(row: RetainedRow, data: SweepData) -> go.Figure:
-    base, colours, sign = data.evidence.base, choose_colours(data), row.metric.sign
-    figure = build_figure(
-        f"learned: gain of {format_metric(data.shown_metric.name)} on test data",
-        f"forgotten: loss of {format_metric(row.metric.name)} on {row.name}",
-    )
-    margin = data.record.retain_margin
-    figure.add_hrect(y0=-margin, y1=margin, fillcolor=METHOD_COLOURS["frozen"], opacity=0.15, line_width=0)
-    for change in [change for change in data.retained if change.data == row.name]:
-        name = change.subject
-        gain = data.evidence.estimate_difference(name, base) if name != base else None
-        learned, forgotten = -data.shown_metric.sign * gain.value if gain else 0.0, sign * change.change
-        low, high = sorted(sign * end for end in change.interval or (change.change, change.change))
-        text = escape(f"{name}: learned {learned:.4g}, forgotten {forgotten:.4g}")
-        look = {"marker": {"size": 11}, "showlegend": True, "interval": (low, high)}
-        add_point(figure, learned, forgotten, colours[name], name, text=text, **look)
-    return figure
 
 
 def draw_score_by_lr(data: SweepData) -> Panel:

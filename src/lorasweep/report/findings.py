@@ -14,8 +14,6 @@ from lorasweep.report.caveats import (
     Fairness,
     Learning,
     describe_longer_answers,
-    describe_unpredicted_labels,
-    describe_unstable_rates,
     judge_fairness,
     judge_learning,
 )
@@ -41,7 +39,7 @@ class Findings:
     """Whether the trials are better than an answer that needs no training. Its headline is the report's headline."""
     fairness: Fairness
     warnings: tuple[str, ...]
-    """Reasons to doubt the numbers: methods that learned nothing, unequal searches, and hot learning rates."""
+    """Reasons to doubt the numbers: methods that learned nothing, and unequal searches."""
     notes: tuple[str, ...]
     """Sentences that are neither an answer nor a warning, the most important first."""
     recommended: tuple[Recommendation, ...]
@@ -71,7 +69,9 @@ class Findings:
             "arms": [_summarize_subject(one, data) for one in data.subjects],
             "sentences": self.notes,
             "recommended": [asdict(one) for one in self.recommended],
-            "retained": [asdict(change) for change in data.retained],
+            "retained": [
+                {"data": name, **build_entry(answer)} for name, found in data.retained.items() for answer in found
+            ],
             # The evidence on a subject is in its entry in `arms`, under `confirmed`.
             "evidence": {name: getattr(data.evidence, name) for name in EVIDENCE_FIELDS},
             "fairness": asdict(self.fairness),
@@ -95,11 +95,9 @@ def read_findings(folder: Path, record: SweepRecord | None = None) -> Findings:
         fairness=fairness,
         warnings=(
             *learning.warnings,
-            *describe_unpredicted_labels(data),
             *describe_longer_answers(data),
             *_describe_cut_off(data, are_many=True),
             *unfair,
-            *describe_unstable_rates(data, learning),
         ),
         notes=(*_describe_cut_off(data, are_many=False), *_list_notes(data, fairness)),
         recommended=tuple(recommend(data, learning)),

@@ -49,7 +49,11 @@ def render_page(findings: Findings, panels: Sequence[Panel]) -> str:
         states=STATES,
         verdicts=[(answer, describe_answer(answer, data)) for answer in data.evidence.answers],
         generated=list_generated_examples(data),
-        retained=[(change, describe_change(change, data)) for change in data.retained],
+        retained=[
+            (row, answer, describe_change(answer, data))
+            for row in data.record.retained
+            for answer in data.retained.get(row.name, ())
+        ],
         colours=choose_colours(data),
         panels=panels,
         columns=[

@@ -170,7 +170,8 @@ def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def find_recommended_run(source: Path) -> tuple[Path, str]:
     """Returns the folder of the recommended run, and its name. Arguments and errors as in `read_recommended`.
 
-    It has the best score on validation data of its setting's runs: test data has no part in a choice.
+    It has the best score on validation data of its setting's runs. Test scores decide between arms, and between the
+    values of an arm (`choose_arm`), never between the seeds of one setting.
     """
     data, one, trial = load_recommended(source, key="SWEEP")
     sign, scored = data.record.search_metric.sign, [run for run in one.confirm_runs if run.is_complete and run.record]

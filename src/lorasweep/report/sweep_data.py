@@ -32,11 +32,11 @@ from lorasweep.record import (
 from lorasweep.report.evidence.estimates import Estimate, Interval, estimate_means
 from lorasweep.report.evidence.evidence import (
     Evidence,
-    RetainedChange,
     build_evidence,
     compare_retained,
     read_confirm_scores,
 )
+from lorasweep.report.evidence.verdicts import Answer
 from lorasweep.wording import shorten
 
 
@@ -91,8 +91,8 @@ class SweepData:
     """The results of the confirm stage; empty if there was none."""
     other_means: Mapping[str, Estimate]
     """The mean test score of each subject by the metric that the verdicts are not about; empty without one."""
-    retained: tuple[RetainedChange, ...]
-    """What each subject forgot of each data set of `retain.data`."""
+    retained: Mapping[str, tuple[Answer, ...]]
+    """By data set of `retain.data`: the change of each subject's score against the frozen base."""
 
     @cached_property
     def fixed_arms(self) -> frozenset[str]:
@@ -234,11 +234,11 @@ def load_sweep_data(folder: Path, record: SweepRecord | None = None) -> SweepDat
     problems = [*_read_runs(record, folder), *_find_mixed_inputs(record)]
     subjects = [_build_subject(subject, row, record) for row in record.arms for subject in row.subjects]
     for one in subjects if record.confirm else ():
-        scored, total = sum(run.is_complete for run in one.confirm_runs), len(one.confirm_runs)
-        if not scored:
+        missing, total = sum(not run.is_complete for run in one.confirm_runs), len(one.confirm_runs)
+        if not total:
             problems.append(f"`{one.name}` has no score on test data.")
-        elif scored < total:
-            problems.append(f"`{one.name}` has scores on test data from {scored} of its {total} confirm runs.")
+        elif missing:
+            problems.append(f"{missing} of {total} confirm runs of `{one.name}` have no score on test data.")
     evidence = build_evidence(record, read_confirm_scores(record, folder))
     other_means: Mapping[str, Estimate] = {}
     for metric in record.test_metrics[1:]:
@@ -248,10 +248,10 @@ def load_sweep_data(folder: Path, record: SweepRecord | None = None) -> SweepDat
     failed = [facts["problem"] for run in runs for facts in run.answers.values() if "problem" in facts]
     others = f" {len(failed) - 1} other scores of runs have such a problem." if len(failed) > 1 else ""
     problems += [f"{problem}{others}" for problem in failed[:1]]
-    retained: list[RetainedChange] = []
+    retained: dict[str, tuple[Answer, ...]] = {}
     for row in record.retained if evidence.base else ():
         scores = read_confirm_scores(record, folder, retained=row)
-        retained += compare_retained(record, row, scores, evidence)
+        retained[row.name] = tuple(compare_retained(record, row, scores, evidence))
         problems += [problem for problem in scores.problems if problem not in problems]
     return SweepData(
         folder=folder,
@@ -260,7 +260,7 @@ def load_sweep_data(folder: Path, record: SweepRecord | None = None) -> SweepDat
         problems=tuple(problems),
         evidence=evidence,
         other_means=other_means,
-        retained=tuple(retained),
+        retained=retained,
     )
 
 

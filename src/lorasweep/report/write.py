@@ -10,7 +10,6 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +85,14 @@ def build_tables(findings: Findings) -> dict[str, pandas.DataFrame]:
         rows = [{**run.test_scores, **{name: getattr(run, name) for name in RUN_COLUMNS}} for run in data.confirm_runs]
         tables["confirmed.csv"] = pandas.DataFrame(rows, columns=list(dict.fromkeys(columns)))
     if data.retained:
-        changes = pandas.DataFrame.from_records([asdict(change) for change in data.retained])
-        ends = [interval or (None, None) for interval in changes.pop("interval")]
-        changes["low"], changes["high"] = zip(*ends, strict=True)
-        tables["retained.csv"] = changes
+        tables["retained.csv"] = pandas.DataFrame(
+            [
+                (name, one.subject, one.verdict, one.value, *(one.interval or (None, None)))
+                for name, answers in data.retained.items()
+                for one in answers
+            ],
+            columns=["data", "subject", "verdict", "change", "low", "high"],
+        )
     return tables
 
 

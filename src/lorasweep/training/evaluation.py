@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -32,8 +32,6 @@ class ScoresOnTest(NamedTuple):
     values: dict[str, float]
     lines: str | None
     """CSV lines `row,score,weight,group`; None if the metric is not the weighted mean of scores."""
-    facts: dict[str, Any]
-    """Further entries of the split in the run record."""
 
 
 def score_split(model: nn.Module, splits: DataSplits, *, config: RunConfig, inputs: RunInputs) -> ScoresOnTest:
@@ -45,16 +43,16 @@ def score_split(model: nn.Module, splits: DataSplits, *, config: RunConfig, inpu
     objective = splits.objective.for_split(split)
     values, examples = evaluate_model(model, split, objective=objective, config=config, inputs=inputs)
     model.cpu()
-    facts, per_example = objective.describe_scores(split, examples), objective.per_example(metric, examples)
+    per_example = objective.per_example(metric, examples)
     if per_example is None:
-        return ScoresOnTest(values, None, facts)
+        return ScoresOnTest(values, None)
     scores, weights = (column.double().cpu() for column in per_example)
     implied = objective.from_mean(metric, (scores * weights).sum() / weights.sum())
     if not torch.isclose(implied, torch.tensor(values[metric], dtype=torch.float64), rtol=1e-6, atol=1e-9):
-        return ScoresOnTest(values, None, facts)  # for example if class weights change the loss and not the metric
+        return ScoresOnTest(values, None)  # for example if class weights change the loss and not the metric
     groups = split.groups or tuple(map(str, range(len(split))))
     rows = zip(range(len(scores)), scores.tolist(), weights.tolist(), groups, strict=True)
-    return ScoresOnTest(values, csv_text(("row", "score", "weight", "group"), rows), facts)
+    return ScoresOnTest(values, csv_text(("row", "score", "weight", "group"), rows))
 
 
 def evaluate_model(

@@ -289,7 +289,7 @@ class OwnModule(Workload):
             _RECORDED.reset(token)
         rows = [(n, score, 1, n if group is None else group) for n, (score, group) in enumerate(recorded)]
         lines = csv_text(("row", "score", "weight", "group"), rows) if rows else None
-        return ScoresOnTest({inputs.splits.metric: score}, lines, {})
+        return ScoresOnTest({inputs.splits.metric: score}, lines)
 
 
 class OwnModuleRun(lightning.Callback):

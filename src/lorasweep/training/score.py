@@ -59,7 +59,7 @@ def score_run(
     split = inputs.splits.test()
     model = restore_model(config, inputs.base, folder=folder / "best")
     with convert_memory_errors():
-        values, lines, facts = get_workload(config).score_test(model, config=config, inputs=inputs)
+        values, lines = get_workload(config).score_test(model, config=config, inputs=inputs)
         files = {TEST_SCORES_FILE: lines}
         if config.data.generated is not None:
             answered = score_answers(model, split, config=config, inputs=inputs)
@@ -68,14 +68,14 @@ def score_run(
             model.cpu()
         for name, splits in retained.items():
             found = score_split(model, splits, config=config, inputs=inputs)
-            record.retained[name], files[RETAINED_SCORES_FILE.format(name)], _ = found
+            record.retained[name], files[RETAINED_SCORES_FILE.format(name)] = found
             record.data[f"retained-{name}"] = splits.describe(splits.test())
     for file, lines in files.items():
         if lines is not None:
             write_atomically(folder / file, lines)
             size, sha256 = (folder / file).stat().st_size, compute_sha256(folder / file)
             record.files[file] = {"bytes": size, "sha256": sha256}
-    record.data[split.name] = inputs.splits.describe(split) | facts
+    record.data[split.name] = inputs.splits.describe(split)
     record.notes += [note for note in split.notes if note not in record.notes]
     record.test = values
     write_record(record, folder)  # last, because a record with test scores is not scored again

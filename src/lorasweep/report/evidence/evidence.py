@@ -14,7 +14,6 @@ from lorasweep.record import (
     ANSWERS_FILE,
     RETAINED_SCORES_FILE,
     TEST_SCORES_FILE,
-    QuestionName,
     RetainedRow,
     SweepRecord,
     get_run_folder,
@@ -40,7 +39,7 @@ from lorasweep.report.evidence.questions import (
     compute_level,
     judge_difference,
 )
-from lorasweep.report.evidence.verdicts import Answer, ChainOutcome, Verdict
+from lorasweep.report.evidence.verdicts import Answer, AnswerName, Blocker, ChainOutcome
 from lorasweep.wording import format_metric
 
 Ratio = tuple[float, Interval | None]
@@ -86,11 +85,11 @@ class Evidence:
     def mean(self, subject: str | None) -> Estimate | None:
         return self.means.get(subject) if subject else None
 
-    def list_answers(self, name: QuestionName) -> list[Answer]:
+    def list_answers(self, name: AnswerName) -> list[Answer]:
         """Returns the answers to the questions of a kind. Within an arm, the smallest value is first."""
         return [answer for answer in self.answers if answer.name == name]
 
-    def find_outcome(self, name: QuestionName, arm: str) -> ChainOutcome:
+    def find_outcome(self, name: AnswerName, arm: str) -> ChainOutcome:
         """Returns what the answers on an arm's values say together; `not asked` if the sweep does not ask."""
         return ChainOutcome(arm=arm, answers=tuple(one for one in self.list_answers(name) if one.arm == arm))
 
@@ -99,26 +98,6 @@ class Evidence:
         if self.scores is None or second is None:
             return None
         return estimate_sum(self.scores.of_settings, {first: 1.0, second: -1.0})
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetainedChange:
-    """The change of a subject's score on a retained data set against the frozen base, on the same seeds and examples.
-
-    Its interval has the level of the sweep's questions, but its verdict is not one of those that share 5 %.
-    """
-
-    data: str
-    """The name of the data set."""
-    metric: str
-    subject: str
-    num_seeds: int
-    base_score: float
-    change: float
-    """`subject - base` in the metric's unit; exactly 0 for the base."""
-    interval: Interval | None
-    verdict: Verdict
-    """Against the base: `equivalent` and `not worse` mean that no more than the margin was forgotten."""
 
 
 def build_evidence(record: SweepRecord, scores: ConfirmScores) -> Evidence:
@@ -225,25 +204,39 @@ def build_scale(record: SweepRecord, scores: ConfirmScores) -> MarginScale:
 
 def compare_retained(
     record: SweepRecord, row: RetainedRow, scores: ConfirmScores, evidence: Evidence
-) -> Iterator[RetainedChange]:
-    """Yields the change of each subject on a retained data set; nothing without a score of the frozen base."""
+) -> Iterator[Answer]:
+    """Yields the change of each other subject's score on a retained data set against the frozen base.
+
+    Both have the same seeds and examples. `equivalent` and `not worse` mean that no more than the margin was forgotten.
+    Intervals have the level of the sweep's questions, but these verdicts are not among those that share 5 %.
+    """
     base, confidence = evidence.base, evidence.confidence
-    scores = scores.of_settings  # the numbers are about the confirmed setting itself
-    if base is None or (base_score := estimate_sum(scores, {base: 1.0})) is None:
+    if base is None:
         return
+    scores = scores.of_settings  # the numbers are about the confirmed setting itself
     margin = Margin(value=record.retain_margin, is_share_of_gain=False)
     scale = MarginScale(margin=margin, sign=row.metric.sign, base=base, full=None)
-    for subject in [setting.subject for setting in record.settings]:
-        pair = compare_pair(subject, base, scores, scale)
-        change, interval = scale.measure(scores, subject, base, confidence=confidence)
-        if pair and change is not None:
-            yield RetainedChange(
-                data=row.name,
-                metric=row.metric.name,
-                subject=subject,
-                num_seeds=len(pair.advantage.seeds),
-                base_score=base_score.value,
-                change=change,
-                interval=interval,
-                verdict=judge_difference([pair], level=(1 - confidence) / 2),
-            )
+    for setting in record.settings:
+        pair = compare_pair(setting.subject, base, scores, scale)
+        change, interval = scale.measure(scores, setting.subject, base, confidence=confidence)
+        if pair is None or change is None or setting.subject == base:
+            continue
+        num_seeds, verdict = len(pair.advantage.seeds), judge_difference([pair], level=(1 - confidence) / 2)
+        blocker: Blocker | None = None
+        if verdict == "open":
+            blocker = "one seed" if num_seeds < 2 else "few seeds"
+        yield Answer(
+            name="retained",
+            arm=setting.arm,
+            key=None,
+            subject=setting.subject,
+            reference=base,
+            compared_with=(base,),
+            verdict=verdict,
+            value=change,
+            interval=interval,
+            is_share=False,
+            num_seeds=num_seeds,
+            has_groups=False,
+            blocker=blocker,
+        )

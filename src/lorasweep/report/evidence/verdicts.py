@@ -15,6 +15,8 @@ Verdict = Literal["better", "equivalent", "not worse", "worse", "sufficient", "i
 """The words of every output: terminal, page, CSV, JSON and TensorBoard. `not worse`: not by more than the margin."""
 POSITIVE_VERDICTS: tuple[Verdict, ...] = ("better", "equivalent", "not worse", "sufficient")
 NEGATIVE_VERDICTS: tuple[Verdict, ...] = ("worse", "insufficient")
+AnswerName = QuestionName | Literal["retained"]
+"""`retained`: what was forgotten of a data set; no question of the sweep asks it."""
 AnswerState = Literal["settled", "open", "not asked"]
 Blocker = Literal[
     "another value",
@@ -34,7 +36,7 @@ Blocker = Literal[
 class Answer:
     """The answer on one subject of a question."""
 
-    name: QuestionName
+    name: AnswerName
     arm: str
     key: str | None
     """The `confirm_each` key of the arm, if it has one."""

@@ -1,8 +1,6 @@
 // Draws the figures in the page's colours, opens a point's run folder, sorts and filters the table of trials.
 "use strict";
 
-const PRINT_WIDTH = 700; // pixels that fit A4 and letter paper
-
 function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
@@ -31,49 +29,15 @@ function draw(node, figure) {
   });
 }
 
-function drawSection(section) {
-  const source = section.querySelector(".figure-data:not([data-drawn])");
-  if (source === null) return;
-  source.dataset.drawn = "";
-  const nodes = section.querySelectorAll(".figure");
-  JSON.parse(source.textContent).forEach((figure, index) => {
-    draw(nodes[index], figure);
-  });
-}
-
-// A figure in a folded part has no width yet.
-function drawIfOpen(section) {
-  const folded = section.querySelector("details.more");
-  if (folded === null || folded.open) drawSection(section);
-}
-
-function figureSections() {
-  return Array.from(document.querySelectorAll(".figure-data"), (source) => source.closest("section"));
-}
-
-// A figure is drawn when it comes near, so that a page of many opens at once.
-function drawWhenNear() {
-  const near = new IntersectionObserver(
-    (entries) => {
-      for (const entry of entries) {
-        if (!entry.isIntersecting) continue;
-        near.unobserve(entry.target);
-        drawIfOpen(entry.target);
-      }
-    },
-    { rootMargin: "800px" },
-  );
-  figureSections().forEach((section) => near.observe(section));
+function drawFigures() {
+  for (const source of document.querySelectorAll(".figure-data")) {
+    const nodes = source.closest("section").querySelectorAll(".figure");
+    JSON.parse(source.textContent).forEach((figure, index) => draw(nodes[index], figure));
+  }
 }
 
 function recolour() {
   for (const node of document.querySelectorAll(".js-plotly-plot")) Plotly.relayout(node, themed(node.layout));
-}
-
-function resize(size) {
-  for (const node of document.querySelectorAll(".js-plotly-plot")) {
-    Plotly.relayout(node, { ...size, ...themed(node.layout) });
-  }
 }
 
 function compare(a, b) {
@@ -105,9 +69,6 @@ for (const button of document.querySelectorAll(".trials thead button")) {
 }
 document.getElementById("filter").addEventListener("input", (event) => filterRows(event.target.value));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
-for (const folded of document.querySelectorAll("details.more")) {
-  folded.addEventListener("toggle", () => folded.open && drawSection(folded.closest("section")));
-}
 function openTarget() {
   const folded = document.querySelector(":target > details.more");
   if (folded !== null) folded.open = true;
@@ -115,38 +76,12 @@ function openTarget() {
 addEventListener("hashchange", openTarget);
 openTarget();
 
-// The clipboard of the browser is missing on pages that came over plain HTTP.
-async function copy(text) {
-  if (navigator.clipboard) return navigator.clipboard.writeText(text);
-  const area = document.createElement("textarea");
-  area.value = text;
-  document.body.append(area);
-  area.select();
-  document.execCommand("copy");
-  area.remove();
-}
-
 for (const button of document.querySelectorAll(".copy")) {
   button.hidden = false;
   button.addEventListener("click", async () => {
-    await copy(button.nextElementSibling.textContent);
+    await navigator.clipboard.writeText(button.nextElementSibling.textContent);
     button.textContent = "Copied";
     setTimeout(() => { button.textContent = "Copy"; }, 1500);
   });
 }
-addEventListener("beforeprint", () => {
-  for (const folded of document.querySelectorAll("details:not([open])")) {
-    folded.dataset.folded = "";
-    folded.open = true;
-  }
-  figureSections().forEach(drawSection);
-  resize({ width: PRINT_WIDTH });
-});
-addEventListener("afterprint", () => {
-  for (const folded of document.querySelectorAll("details[data-folded]")) {
-    delete folded.dataset.folded;
-    folded.open = false;
-  }
-  resize({ width: null, autosize: true });
-});
-drawWhenNear();
+drawFigures();
