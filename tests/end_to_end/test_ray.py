@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 STEPS = 80
 """Optimizer steps of a trial whose processes are killed."""
 EVALUATIONS = "trainer.eval_every_steps=8"
-NUM_KILLS = (1, pytest.param(4, marks=pytest.mark.soak))
+NUM_KILLS = (pytest.param(1, marks=pytest.mark.smoke), pytest.param(4, marks=pytest.mark.soak))
 """How often a worker is killed, and the controller."""
 
 

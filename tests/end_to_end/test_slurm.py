@@ -34,6 +34,7 @@ def on_loopback(monkeypatch, slurm):
     return slurm
 
 
+@pytest.mark.smoke
 def test_jobs_may_be_cancelled_drained_and_requeued(start, tmp_path, on_loopback):
     slurm, folder = on_loopback, tmp_path / "out"
     sweep = start("on_ray.yaml", *ON_SLURM, "worker.jobs=2", "trainer.max_steps=240", "trainer.eval_every_steps=20")

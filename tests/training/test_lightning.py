@@ -1,6 +1,5 @@
 """TrainingModule and DataModule under a user's own Trainer: Lightning's parts work, and the numbers are our own."""
 
-import re
 import shutil
 from pathlib import Path
 
@@ -207,32 +206,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, change, error, me
     torch.save(content, checkpoint)
     with pytest.raises(error, match=message):
         lorasweep.TrainingModule.load_from_checkpoint(checkpoint)
-
-
-GUIDE = (Path(__file__).parent.parent.parent / "docs" / "lightning.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", GUIDE, flags=re.MULTILINE | re.DOTALL)
-SHORTER = {
-    "max_steps=60": "max_steps=4",
-    "val_check_interval=20": "val_check_interval=2",
-    "log_every_n_steps=20": "log_every_n_steps=1",
-    "trainer.batch_size=16": 'trainer.batch_size=2", "data.block_length=32", "data.max_validation_blocks=4", '
-    '"data.max_test_blocks=4',
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*litlogger.*")
-@pytest.mark.docs
-def test_the_guide_runs_as_it_is_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code = "\n".join(BLOCKS)
-    for long, short in SHORTER.items():
-        assert long in code
-        code = code.replace(long, short)
-    names = {}
-    exec(code, names)
-    assert names["trainer"].global_step == 4
-    assert len(names["rows"]) == 1
-    assert Path(names["best"].last_model_path).is_file()
 
 
 def test_no_two_seeds_and_ranks_share_a_dropout_stream():

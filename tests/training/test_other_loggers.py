@@ -26,7 +26,7 @@ SEARCH = [
 ]
 
 
-@pytest.mark.docs  # W&B starts a process for each run, and MLflow makes a database
+@pytest.mark.release  # W&B starts a process for each run, and MLflow makes a database
 @pytest.mark.filterwarnings("ignore")  # warnings of wandb and mlflow
 def test_each_run_is_logged_with_its_settings_and_scores(here, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -118,7 +118,10 @@ def test_each_process_holds_its_share_and_the_first_alone_writes(trained, alone)
     assert not list(trained.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.smoke] * (name in ("lora-ddp-1", "full-fsdp-3"))) for name in VARIANTS],
+)
 def test_two_processes_learn_what_one_does(trained, alone, name):
     method, _, accumulate = name.split("-")
     two, one = trained / name, alone(f"{method}-{accumulate}", **VARIANTS[name])
