@@ -45,7 +45,7 @@ def test_an_adapter_of_a_quantised_base_is_saved_loaded_and_merged_into_dequanti
     model, x = adapt(make_quantised()), torch.randn(3, 8)
     expected = model(x)
     save_adapter(model, tmp_path, base_path="")
-    loaded = make_quantised()
+    loaded = adapt(make_quantised())
     load_adapter(loaded, tmp_path)
     assert torch.equal(loaded(x), expected)
     merge_lora(model)

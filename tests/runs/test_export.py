@@ -197,7 +197,6 @@ def change_record(**fields):
     return lambda run: edit_json(run / "run.json", lambda raw: raw.update(fields))
 
 
-NO_SETTINGS = ("[]", "{", "{}", '{"peft_type": "LORA", "r": "eight"}', '{"peft_type": 1}', "[" * 10_000, "\0")
 BROKEN = [
     ("merged", lambda run: shutil.rmtree(run / "best"), "`best`"),
     ("merged", damage_best, r"adapter_model\.safetensors.*has changed"),
@@ -205,10 +204,7 @@ BROKEN = [
     ("merged", change_record(config={"method": {"name": "lora"}}), "settings of this version"),
     ("merged", change_record(platform={"precision": "bf16"}), "bf16.*'embedded:tiny'"),
     ("merged", change_record(base={"fingerprint": "0123"}), "'0123' in fp32"),
-    *[
-        ("peft", lambda run, text=text: set_adapter_config(run, text), "must be the settings of an adapter")
-        for text in NO_SETTINGS
-    ],
+    ("peft", lambda run: set_adapter_config(run, "{"), "must be the settings of an adapter"),
 ]
 
 

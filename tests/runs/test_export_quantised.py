@@ -7,9 +7,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorasweep import cli
 from lorasweep.config.compose import compose_run
-from lorasweep.lora import load_adapter, merge_lora
+from lorasweep.lora import inject_lora, load_adapter, merge_lora
 from lorasweep.models.load import load_base
 from lorasweep.models.pretrained import NF4_ARGUMENTS
+from lorasweep.record import read_run, restore_config
 from lorasweep.runs.export import export_run
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.run import train_run
@@ -56,6 +57,7 @@ def test_peft_loads_the_adapter_onto_the_base_as_the_card_says(run, quantisable_
 def load_ours(folder, adapter, quantization="nf4"):
     settings = {"model": "causal_lm", "model.path": str(folder), "model.quantization": quantization}
     model = load_base(compose_run(settings).model, dtype=torch.float32).model
+    inject_lora(model, restore_config(read_run(adapter.parent)).method)
     load_adapter(model, adapter)
     return model
 

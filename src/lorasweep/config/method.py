@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -21,33 +20,12 @@ from lorasweep.config.build import (
     Positive,
     Rank,
     Settings,
-    build,
     flatten,
 )
 from lorasweep.errors import ConfigError
-from lorasweep.wording import join_words
 
 ALL_LINEAR_PATTERN = "all-linear"
 REGEX_PREFIX = "re:"
-WEIGHT_SUFFIX = ".weight"
-"""End of the names in PEFT's `target_parameters` that stand for a whole layer."""
-PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
-"""A layer's name or its end. It matches the same layers, whether it is read as a name or as a regular expression."""
-INITS: Mapping[Any, str] = {True: "default", "gaussian": "gaussian", "orthogonal": "orthogonal"}
-"""`LoraConfig.init` for each value of PEFT's `init_lora_weights`."""
-# fmt: off
-CONVERTED_FIELDS = frozenset({
-    "r", "lora_alpha", "use_rslora", "target_modules", "lora_dropout", "init_lora_weights", "rank_pattern",
-    "alpha_pattern", "exclude_modules", "layers_to_transform", "modules_to_save", "target_parameters",
-})
-"""Fields of PEFT's `LoraConfig` that `convert_from_peft` and `read_peft_config` read."""
-FIELDS_WITHOUT_EFFECT = frozenset({
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "fan_in_fan_out", "runtime_config", "megatron_core", "qalora_group_size",
-})
-# fmt: on
-"""Fields of PEFT's `LoraConfig` that say where an adapter belongs, follow from the model (`fan_in_fan_out`), or act
-only with another field that is refused. All other fields must be empty."""
 Scaling = Literal["alpha_over_rank", "alpha_over_sqrt_rank", "alpha"]
 Init = Literal["default", "gaussian", "orthogonal"]
 TrainedVectors = Literal["biases", "biases_and_norms"]
@@ -114,11 +92,6 @@ class LoraConfig(MethodSettings):
             if self.init == "orthogonal" and rank % 2:
                 raise ConfigError(f"`method.rank` must be even with `method.init=orthogonal`, but got {rank!r}.")
 
-    @classmethod
-    def from_peft(cls, peft_config: Any) -> LoraConfig:
-        """Returns the settings of a `peft.LoraConfig`. Raises ConfigError if our layers can't do a field of it."""
-        return build(cls, read_peft_config(peft_config), key="method")
-
 
 @dataclass(frozen=True, kw_only=True)
 class FullConfig(MethodSettings):
@@ -175,79 +148,5 @@ MethodConfig = Annotated[
 ]
 
 
-def read_peft_config(peft_config: Any) -> dict[str, Any]:
-    """Returns the fields of our `LoraConfig` from a `peft.LoraConfig`; errors as in `LoraConfig.from_peft`."""
-    values = peft_config.to_dict()
-    init = values.get("init_lora_weights")
-    is_known = isinstance(init, str) or init is True  # 1 == True, but is no setting
-    ours = INITS.get(init) if is_known else None
-    refuse_unsupported_fields(
-        values, unsupported=() if ours or "init_lora_weights" not in values else ("init_lora_weights",)
-    )
-    if not values["target_modules"]:
-        raise ConfigError(
-            f"`target_modules` must name layers, but got {values['target_modules']!r}, which leaves the choice "
-            "to PEFT. Use `all-linear`, or a list of names."
-        )
-    return convert_from_peft(values) | {"init": ours}
-
-
-def refuse_unsupported_fields(values: Mapping[str, Any], *, unsupported: Iterable[str] = ()) -> None:
-    """Raises ConfigError if PEFT's settings are not those of LoRA, or have fields that lorasweep's layers can't do.
-
-    If lorasweep ignored such a field, the model would compute other outputs. `unsupported` has the names of further
-    fields to refuse.
-    """
-    kind = getattr(values.get("peft_type"), "value", values.get("peft_type"))
-    if kind != "LORA":
-        raise ConfigError(
-            f"`peft_type` must be LORA, but got {kind!r}. "
-            f"Train it with `method=peft method.config={{peft_type: {kind}}}`."
-        )
-    known = CONVERTED_FIELDS | FIELDS_WITHOUT_EFFECT
-    # PEFT's defaults of all other fields are empty, except the text "none" of `bias`
-    refused = [name for name, value in values.items() if name not in known and value and value != "none"]
-    if not all(name.endswith(WEIGHT_SUFFIX) for name in values.get("target_parameters") or ()):
-        refused.append("target_parameters")  # fused experts
-    if named := [*refused, *unsupported]:
-        given = join_words([f"`{name}` {values[name]!r}" for name in named])
-        raise ConfigError(
-            f"PEFT's settings must have only fields that lorasweep's LoRA layers can do, but got {given}. Use the "
-            "default, or train it with `method=peft`."
-        )
-
-
-def convert_from_peft(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of our `LoraConfig` from PEFT's settings, except `init`.
-
-    Raises KeyError, TypeError or AttributeError if a setting is missing or of another type.
-    """
-    layers, targets = raw.get("layers_to_transform"), raw["target_modules"]
-    if parameters := raw.get("target_parameters"):
-        targets = [*_list_patterns(targets or ()), *(name.removesuffix(WEIGHT_SUFFIX) for name in parameters)]
-    return {
-        "rank": raw["r"],
-        "alpha": float(raw["lora_alpha"]),
-        "scaling": "alpha_over_sqrt_rank" if raw.get("use_rslora") else "alpha_over_rank",
-        "targets": targets if isinstance(targets, str) else tuple(sorted(targets)),
-        "dropout": float(raw.get("lora_dropout", 0.0)),
-        "rank_pattern": {_convert_key(key): rank for key, rank in (raw.get("rank_pattern") or {}).items()},
-        "alpha_pattern": {_convert_key(key): alpha for key, alpha in (raw.get("alpha_pattern") or {}).items()},
-        "exclude": _list_patterns(raw.get("exclude_modules") or ()),
-        "layers": (layers,) if isinstance(layers, int) else tuple(layers or ()),
-        "modules_to_save": tuple(raw.get("modules_to_save") or ()),
-    }
-
-
 def int_if_whole(number: float) -> float | int:
     return int(number) if number == int(number) else number
-
-
-def _list_patterns(modules: str | Iterable[str]) -> tuple[str, ...]:
-    """Returns PEFT's list of names, or its string with a regular expression, as patterns."""
-    return (f"{REGEX_PREFIX}{modules}",) if isinstance(modules, str) else tuple(sorted(modules))
-
-
-def _convert_key(key: str) -> str:
-    """Converts a key of PEFT's rank or alpha pattern. PEFT compares the key with the end of a layer's name."""
-    return key if PLAIN_NAME.fullmatch(key) else rf"{REGEX_PREFIX}(.*\.)?({key})"

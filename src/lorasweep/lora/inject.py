@@ -18,21 +18,19 @@ def inject_lora(
     config: LoraConfig,
     *,
     generator: torch.Generator | None = None,
-    allow_full_rank: bool = False,
 ) -> Coverage:
     """Adapts `model` in place: matched layers become LoRA layers, and all other parameters are frozen.
 
     Modules that `config.modules_to_save` names train too. The base's tensors keep their values, so several models that
     share them can be adapted.
 
-    A and B are drawn in the order of the layers from the CPU stream `generator`, or torch's default stream. With
-    `allow_full_rank`, the rank may be above the smaller side of a layer's weight.
+    A and B are drawn in the order of the layers from the CPU stream `generator`, or torch's default stream.
 
     Raises:
         ValueError: The model has LoRA layers already, or `find_targets` raises it. The model is then unchanged.
     """
     check_not_injected(model)
-    coverage = find_targets(model, config, allow_full_rank=allow_full_rank)
+    coverage = find_targets(model, config)
     layers = [LoraLayer(model.get_submodule(name), t, generator=generator) for name, t in coverage.targets.items()]
     modules = match_modules_to_save(model, config.modules_to_save)
     # all checks are done: nothing below can fail, so a refused model is unchanged
@@ -117,5 +115,5 @@ def merge_lora(model: nn.Module) -> None:
 def require_lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     layers = lora_layers(model)
     if not layers:
-        raise ValueError("`model` must have LoRA layers, but got none. Call `inject_lora` or `load_adapter` first.")
+        raise ValueError("`model` must have LoRA layers, but got none. Call `inject_lora` first.")
     return layers

@@ -85,12 +85,12 @@ class Coverage:
         )
 
 
-def find_targets(model: nn.Module, config: LoraConfig, *, allow_full_rank: bool = False) -> Coverage:
+def find_targets(model: nn.Module, config: LoraConfig) -> Coverage:
     """Returns the layers that `inject_lora` would adapt, without changing the model.
 
     Raises:
         ValueError: A pattern matches no layer that can be adapted; the rank is above the smaller side of a layer's
-            weight (unless `allow_full_rank`); or a setting does not fit a layer.
+            weight; or a setting does not fit a layer.
     """
     layers = find_adaptable_layers(model)
     trained = match_modules_to_save(model, config.modules_to_save)
@@ -101,7 +101,7 @@ def find_targets(model: nn.Module, config: LoraConfig, *, allow_full_rank: bool 
     for name in names:
         rank = get_pattern_value(name, config.rank_pattern, config.rank)
         d_out, d_in = matrix_shape(layers[name])
-        if rank > min(d_out, d_in) and not allow_full_rank:  # it would add no new updates, only parameters
+        if rank > min(d_out, d_in):  # it would add no new updates, only parameters
             raise ValueError(
                 f"`method.rank <= {min(d_out, d_in)}` must hold for layer {name!r} ({d_out} × {d_in}), "
                 f"but got {rank}. Lower `method.rank`, or exclude the layer with `method.exclude`."

@@ -33,7 +33,6 @@ class LoraMethod(Method):
     """
 
     name = "lora"
-    loads_onto_base = True
 
     def find_coverage(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> Coverage:
         assert isinstance(config, LoraConfig)
@@ -56,7 +55,7 @@ class LoraMethod(Method):
         return [ParameterGroup(name=name, params=params, lr_factor=factor) for name, params, factor in named]
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
-        save_adapter(model, folder, base_path=base.path, base_fingerprint=base.fingerprint)
+        save_adapter(model, folder, base_path=base.path)
 
     def load(self, model: nn.Module, folder: Path) -> None:
         try:

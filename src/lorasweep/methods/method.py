@@ -90,16 +90,14 @@ class Method(ABC):
         return [ParameterGroup(name=self.name, params=params, lr_factor=1.0)] if params else []
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
-        """Writes the trained weights of a prepared model, and the fingerprint of its base, atomically.
+        """Writes the trained weights of a prepared model atomically.
 
         The folder is created if it is missing. If no parameter trains, no file is written.
         """
         if tensors := self._get_tensors_to_save(model):
             folder.mkdir(parents=True, exist_ok=True)
             contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            # one key, because safetensors writes several in random order, and equal weights must give equal bytes
-            metadata = {"base_fingerprint": base.fingerprint}
-            write_atomically(folder / self.weights_file, partial(save_file, contiguous, metadata=metadata))
+            write_atomically(folder / self.weights_file, partial(save_file, contiguous))
 
     def load(self, model: nn.Module, folder: Path) -> None:
         """Loads saved weights into a model that was prepared with the same settings, or see `loads_onto_base`.

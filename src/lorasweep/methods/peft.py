@@ -26,13 +26,15 @@ from lorasweep.config.components import require_package
 from lorasweep.config.method import MethodConfig, PeftConfig
 from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError, RecordError, describe_error
-from lorasweep.lora.adapter_files import CONFIG_FILE, INITS_KEEPING_BASE, WEIGHTS_FILE, find_task_type
+from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, find_task_type
 from lorasweep.methods.method import Method, clear_tie_setting, copy_sharing_weights, round_to_frozen_dtype
 from lorasweep.models.load import BaseModel
 
 ADAPTER = "default"
 """PEFT's name of the only adapter of a model."""
 INIT = "init_lora_weights"
+INITS_KEEPING_BASE = (True, False, None, "gaussian", "orthogonal", "mica")
+"""Values of PEFT's `init_lora_weights` that do not change the base's weights."""
 LORA_PARTS = {"lora_A": (1, 0), "lora_B": (-1, 1)}
 """How PiSSA's initial A and B are joined to the trained ones: the sign, and the dimension of the rank."""
 REFUSED_KEYS = (

@@ -15,7 +15,6 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import refuse_code
 from lorasweep.errors import RecordError
 from lorasweep.lora.layer_kinds import weight_to_matrix
-from lorasweep.lora.targets import find_targets
 from lorasweep.methods import METHODS, copy_sharing_weights, draw_head
 from lorasweep.record import read_run, restore_config
 from lorasweep.training.restore import check_kept_files, restore_model, restore_unquantised_base
@@ -55,11 +54,8 @@ def inspect_run(folder: str | Path, *, trust: bool = False) -> pandas.DataFrame:
     base.model.float()  # merging into bf16 would round the updates
     ranks = {}
     if isinstance(method, LoraConfig):
-        try:
-            targets = find_targets(base.model, method, allow_full_rank=True).targets
-        except ValueError as error:
-            raise RecordError(str(error)) from error
-        ranks = {name: target.rank for name, target in targets.items()}
+        coverage = METHODS["lora"].find_coverage(base.model, method, new_head_names=base.new_head_names)
+        ranks = {name: target.rank for name, target in coverage.targets.items()} if coverage else {}
     model = restore_model(config, base, folder=folder / "best")
     METHODS[method.name].merge(model)
     # the head as the run drew it before training

@@ -309,7 +309,7 @@ class PackTrainer:
     def _note_evaluation(self, slot: int, run: SlotRun, metrics: Metrics) -> bool:
         """Writes the evaluation of a slot. If its run diverged, ends the run and returns False."""
         base, model = self.inputs.base, slot_model(self.model, slot)
-        save = functools.partial(save_adapter, model, base_path=base.path, base_fingerprint=base.fingerprint)
+        save = functools.partial(save_adapter, model, base_path=base.path)
         assert run.record.pack is not None
         run.record.pack["shared_draws"] = bool(self.has_shared_draws)
         try:
