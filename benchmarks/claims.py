@@ -59,7 +59,7 @@ SWEEPS = {
         "sweep.trials=12",
         "confirm.seeds=3",
     ],
-    # the pairs of HH-RLHF that docs/benchmarks.md makes (Preferences beside TRL)
+    # the pairs of HH-RLHF that benchmarks/MEASURED.md makes (Preferences beside TRL)
     "preferences": [
         "preferences",
         f"model.path={SMOLLM}",
