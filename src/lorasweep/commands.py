@@ -310,9 +310,7 @@ def reproduce(arguments: argparse.Namespace) -> Outcome:
     with quick_imports():
         from lorasweep.sessions import reproduce
 
-    repeated = reproduce(
-        arguments.folder, output=arguments.output, tolerance=arguments.tolerance, steps=arguments.steps
-    )
+    repeated = reproduce(run, output=arguments.output, tolerance=arguments.tolerance, steps=arguments.steps)
     say(repeated.description)
     code = INTERRUPTED_EXIT_CODE if repeated.verdict == "interrupted" else DONE if repeated.holds else FAILED
     return Outcome(repeated, code)
