@@ -19,7 +19,10 @@ SHORT = {"sweep.trials": 4, "confirm.seeds": 3, "confirm.margin": 0.1, "trainer.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("settings", "swept"), [(DIGITS, "module.dropout"), (PREFERENCES, "module.temperature")])
+@pytest.mark.parametrize(
+    ("settings", "swept"),
+    [(DIGITS, "module.dropout"), pytest.param(PREFERENCES, "module.temperature", marks=pytest.mark.release)],
+)
 def test_a_sweep_of_a_users_module_ends_with_verdicts(tmp_path, settings, swept):
     settings = {key: value for key, value in settings.items() if key not in ("optim.lr", "trainer.eval_every_steps")}
     arms = {**ARMS, "full": ARMS["full"] | {"space": ARMS["full"]["space"] | {swept: [0.1, 0.5]}}}

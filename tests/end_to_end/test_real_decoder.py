@@ -50,6 +50,7 @@ def settings(tmp_path_factory):
     }
 
 
+@pytest.mark.release
 def test_packs_of_a_real_decoder_equal_runs_alone_and_the_adapter_generates(settings, tmp_path):
     configs = [compose_run(settings | {"method.rank": rank}) for rank in (2, 8)]
     inputs = build_inputs(configs[0])

@@ -25,6 +25,7 @@ SWEEP = {
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.release
 def test_a_sweep_that_is_looked_at_all_the_time_is_seen_to_go_on_and_ends_well(tmp_path, begin, capsys):
     (tmp_path / "watched.yaml").write_text(yaml.safe_dump(SWEEP))
     watched, folder = begin("sweep", "watched.yaml", "sweep.output=out"), tmp_path / "out"

@@ -58,7 +58,9 @@ def check_complete(folder, before, *, trials=3, num_steps=24):
         assert steps == list(range(1, num_steps + 1))
 
 
-@pytest.mark.parametrize(("number", "pack_size"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(
+    ("number", "pack_size"), [(signal.SIGINT, 1), pytest.param(signal.SIGTERM, 2, marks=pytest.mark.release)]
+)
 def test_a_signal_stops_a_sweep_with_a_checkpoint_and_the_words_to_resume_it(
     tmp_path, begin, finish, words, number, pack_size
 ):
@@ -137,6 +139,7 @@ file.lightning.Trainer.fit = fit
 """
 
 
+@pytest.mark.release
 def test_a_run_that_the_system_gives_too_little_memory_halves_its_micro_batches(tmp_path, finish):
     """A real limit on the address space: a step's 32 rows of 256 tokens do not fit in 160 MiB."""
     sizes = ["data.block_length=256", "trainer.batch_size=32", "trainer.eval_batch_size=2", "trainer.max_steps=1"]

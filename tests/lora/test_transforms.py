@@ -33,6 +33,7 @@ def test_activation_checkpointing_gives_the_same_gradients(adapted, tokens):
         assert torch.equal(one, other)
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiles_without_a_graph_break(adapted, tokens, monkeypatch):

@@ -40,6 +40,9 @@ CASES = [
     ("qwen3", "classifier", ("score",)),
     ("t5", "classifier", ("classification_head",)),
 ]
+FAMILIES = (("llama", "causal_lm"), ("gpt2", "causal_lm"), ("bert", "classifier"))
+"""Those of every push; the others run before a release."""
+CASES = [pytest.param(*case, marks=[pytest.mark.release] * (case[:2] not in FAMILIES)) for case in CASES]
 HYBRIDS_AND_EXPERTS = ("qwen3_next", "qwen3_5", "qwen3_5_with_images", "glm4_moe")
 PEFT = {"causal_lm": AutoPeftModelForCausalLM, "classifier": AutoPeftModelForSequenceClassification}
 CONFIGS = {
@@ -155,6 +158,7 @@ def randomise(model, *, seed):
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("architecture", HYBRIDS_AND_EXPERTS)
 def test_a_slot_of_a_pack_gets_the_logits_and_gradients_of_its_solo_run(load, architecture):
     base, configs = load(architecture, "causal_lm"), [LoraConfig(rank=2), LoraConfig(rank=4)]

@@ -19,6 +19,7 @@ from lorasweep.training.score import score_run
 FOCAL = {"objective._target_": "tests.objectives.focal_tokens.FocalTokens", "objective.gamma": 2.0, "logger": "none"}
 
 
+@pytest.mark.release
 def test_slots_with_other_settings_of_the_objective_train_as_alone(tmp_path):
     configs = [compose_run(SMALL_RUN | FOCAL | {"objective.gamma": gamma, "optim.lr": 1e-2}) for gamma in (0.0, 3.0)]
     inputs = build_inputs(configs[0])

@@ -8,11 +8,8 @@ import torch
 from tests.preference_pairs import make_pairs, make_preference_inputs
 from tests.small_runs import SMALL_RUN
 from tests.training.runs import (
-    assert_same_run,
-    evaluations,
     losses,
     settings_of,
-    stop_after,
     train,
     train_together,
 )
@@ -32,7 +29,6 @@ from lorasweep.methods import METHODS
 from lorasweep.objectives.data_splits import build_objective, list_slot_settings, read_slot_settings
 from lorasweep.objectives.objective import ExampleScores
 from lorasweep.objectives.preferences import Preferences
-from lorasweep.record import read_run
 from lorasweep.sweep.cost import estimate_cost
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.measure import scale_up, train_briefly
@@ -204,6 +200,7 @@ def test_slots_with_other_betas_have_the_losses_and_gradients_of_runs_alone(can_
             torch.testing.assert_close(packed[name].grad.view_as(parameter), parameter.grad, **TIGHT)
 
 
+@pytest.mark.release
 def test_a_pack_trains_as_runs_alone(tmp_path):
     configs = [make_config({"method.rank": rank}, beta=beta) for rank, beta in ((2, 0.1), (4, 0.5))]
     inputs = make_inputs(configs[0])
@@ -242,20 +239,6 @@ def test_padding_counts_both_rows():
     rows = split.completions.lengths
     padded = 12 * int(rows.max())
     assert padding_fraction(split, [[*range(6)]]) == pytest.approx(1 - int(rows.sum()) / padded)
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, steps):
-    config = make_config()
-    inputs = make_inputs(config, folder=tmp_path)
-    train(tmp_path / "whole", config, inputs=inputs)
-    train(tmp_path / "stopped", config, inputs=inputs, stop_requested=stop_after(steps))
-    assert read_run(tmp_path / "stopped").status == "interrupted"
-    again = make_inputs(config, folder=tmp_path)  # as another process reads it
-    assert torch.equal(again.data.train.reference, inputs.data.train.reference)
-    train(tmp_path / "stopped", config, inputs=again, resume=True)
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
-    assert len(evaluations(tmp_path / "whole")) == 2
 
 
 def read_files(folder):

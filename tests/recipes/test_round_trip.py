@@ -52,7 +52,9 @@ DECIDED = {"lora_r", "lora_rank", "lora_alpha", "learning_rate"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", FILES)
+@pytest.mark.parametrize(
+    "tool", ["axolotl", *(pytest.param(tool, marks=pytest.mark.release) for tool in ("trl", "llamafactory"))]
+)
 def test_a_round_trip_changes_the_decided_keys_alone(tool, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows").mkdir()

@@ -174,6 +174,7 @@ def test_a_damaged_record_or_log_is_refused_before_the_base_is_loaded(
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @needs_usual_seeds
 def test_another_process_trains_the_same_bits(short_words, tmp_path, monkeypatch, capsys):

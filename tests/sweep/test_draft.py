@@ -267,6 +267,7 @@ def test_a_file_whose_first_line_is_data_needs_names_and_every_row_of_every_spli
     assert "test.csv" in capsys.readouterr().err
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_data_without_a_file_are_swept_and_what_is_recommended_is_exported(here, capsys, monkeypatch):
     budget = ["trainer.max_steps=4", "sweep.trials=2", "confirm.seeds=1", "arms.full=null"]

@@ -1,25 +1,18 @@
 """`retain`: further data sets on which the frozen base and each confirm run are scored once."""
 
-from collections import Counter
-
 import pytest
 import yaml
-from tests.small_runs import SMALL_RUN, TWO_STEPS
+from tests.small_runs import SMALL_RUN
 
 import lorasweep
-import lorasweep.sweep.workers.worker as worker_file
-import lorasweep.training.evaluation as evaluation_file
 from lorasweep.cli import run
 from lorasweep.config.data import ScoreMetric
 from lorasweep.outcome import WRONG_REQUEST
-from lorasweep.record import read_run, read_sweep
 from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.sweep.checks import list_retained
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.training.inputs import InputsCache
-
-from .conftest import Killed
 
 CODE = {"data": "stdlib_code", "data.block_length": 32, "data.max_test_blocks": 24}
 CONTENT = {
@@ -83,34 +76,6 @@ def test_labels_that_the_model_does_not_learn_are_refused(path, capsys):
     same = read_definition(path, overrides)
     (row,) = list_retained(same, InputsCache())
     assert (row.name, row.metric) == ("same", ScoreMetric(name="accuracy", direction="maximize"))
-
-
-@pytest.mark.slow
-def test_a_killed_sweep_scores_nothing_twice_and_ends_like_one_that_was_not_killed(path, monkeypatch):
-    content = CONTENT | {"settings": CONTENT["settings"] | TWO_STEPS | {"worker.pack_size": 1}}
-    whole = lorasweep.run_sweep(content, output=path.parent / "whole", progress=None)
-    scored, evaluate_model, score_run = [], evaluation_file.evaluate_model, worker_file.score_run
-
-    def count(model, split, **others):
-        scored.append(split.fingerprint)
-        return evaluate_model(model, split, **others)
-
-    def score_and_die(folder, **others):
-        record = score_run(folder, **others)
-        if len(scored) == 4:
-            raise Killed
-        return record
-
-    monkeypatch.setattr(evaluation_file, "evaluate_model", count)
-    monkeypatch.setattr(worker_file, "score_run", score_and_die)
-    with pytest.raises(Killed):
-        lorasweep.run_sweep(content, output=path.parent / "killed", progress=None)
-    monkeypatch.setattr(worker_file, "score_run", score_run)
-    resumed = lorasweep.resume_sweep(path.parent / "killed", progress=None)
-    assert sorted(Counter(scored).values()) == [3, 3]  # test and retained data, of the base once and of two seeds
-    assert {"test_scores.csv", "retained-code.csv"} <= read_run(whole.folder / "runs/lora-confirm-0000").files.keys()
-    for one, other in zip(read_sweep(whole.folder).confirm, read_sweep(resumed.folder).confirm, strict=True):
-        assert read_run(whole.folder / one.run).retained == read_run(resumed.folder / other.run).retained
 
 
 @pytest.mark.slow

@@ -81,6 +81,7 @@ def test_a_method_trains_the_users_module_and_its_kept_weights_have_the_recorded
     assert "test_scores.csv" in record.files
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("stop_at", [7, 20, 23])
 def test_a_stopped_run_resumes_with_the_same_losses(tmp_path, stop_at):
     settings = DIGITS | {"module.dropout": 0.1, "trainer.eval_every_steps": 20 if stop_at == 20 else 10}
@@ -184,6 +185,7 @@ def own_inputs():
     return build_inputs(compose_run(TEXT | METRIC))
 
 
+@pytest.mark.release
 def test_a_packed_run_scores_as_it_would_alone_and_the_record_restores_the_metric(own_inputs, tmp_path):
     configs = [compose_run(TEXT | METRIC | {"method.rank": rank, "optim.lr": 1e-2}) for rank in (2, 4)]
     for rank, config in enumerate(configs):

@@ -219,6 +219,7 @@ def test_recomputed_activations_train_the_same(tmp_path, make_config, inputs):
     assert losses(tmp_path / "again") == losses(tmp_path / "kept")
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, of torch
 # g++ builds inductor's kernels for a minute; the other backend traces the same graphs and runs them as they are

@@ -4,9 +4,8 @@ import pytest
 from optuna.storages import JournalStorage
 from tests.sweep.conftest import UNTRAINED, Killed
 
-from lorasweep.errors import OutOfMemory
 from lorasweep.record import read_run, read_sweep
-from lorasweep.sweep.controller.lifecycle import load_study, reopen_sweep
+from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
 WRITES = ("create_new_trial", "set_trial_user_attr", "set_trial_intermediate_value", "set_trial_state_values")
 
@@ -84,30 +83,3 @@ def test_a_worker_killed_at_any_moment_ends_with_the_sweep_that_was_not(
     work_killed(killed, every=every)
     assert table_of(killed.path) == expected
     assert len(runs.scored) == len(set(runs.scored)) == 10
-
-
-@pytest.mark.parametrize("every", [4, 7])
-def test_a_worker_killed_while_it_tells_of_a_failure_leaves_no_trial_half_told(
-    begin, work, work_killed, content, runs, every
-):
-    def score(config, step):
-        if config.method.rank != 1:
-            raise OutOfMemory("2 GiB") if config.method.rank == 4 else KeyError("bug")
-        return config.optim.lr
-
-    runs.score = score
-    content["settings"] |= {"sweep.max_failures": 100}
-    content["arms"] = {"lora": content["arms"]["lora"]}
-    whole, killed = (begin(content, folder=name) for name in ("whole", "killed"))
-    assert work(whole)
-    work_killed(killed, every=every)
-    expected, found = (
-        [(row.params, row.state, row.search_score, row.reason) for row in read_sweep(folder.path).trials]
-        for folder in (whole, killed)
-    )
-    assert found == expected
-    assert {state for _, state, _, _ in expected} == {"complete", "failed", "infeasible"}
-    trials = load_study(killed.path, "lora").get_trials()
-    assert all(trial.state.is_finished() for trial in trials)
-    told = [trial.constraints for trial in trials]
-    assert told == [{"memory": 1.0} if state == "infeasible" else {} for _, state, _, _ in expected]

@@ -303,6 +303,7 @@ def test_a_slot_that_gets_no_better_ends_early_as_alone(make_config, inputs, tmp
     assert read_run(tmp_path / "better").steps_done == 8
 
 
+@pytest.mark.release
 def test_a_pack_that_shrank_grows_again_and_its_runs_equal_runs_alone(make_config, inputs, tmp_path):
     configs = [make_config({**settings, "trainer.max_steps": 6}) for settings in MIXED]
     jobs = [make_job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
