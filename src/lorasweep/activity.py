@@ -1,7 +1,6 @@
 """Says what this process does now: `doing` names a piece of work, and an `Activity` counts how much of it is done.
 
-The command line shows it while nothing else is printed (`console.show_heartbeat`), and the worker of a sweep writes it
-into the sweep's folder for `lorasweep status`.
+The command line shows it while nothing else is printed (`console.show_heartbeat`).
 """
 
 from __future__ import annotations
@@ -12,10 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from lorasweep.wording import format_count, format_seconds
+from lorasweep.wording import format_seconds
 
-NOW_FILE_STEM = "now"
-"""Start of the names of the files in a sweep's folder in which each worker says what it does now."""
 MIN_PREDICTED_S = 2.0
 """The time left is estimated after this time in seconds, because the first step warms up."""
 
@@ -33,18 +30,15 @@ class Activity:
     """Number that was done before, in a resumed run."""
     done: int = 0
     """Number that is done, with `first`."""
-    tokens: int = 0
     began_s: float = field(default_factory=time.monotonic)
 
-    def advance(self, number: int = 1, *, tokens: int = 0) -> None:
+    def advance(self, number: int = 1) -> None:
         self.done += number
-        self.tokens += tokens
 
     def describe(self) -> str:
-        """Returns `scoring test, example 24 of 200, 310 tokens/s, about 1 min 28 s left`."""
+        """Returns `scoring test, example 24 of 200, about 1 min 28 s left`."""
         seconds, parts = time.monotonic() - self.began_s, [self.what] if self.what else []
         parts += [f"{self.unit} {self.done:,} of {self.total:,}"] if self.total else []
-        parts += [f"{format_count(self.tokens / seconds)} tokens/s"] if self.tokens and seconds else []
         if self.total and self.done > self.first and seconds >= MIN_PREDICTED_S:
             left_s = seconds * (self.total - self.done) / (self.done - self.first)
             parts.append(f"about {format_seconds(left_s)} left")
@@ -74,18 +68,11 @@ def end_inner(activity: Activity) -> None:
         del _STACK[_STACK.index(activity) + 1 :]
 
 
-def describe_activity(*, first: int = 0) -> str:
-    """Returns what this process does now, the outermost activity first; empty if nothing is named.
-
-    `first` leaves out so many of the outermost activities (`count_activities`).
-    """
-    activities = _STACK[first:]  # a copy, because another thread may change the list
+def describe_activity() -> str:
+    """Returns what this process does now, the outermost activity first; empty if nothing is named."""
+    activities = _STACK[:]  # a copy, because another thread may change the list
     outer = [activity.what for activity in activities[:-1]]
     return "; ".join(filter(None, [*outer, activities[-1].describe()])) if activities else ""
-
-
-def count_activities() -> int:
-    return len(_STACK)
 
 
 @contextmanager

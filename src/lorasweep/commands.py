@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lorasweep.console import EscapingConsole, add_clock, say, say_error, show
+from lorasweep.console import add_clock, say, say_error, show
 from lorasweep.errors import ConfigError, LoraSweepError
 from lorasweep.outcome import DONE, FAILED, Outcome, end_with_error, get_rank
 from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
@@ -74,10 +74,8 @@ def _show_settings(definition: Definition) -> Outcome:
 
 
 def status(arguments: argparse.Namespace) -> Outcome:
-    from lorasweep.sweep.status import read_status, render_status, watch_status
+    from lorasweep.sweep.status import read_status, render_status
 
-    if arguments.watch:
-        return Outcome(watch_status(arguments.folder, EscapingConsole()))
     now = read_status(arguments.folder)
     show(render_status(now))
     return Outcome(now)

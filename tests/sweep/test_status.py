@@ -15,7 +15,6 @@ import lorasweep.sweep.status as status_file
 from lorasweep.config.data import ScoreMetric
 from lorasweep.errors import RecordError
 from lorasweep.record import (
-    SWEEP_FILE,
     ArmRow,
     LookRow,
     SettingRow,
@@ -25,7 +24,7 @@ from lorasweep.record import (
     Trial,
     write_record,
 )
-from lorasweep.sweep.status import count_ended, read_status, render_status, report_status, show_progress, watch_status
+from lorasweep.sweep.status import count_ended, read_status, render_status, report_status, show_progress
 
 
 def arm(name, *, method="lora", trials=4):
@@ -67,13 +66,6 @@ def sweep_record(**values):
         "makespan_s": 65.0,
     }
     return SweepRecord(**(given | values))
-
-
-@pytest.fixture(autouse=True)
-def stopped_clock(monkeypatch):
-    """Lets no time pass, however busy the machine is."""
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now)
 
 
 @pytest.fixture
@@ -150,25 +142,6 @@ def test_the_time_left_is_that_of_the_steps_left(running):
     assert show_after(trials, **confirmed, looks=[2]).endswith("answers at 2 seeds in about 32 s")
     shown = show_after(trials, **confirmed, looks=[2, 3])
     assert shown.endswith("answers at 2 seeds (questions that stay open: up to 3) in about 32 s")
-    os.utime(running / SWEEP_FILE, (0, time.time() - 12))  # the time left falls while nothing is written
-    passed = show(read_status(running)).splitlines()[-1]
-    assert passed.startswith("1 min 48 s so far, ")
-    assert passed.endswith("in about 20 s")
-    os.utime(running / SWEEP_FILE, (0, time.time() - 60))
-    assert show(read_status(running)).splitlines()[-1].endswith(" soon")  # not "in about 0.0 s"
-
-
-def test_what_a_worker_does_now_is_shown_with_its_age(running):
-    write_record(sweep_record(), running)
-    (running / "now-a.txt").write_text("training lora-0001, step 3 of 8\x1b[2J" + 1000 * "x")
-    (running / "now-b.txt").write_text("")  # it is just being written
-    os.utime(running / "now-a.txt", (0, time.time() - 130))
-    status = read_status(running)
-    [line] = status.as_json()["now"]
-    assert len(line) <= 300
-    shown = " ".join(show(status).split())
-    assert "worker: training lora-0001, step 3 of 8" in shown
-    assert "(as of 2 min 10 s ago)" in shown
 
 
 def test_a_sweep_says_that_it_will_be_later_than_its_minutes(running):
@@ -311,21 +284,6 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
-
-
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_a_watched_sweep_is_shown_until_it_ends(running, monkeypatch, is_terminal):
-    counts = iter(range(1, 4))
-
-    def end_later(seconds):
-        trials = [trial(number, "complete", 1.5) for number in range(next(counts))]
-        write_record(sweep_record(trials=trials, status="complete" if len(trials) == 3 else "running"), running)
-
-    monkeypatch.setattr(status_file.time, "sleep", end_later)
-    output = io.StringIO()
-    last = watch_status(running, Console(file=output, force_terminal=is_terminal, width=120))
-    assert (last.record.status, next(counts, None)) == ("complete", None)
-    assert all(f"{number}/6" in output.getvalue() for number in (1, 2, 3))
 
 
 def test_a_terminal_shows_a_table_also_where_the_folder_is_away_for_a_while(running, monkeypatch):

@@ -116,9 +116,9 @@ class SweepData:
 
     @property
     def completing_command(self) -> str:
-        """The command that leads to a complete sweep: `status --watch` if a process runs it now, else a resume."""
+        """The command that leads to a complete sweep: `status` if a process runs it now, else a resume."""
         if is_running(self.folder):
-            return f"lorasweep status {shlex.quote(str(self.folder))} --watch"
+            return f"lorasweep status {shlex.quote(str(self.folder))}"
         return f"lorasweep sweep --resume {shlex.quote(str(self.folder))}"
 
     @property

@@ -5,9 +5,8 @@ This file only reads the sweep's record, without a lock, so it can show a sweep 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lorasweep.activity import NOW_FILE_STEM, doing, repeat_every
-from lorasweep.disk import is_running, open_inside
+from lorasweep.activity import doing, repeat_every
+from lorasweep.disk import is_running
 from lorasweep.errors import RecordError
 from lorasweep.record import (
     STATES,
@@ -36,16 +35,10 @@ from lorasweep.wording import UNKNOWN, format_seconds, format_settings, suggest_
 
 MAX_SHOWN_RUNS = 16
 """Maximum number of running trials that are listed below the table."""
-MIN_SHOWN_AGE_S = 5.0
-"""The table says how old a worker's line is from this age on, in seconds."""
-MAX_NOW_CHARACTERS = 300
-"""Maximum length of a worker's line, because the file may be somebody else's."""
 MAX_LATENESS = 0.15
 """A sweep is called late if it is likely to take longer than `sweep.minutes` by more than this fraction."""
 MIN_DONE_SHARE = 0.05
 """The time left is estimated after this share of the optimizer steps."""
-WATCH_INTERVAL_S = 2.0
-"""Seconds between two reads under `lorasweep status --watch`."""
 POLL_INTERVAL_S = 1.0
 """Seconds between two reads of a sweep's record."""
 
@@ -90,17 +83,8 @@ class SweepStatus:
 
     folder: Path
     record: SweepRecord
-    record_age_s: float
-    """Seconds since the record was written. A sweep writes it at evaluations, so it may be minutes old."""
     is_running: bool
     arms: tuple[ArmStatus, ...]
-    now: dict[str, float]
-    """The activity of each worker in one line, with the age of the line in seconds."""
-
-    @property
-    def seconds_so_far(self) -> float:
-        """Seconds that the sweep has taken, also since its record was written."""
-        return self.record.makespan_s + (self.record_age_s if self.is_running else 0.0)
 
     @property
     def seconds_left(self) -> float | None:
@@ -112,13 +96,13 @@ class SweepStatus:
         left = sum(arm.num_steps_left for arm in self.arms)
         if done <= MIN_DONE_SHARE * (done + left):
             return None
-        return max(0.0, self.record.makespan_s * (1 + left / done) - self.seconds_so_far)
+        return self.record.makespan_s * left / done
 
     @property
     def seconds_late(self) -> float:
         """Seconds by which the sweep is likely to exceed `sweep.minutes`; 0 if it is in time, or grew at a resume."""
         minutes, has_grown = self.record.minutes, any(change.grows for change in self.record.changes)
-        expected_s = self.seconds_so_far + (self.seconds_left or 0.0)
+        expected_s = self.record.makespan_s + (self.seconds_left or 0.0)
         if minutes is None or has_grown or expected_s <= (1 + MAX_LATENESS) * 60 * minutes:
             return 0.0
         return expected_s - 60 * minutes
@@ -136,10 +120,8 @@ class SweepStatus:
             "direction": record.search_metric.direction,
             "looks_done": [look.seeds for look in record.looks_done],
             "is_running": self.is_running,
-            "record_age_s": self.record_age_s,
             "seconds_left": self.seconds_left,
             "seconds_late": self.seconds_late,
-            "now": list(self.now),
             "arms": [arm.as_json(record) for arm in self.arms],
             "running": [{name: getattr(run, name) for name in fields} for run in running],
         }
@@ -168,21 +150,9 @@ def read_status(folder: Path) -> SweepStatus:
     return SweepStatus(
         folder=folder,
         record=record,
-        record_age_s=max(0.0, time.time() - path.stat().st_mtime),
         is_running=is_running(folder),
         arms=tuple(arms),
-        now=_read_now(folder),
     )
-
-
-def _read_now(folder: Path) -> dict[str, float]:
-    """Returns what each worker of a sweep does now, with the age of the line in seconds."""
-    now = {}
-    for path in sorted(folder.glob(f"{NOW_FILE_STEM}*.txt")):
-        with suppress(OSError), open_inside(folder, path) as file:  # the worker may have just ended
-            if line := file.read(MAX_NOW_CHARACTERS).decode(errors="replace"):
-                now[line] = max(0.0, time.time() - path.stat().st_mtime)
-    return now
 
 
 def count_ended(runs: Sequence[Trial]) -> int:
@@ -197,8 +167,6 @@ def render_status(status: SweepStatus) -> RenderableType:
     title = f"{record.name}: {record.search_metric.name} ({record.search_metric.direction}), {state}"
     notes: list[str] = []
     if status.is_running and not is_over:
-        for line, age in status.now.items():
-            notes.append(f"worker: {line}" + (f" (as of {format_seconds(age)} ago)" if age >= MIN_SHOWN_AGE_S else ""))
         notes += [*_list_running_trials(record), describe_time(status)]
     elif is_over:
         notes.append(f"• Type `lorasweep compare {status.folder}` for the answers and the test scores.")
@@ -209,7 +177,7 @@ def render_status(status: SweepStatus) -> RenderableType:
 
 def describe_time(status: SweepStatus) -> str:
     """Returns a clause on the time so far, the time left, and how much later than `sweep.minutes` the end will be."""
-    text, left = f"{format_seconds(status.seconds_so_far)} so far", describe_time_left(status)
+    text, left = f"{format_seconds(status.record.makespan_s)} so far", describe_time_left(status)
     text += f", {left}" if left else ""
     if status.seconds_late:
         text += f"; about {format_seconds(status.seconds_late)} later than `--minutes` asked for"
@@ -231,27 +199,6 @@ def describe_next_answers(record: SweepRecord) -> str:
         return "complete"
     more = f" (questions that stay open: up to {due[-1]})" if len(due) > 1 else ""
     return f"answers at {due[0]} {'seed' if due[0] == 1 else 'seeds'}{more}"
-
-
-def watch_status(folder: Path, console: Console) -> SweepStatus:
-    """Shows the table every `WATCH_INTERVAL_S` seconds until the sweep ends or Ctrl-C. Returns the last status.
-
-    Without a terminal, the table is printed again when the record has changed.
-    """
-    status = read_status(folder)
-    live = Live(render_status(status), console=console, auto_refresh=False) if console.is_terminal else None
-    with live or nullcontext(), suppress(KeyboardInterrupt), doing("") as activity:
-        if live is None:
-            console.print(render_status(status))
-        while status.is_running and status.record.status != "complete":
-            time.sleep(WATCH_INTERVAL_S)
-            before, status = status, read_status(folder)
-            activity.what = "; ".join([describe_time(status), *status.now])
-            if live:
-                live.update(render_status(status), refresh=True)
-            elif status.record != before.record:
-                console.print(render_status(status))
-    return status
 
 
 def _list_running_trials(record: SweepRecord) -> Iterator[str]:

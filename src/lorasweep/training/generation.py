@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig
 
 from lorasweep.activity import Activity, doing
 from lorasweep.config.components import find_function
@@ -193,10 +193,6 @@ def _generate(
     answers: dict[int, Tensor] = {}
     num_cut_off = 0
 
-    def count_tokens(ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        activity.advance(0, tokens=len(ids))
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # stops no answer
-
     model.to(device).eval()
     for batch in batch_by_length(lengths, budget=config.trainer.eval_batch_size * int(lengths.max())):
         chosen = [prompts[index] for index in batch]
@@ -207,7 +203,6 @@ def _generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=model.generation_config,
-                stopping_criteria=StoppingCriteriaList([count_tokens]),
             )
         activity.advance(len(batch))
         for index, row in zip(batch, output[:, ids.shape[1] :].cpu(), strict=True):

@@ -156,7 +156,6 @@ class LightningRun(lightning.Callback):
     evaluated_step: int = -1
     """Step of the last evaluation."""
     activity: Activity = field(init=False, repr=False)
-    first_tokens: int = 0
     """Trained tokens before this process began."""
     end: tuple[RunStatus, str | None] | None = None
     """The status and reason of a run that ends before its last step."""
@@ -307,7 +306,7 @@ class LightningRun(lightning.Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # the tokens of the steps before the resume
-        self.first_tokens = self.counted_tokens = self.training.progress.tokens
+        self.counted_tokens = self.training.progress.tokens
         if self.run_log is not None:
             self.run_log.progress = self.training.progress
             self.run_log.note_trained(sum(p.numel() for p in pl_module.parameters() if p.requires_grad))
@@ -334,8 +333,6 @@ class LightningRun(lightning.Callback):
             if self.run_log is not None:
                 self.run_log.note_step(step, self.training.step_losses, self.lr)
         self.activity.done = step
-        if self.config.data.has_text:
-            self.activity.tokens = self.training.progress.tokens - self.first_tokens
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         # A run can't stop between a step and its evaluation: a resumed run assumes that a checkpoint of this step was
         # written after the evaluation. `on_validation_end` then checks for the stop request.

@@ -2,7 +2,6 @@
 
 DIR/sweep.json     the record: what was asked for, each trial and its run
 DIR/journal.log    Optuna's storage: studies ARM and ARM/confirm of each arm
-DIR/now*.txt       what each worker does now, in one line
 DIR/pack.json      the runs of the pack that trains now, from which a killed sweep resumes
 DIR/runs/ARM-0003  one folder per run of the search
 DIR/runs/ARM-confirm-0003  one folder per run of the confirm stage

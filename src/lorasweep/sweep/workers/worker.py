@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lorasweep.activity import NOW_FILE_STEM, count_activities, describe_activity, repeat_every
 from lorasweep.errors import OutOfMemory, RecordError, RunError, WorkerError, describe_error
 from lorasweep.record import RunRecord, read_run
 from lorasweep.report.findings import MAX_CUT_OFF_SHARE
@@ -32,8 +31,6 @@ from lorasweep.training.score import copy_base_run, score_run, write_base_answer
 
 POLL_INTERVAL_S = 2.0
 """Seconds until a worker asks again after it got no trial, while other workers train."""
-NOW_INTERVAL_S = 1.0
-"""Seconds between two writes of what a worker does now."""
 Outcome: TypeAlias = RunRecord | Exception
 """Result of a training: a record (complete, stopped or interrupted) or an error."""
 
@@ -70,21 +67,7 @@ class Worker:
         """Runs to score on test data after the current pack, because scoring moves the base. None if no pack trains."""
 
     def run(self) -> None:
-        """Trains until the sweep is over, and writes what it does now into the sweep's folder each second."""
-        file = self.path / f"{NOW_FILE_STEM}{f'-{self.name}' if self.name else ''}.txt"
-        first = count_activities()  # a sweep in this process has named the time left, which `status` computes anew
-
-        def write_activity() -> None:
-            with suppress(OSError):  # a full disk is noticed by what must be written
-                file.write_text(describe_activity(first=first))
-
-        try:
-            with repeat_every(NOW_INTERVAL_S, write_activity):
-                self._run()
-        finally:
-            file.unlink(missing_ok=True)
-
-    def _run(self) -> None:
+        """Trains until the sweep is over."""
         # The pack is resumed before `take` is called, which would hand out its trials one by one.
         self._resume_pack()
         while not (self._is_interrupted or self.stop_requested()):

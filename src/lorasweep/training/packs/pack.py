@@ -195,7 +195,8 @@ class PackTrainer:
             what, total = f"training {first.folder.name}{more}", first.record.steps_planned
             with doing(what, total=total, first=first.step) as activity:
                 for _ in range(self.settings.eval_every_steps):
-                    activity.advance(tokens=self._train_step())
+                    self._train_step()
+                    activity.advance()
                     if stop_requested():
                         self._interrupt()
                         return False
@@ -215,8 +216,8 @@ class PackTrainer:
                 remove_checkpoints(run.folder)
         self.closed_runs = []
 
-    def _train_step(self) -> int:
-        """Trains one step of each slot, and returns the number of tokens."""
+    def _train_step(self) -> None:
+        """Trains one step of each slot."""
         self.inputs.telemetry.switch("training")
         started = time.perf_counter()
         micro_losses = []
@@ -244,7 +245,6 @@ class PackTrainer:
             run.log.note_step(run.step, run_losses, lr)
         self.inputs.telemetry.add_tokens(tokens)
         self._share_training_time(started)
-        return tokens
 
     def _share_training_time(self, started: float) -> None:
         seconds = (time.perf_counter() - started) / len(self.runs)
