@@ -53,4 +53,3 @@ def test_a_drafted_file_has_the_numbers_that_fit_the_minutes(loads, here):
     assert sorted(loads) == ["load_base", "read_source"]
     settings = yaml.safe_load((here / "made.yaml").read_text())["settings"]
     assert settings["confirm.looks"] in ([3], [3, 6])  # loading takes a part of the time
-    assert settings["data.test_fraction"] > 0.1

@@ -45,11 +45,7 @@ def sweep(arguments: argparse.Namespace) -> Outcome:
         if arguments.cfg:
             return _show_settings(definition)
         from lorasweep.sessions import run_definition
-        from lorasweep.sweep.power import describe_power
 
-        if arguments.minutes is not None:
-            for sentence in describe_power(definition, inputs_cache.load(definition.arms[0].base).splits):
-                say(f"• {sentence}", file=sys.stderr)
         result = run_definition(definition, inputs_cache, progress=progress)
     if result.status != "complete":
         return _say_how_to_resume(result)
@@ -118,7 +114,7 @@ def new(arguments: argparse.Namespace) -> Outcome:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, draft.text)
     say(f"wrote {path}. Read it, then type:\n    lorasweep plan {path}\n    lorasweep sweep {path}")
-    notes = [*(recipe.describe() if recipe else ()), *draft.notes, *draft.power]
+    notes = [*(recipe.describe() if recipe else ()), *draft.notes]
     for sentence in notes:
         say(f"• {sentence}")
     return Outcome({"file": path, "notes": notes, "keys": recipe.keys if recipe else None})
@@ -128,15 +124,13 @@ def plan(arguments: argparse.Namespace) -> Outcome:
     """Checks a sweep, measures a few steps of its trainings, and shows the cost of the sweep. Keeps no file."""
     began = time.monotonic()
     definition, rates, inputs_cache = _define(arguments, measures=True)
-    from lorasweep.sweep.checks import describe_coverages, describe_steps
+    from lorasweep.sweep.checks import describe_coverages, describe_steps, describe_test_data
     from lorasweep.sweep.plan import describe_group, render_plan
-    from lorasweep.sweep.power import describe_power
     from lorasweep.wording import format_seconds
 
     show(render_plan(definition, rates))
-    splits = inputs_cache.load(definition.arms[0].base).splits
     notes = [*describe_coverages(definition, inputs_cache), *describe_steps(definition, inputs_cache)]
-    notes += describe_power(definition, splits)
+    notes += describe_test_data(definition, inputs_cache)
     for sentence in notes:
         say(f"• {sentence}")
     say(f"this plan took {format_seconds(time.monotonic() - began)}", file=sys.stderr)

@@ -19,6 +19,7 @@ from lorasweep.outcome import WRONG_REQUEST
 from lorasweep.sweep.checks import (
     check_definition,
     describe_coverages,
+    describe_test_data,
     find_metric,
     list_notes,
     list_warnings,
@@ -160,3 +161,25 @@ def test_too_few_steps_for_labels_are_a_warning_with_numbers(tmp_path, steps, is
     assert len(warnings) == is_warned
     assert all("2 steps of 8: 0." in text and "most frequent label (accuracy" in text for text in warnings)
     assert all("`trainer.max_steps=" in text for text in warnings)
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        ((), "rest on 8 test examples;"),
+        (("a", "b") * 4, "8 test examples in 2 groups"),
+        (("a",) * 8, "one group ('a')"),
+    ],
+)
+def test_it_is_said_on_how_much_test_data_the_verdicts_rest(write_file, content, groups, said):
+    class Test:
+        def __len__(self):
+            return 8
+
+    test = Test()
+    test.groups = groups
+    inputs = SimpleNamespace(splits=SimpleNamespace(test=lambda: test))
+    cache = SimpleNamespace(load=lambda config: inputs)
+    definition = read_definition(write_file(content), SweepOverrides.parse(["confirm.seeds=3"]))
+    (sentence,) = describe_test_data(definition, cache)
+    assert said in sentence

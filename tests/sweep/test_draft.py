@@ -59,25 +59,11 @@ def test_columns_lengths_and_steps_come_from_the_data(here, capsys):
     assert explain_solo_arms(read_definition(here / "mine.yaml", longer)) == []
 
 
-def test_small_data_get_a_larger_test_split_and_it_is_said_what_it_settles(here, capsys):
-    assert "data.test_fraction" not in draft(MODEL, "data.train=topics.csv")["settings"]  # too few to train on less
-    write_topics(here / "more.csv", rows=800)
-    (here / "mine.yaml").unlink()
-    settings = draft(MODEL, "data.train=more.csv")["settings"]
-    assert 0.1 < settings["data.test_fraction"] <= 0.3
-    said = capsys.readouterr().out
-    assert "test examples and 10 seeds, a difference between LoRA and full fine-tuning is settled" in said
-    assert "points of accuracy" in said
-    (here / "mine.yaml").unlink()
-    assert draft(MODEL, "data.train=more.csv", "data.test_fraction=0.12")["settings"]["data.test_fraction"] == 0.12
-
-
-def test_test_data_of_the_user_are_left_alone(here, capsys):
+def test_test_data_of_the_user_are_left_alone(here):
     write_topics(here / "more.csv", rows=800)
     settings = draft(MODEL, "data.train=more.csv", "data.test=topics.csv")["settings"]
     assert settings["data.test"] == "topics.csv"
     assert "data.test_fraction" not in settings
-    assert "With 200 test examples" in capsys.readouterr().out
 
 
 def test_settings_of_the_user_are_kept(here):

@@ -17,7 +17,6 @@ from lorasweep.sweep.controller.stopping import MIN_STEPS
 from lorasweep.sweep.definition.arms import Definition, restore_definition
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
 from lorasweep.sweep.definition.sweep_file import name_in_errors
-from lorasweep.sweep.power import describe_power
 from lorasweep.sweep.workers.train import check_workers
 from lorasweep.training.generation import check_answers
 from lorasweep.training.inputs import InputsCache, check_batch_memory
@@ -189,6 +188,23 @@ def describe_steps(definition: Definition, inputs_cache: InputsCache) -> dict[st
     return {" ".join([*sentences, f"{remedy} one epoch."]): most_frequent is not None}
 
 
+def describe_test_data(definition: Definition, inputs_cache: InputsCache) -> list[str]:
+    """Returns a sentence on how much test data the verdicts rest; empty without a confirm stage."""
+    if not definition.sweep_config.confirm.list_looks():
+        return []
+    test = inputs_cache.load(definition.arms[0].base).splits.test()
+    groups = set(test.groups)
+    if len(groups) == 1:
+        return [
+            f"All test examples ({len(test)}) are in one group ({groups.pop()!r}), which says nothing about other "
+            "groups: verdicts will hold for this group alone. Give test data of at least 20 groups."
+        ]
+    of_groups = f" in {len(groups):,} groups" if groups and len(groups) < len(test) else ""
+    return [
+        f"The verdicts rest on {len(test):,} test examples{of_groups}; four times as many settle half the difference."
+    ]
+
+
 def list_warnings(definition: Definition, inputs_cache: InputsCache) -> list[str]:
     """Returns a sentence for each base with fused experts, which LoRA leaves out, and on labels with too few steps."""
     described = describe_coverages(definition, inputs_cache) | describe_steps(definition, inputs_cache)
@@ -204,6 +220,5 @@ def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
     described = describe_coverages(definition, inputs_cache) | describe_steps(definition, inputs_cache)
     notes += [text for text, is_warning in described.items() if not is_warning]
     notes += [*explain_bases(definition), *explain_solo_arms(definition)]
-    power = describe_power(definition, inputs_cache.load(definition.arms[0].base).splits)
-    notes += [f"Expected before the sweep: {text[:1].lower()}{text[1:]}" for text in power]
+    notes += describe_test_data(definition, inputs_cache)
     return list(dict.fromkeys(notes))

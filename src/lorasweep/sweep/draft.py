@@ -33,12 +33,10 @@ from lorasweep.data.reading.tables import load_tables
 from lorasweep.errors import ConfigError
 from lorasweep.recipes.read import Recipe
 from lorasweep.sweep.checks import MAX_STEPS, count_steps
-from lorasweep.sweep.controller.stopping import MIN_STEPS
 from lorasweep.sweep.definition.arms import Definition, read_definition
 from lorasweep.sweep.definition.confirm import MAX_LAW_FACTOR
 from lorasweep.sweep.definition.overrides import SweepOverrides, Value
 from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS, make_paths_absolute
-from lorasweep.sweep.power import TEST_PERCENTS, assess_power, describe_power
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.wording import format_count, format_share, join_words, shorten
@@ -92,7 +90,6 @@ SWEEP_SETTINGS = {"sweep.trials": 16, "confirm.looks": [3, 6, 10], "confirm.marg
 COMMENTS = {
     "confirm.looks": "numbers of seeds at which the questions are tested",
     "confirm.margin": "smallest difference that matters: a number, or a share of full fine-tuning's gain over frozen",
-    "data.test_fraction": "of the training data; a tenth would settle larger differences only",
     "data.max_validation_examples": "evenly spaced; an evaluation of all takes longer",
 }
 TEMPLATE = """\
@@ -127,8 +124,6 @@ class Draft:
     definition: Definition
     notes: list[str]
     """Sentences on the columns of the data."""
-    power: list[str]
-    """Sentences on what the test data can settle."""
 
 
 def draft_definition(overrides: SweepOverrides, inputs_cache: InputsCache) -> Definition:
@@ -150,8 +145,8 @@ def draft_sweep(
 ) -> Draft:
     """Returns a sweep file, to be written to `path`.
 
-    Reads the model and the data that the settings name. The share of test data is the smallest that settles the margin,
-    or comes near. The settings of a `recipe` are followed, unless `settings` have others, and are an arm of their own.
+    Reads the model and the data that the settings name. The settings of a `recipe` are followed, unless `settings` have
+    others, and are an arm of their own.
 
     Raises:
         ConfigError: A setting is missing or wrong, or the model or the data can't be read.
@@ -197,35 +192,18 @@ def draft_sweep(
             "embedded toy."
         )
 
-    def load(settings: Mapping[str, Any]) -> RunInputs:
-        # blocks of text have a fixed length; the length of examples is measured
-        lengths = {"data.max_length": MAX_MEASURED_TOKENS} if settings["data"] in MEASURED_DATA else {}
-        # absolute paths as in a definition, which then shares what is loaded here
-        return inputs_cache.build(compose_run(make_paths_absolute({**lengths, **settings})))
-
-    def fill(settings: Mapping[str, Any], inputs: RunInputs) -> tuple[str, Definition]:
-        metric = {} if any(key.startswith("data.metric") for key in settings) else {"data.metric": inputs.splits.metric}
-        numbered = {**settings, **metric, **_choose_numbers(inputs, settings, recipe)}
-        text = _fill_template(
-            path, numbered, {**SWEEP_SETTINGS, **of_sweep}, left_out, inputs, notes=notes, recipe=recipe
-        )
-        for key in left_out:
-            text = re.sub(rf"^  {key.removeprefix('arms.')}:.*\n(    .*\n)*", "", text, flags=re.MULTILINE)
-        return text, read_definition(yaml.safe_load(text))  # a draft must be a sweep that starts
-
-    inputs = load(chosen)
+    # blocks of text have a fixed length; the length of examples is measured
+    lengths = {"data.max_length": MAX_MEASURED_TOKENS} if chosen["data"] in MEASURED_DATA else {}
+    # absolute paths as in a definition, which then shares what is loaded here
+    inputs = inputs_cache.build(compose_run(make_paths_absolute({**lengths, **chosen})))
     inputs.splits.test()  # reads every row, because the confirm stage would fail after hours of training
-    text, definition = fill(chosen, inputs)
-    power = assess_power(definition, inputs.splits)
-    if power and "data.test_fraction" not in chosen:
-        # with fewer training examples, `MIN_STEPS` steps would be more than `EPOCHS` epochs
-        min_train = MIN_STEPS * definition.arms[0].base.trainer.batch_size / EPOCHS
-        percent = power.choose_percent(num_train=len(inputs.splits.train), min_train=min_train)
-        if percent in TEST_PERCENTS:
-            with_fraction = {**chosen, "data.test_fraction": percent / 100}
-            inputs = load(with_fraction)
-            text, definition = fill(with_fraction, inputs)
-    return Draft(text=text, definition=definition, notes=notes, power=describe_power(definition, inputs.splits))
+    metric = {} if any(key.startswith("data.metric") for key in chosen) else {"data.metric": inputs.splits.metric}
+    numbered = {**chosen, **metric, **_choose_numbers(inputs, chosen, recipe)}
+    text = _fill_template(path, numbered, {**SWEEP_SETTINGS, **of_sweep}, left_out, inputs, notes=notes, recipe=recipe)
+    for key in left_out:
+        text = re.sub(rf"^  {key.removeprefix('arms.')}:.*\n(    .*\n)*", "", text, flags=re.MULTILINE)
+    definition = read_definition(yaml.safe_load(text))  # a draft must be a sweep that starts
+    return Draft(text=text, definition=definition, notes=notes)
 
 
 def _follow_recipe(recipe: Recipe, typed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -50,13 +50,9 @@ LOWEST_SCORE = -8.0
 
 FAMILY_LEVEL = 0.05
 """Maximum chance that a sweep gives any false verdict."""
-POWER_SCORE = 0.84
-"""Standard normal score of a probability of 80 %."""
 MAX_GAIN_ERROR = 1.05
 """Further seeds of the gain are trained if its error makes that of an open comparison larger by more than this factor,
 because the margin is a share of the gain."""
-GROUP_FACTORS = (1.5, 2, 3, 4, 6, 8, 12, 16)
-"""Factors on the present number of groups of test examples that are tried to settle a question."""
 
 
 @functools.cache
