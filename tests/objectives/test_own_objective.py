@@ -2,42 +2,16 @@
 
 import pytest
 from tests.small_runs import SMALL_RUN, TWO_STEPS, rates
-from tests.training.runs import train_together
 
 import lorasweep
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError
-from lorasweep.record import read_run, read_steps
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.module import check_run
-from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
-from lorasweep.training.score import score_run
 
 FOCAL = {"objective._target_": "tests.objectives.focal_tokens.FocalTokens", "objective.gamma": 2.0, "logger": "none"}
-
-
-@pytest.mark.release
-def test_slots_with_other_settings_of_the_objective_train_as_alone(tmp_path):
-    configs = [compose_run(SMALL_RUN | FOCAL | {"objective.gamma": gamma, "optim.lr": 1e-2}) for gamma in (0.0, 3.0)]
-    inputs = build_inputs(configs[0])
-    for slot, config in enumerate(configs):
-        train_run(config, RunFolder(path=tmp_path / f"alone-{slot}"), inputs=inputs)
-    packed = {tmp_path / f"packed-{slot}": config for slot, config in enumerate(configs)}
-    train_together(packed, inputs=inputs, state_file=tmp_path / "pack.json")
-    for slot in range(2):
-        alone, packed = (tmp_path / f"{how}-{slot}" for how in ("alone", "packed"))
-        losses = [[row["loss"] for row in read_steps(run) if "loss" in row] for run in (alone, packed)]
-        assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # fp32 kernels of other shapes
-        assert read_run(packed).metric == "token_accuracy"
-        assert read_run(packed).direction == "maximize"
-    first = [next(read_steps(tmp_path / f"alone-{slot}"))["loss"] for slot in range(2)]
-    assert first[1] < 0.9 * first[0]  # γ lowers the loss
-    record = score_run(tmp_path / "alone-1", inputs=inputs)
-    assert set(record.test) == {"token_accuracy", "focal_loss"}
-    assert "test_scores.csv" in record.files
 
 
 def test_a_sweep_with_the_objective_ends_with_verdicts(tmp_path):

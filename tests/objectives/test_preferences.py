@@ -8,10 +8,8 @@ import torch
 from tests.preference_pairs import make_pairs, make_preference_inputs
 from tests.small_runs import SMALL_RUN
 from tests.training.runs import (
-    losses,
     settings_of,
     train,
-    train_together,
 )
 from torch.nn.functional import logsigmoid
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -198,22 +196,6 @@ def test_slots_with_other_betas_have_the_losses_and_gradients_of_runs_alone(can_
         assert trained
         for name, parameter in trained.items():
             torch.testing.assert_close(packed[name].grad.view_as(parameter), parameter.grad, **TIGHT)
-
-
-@pytest.mark.release
-def test_a_pack_trains_as_runs_alone(tmp_path):
-    configs = [make_config({"method.rank": rank}, beta=beta) for rank, beta in ((2, 0.1), (4, 0.5))]
-    inputs = make_inputs(configs[0])
-    for slot, config in enumerate(configs):
-        train(tmp_path / f"alone-{slot}", config, inputs=inputs)
-    packed = {tmp_path / f"packed-{slot}": config for slot, config in enumerate(configs)}
-    train_together(packed, inputs=inputs, state_file=tmp_path / "pack.json")
-    for slot in range(2):
-        alone, together = (losses(tmp_path / f"{how}-{slot}") for how in ("alone", "packed"))
-        # fp32: a log probability is a sum of at most 8 tokens of 6 nats, of products with at most 24 terms
-        assert [row[1] for row in together] == pytest.approx([row[1] for row in alone], rel=1e-4)
-        assert alone[0][1] == pytest.approx(math.log(2), abs=1e-5)  # before the first step
-    assert losses(tmp_path / "alone-0") != losses(tmp_path / "alone-1")
 
 
 def test_processes_and_micro_batches_share_pairs_and_never_part_them():

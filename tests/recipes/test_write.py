@@ -253,15 +253,6 @@ def test_an_alpha_that_is_not_whole_is_refused(sweep, capsys):
     assert read() == FILES["axolotl"]
 
 
-def test_open_answers_are_called_open_in_the_comment(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    sweep = build_rank_sweep(tmp_path / "s", {1: 1.9, 4: 1.665, 16: 1.662}, seeds=4, noise=0.0005)
-    scatter_seeds(sweep, "lora-rank-16", 0.012)
-    write(FILES["axolotl"])
-    assert export("axolotl", source="s/lora") == 0
-    assert "(open)" in read()
-
-
 def test_a_smaller_value_that_may_be_enough_is_told_in_the_comment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sweep = build_rank_sweep(tmp_path / "s", {4: 1.72, 16: 1.66, 64: 1.652})

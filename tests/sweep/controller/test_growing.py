@@ -21,25 +21,6 @@ def small(three_arms, runs):
     return three_arms
 
 
-def test_a_grown_sweep_keeps_its_trials_and_ends_alike_if_it_is_stopped_again_and_again(
-    begin, work, packs, small, finish
-):
-    folders = [begin(small, "worker.pack_size=3", folder=name) for name in ("whole", "stopped")]
-    for folder in folders:
-        assert work(folder)
-    before = read_sweep(folders[0].path)
-    assert work(reopen_sweep(folders[0].path, changes=MORE))
-    assert not work(reopen_sweep(folders[1].path, changes=MORE), stop_at=2)
-    assert finish(folders[1].path, stop_at=4) > 2
-    record = read_sweep(folders[0].path)
-    assert [row for row in record.trials if row in before.trials] == before.trials
-    lora = [row for row in record.trials if row.arm == "lora"]
-    assert [(row.number, row.state) for row in lora] == [(number, "complete") for number in range(10)]
-    assert {arm.name: arm.trials for arm in record.arms} == {"frozen": 1, "lora": 10}
-    other = read_sweep(folders[1].path)
-    assert (other.trials, other.confirm) == (record.trials, record.confirm)
-
-
 def test_a_new_winner_is_confirmed_on_the_same_seeds_and_runs_of_the_former_one_stay(begin, work, runs, small):
     folder = begin(small)
     assert work(folder)
