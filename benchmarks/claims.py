@@ -75,7 +75,7 @@ SWEEPS = {
         "arms.lora.optim.lr=interval(2e-5,2e-3)",
         "data.max_train_examples=192",
         "sweep.trials=6",
-        "confirm.looks=[3]",
+        "confirm.seeds=[3]",
     ],
 }
 """The sweep and the settings of each result. All but those of `WITH_DATA` use the embedded model and data."""

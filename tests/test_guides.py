@@ -71,7 +71,7 @@ def test_the_file_is_a_fair_sweep_with_a_confirm_stage_and_retained_data_sets(fi
     definition = read_definition(file)
     assert [arm.name for arm in definition.arms] == ["frozen", "full", "lora"]
     assert find_warnings(definition) == []
-    assert len(draw_confirm_seeds(definition)) == max(definition.sweep_config.confirm.looks)
+    assert len(draw_confirm_seeds(definition)) == max(definition.sweep_config.confirm.seeds)
     content = yaml.safe_load(FILE)
     content["settings"] |= yaml.safe_load(RETAIN)["settings"]
     definition = read_definition(content)

@@ -52,4 +52,4 @@ def test_a_drafted_file_has_the_numbers_that_fit_the_minutes(loads, here):
     assert run(["new", "made.yaml", *DRAFT, "--minutes", "2.5"]) == DONE
     assert sorted(loads) == ["load_base", "read_source"]
     settings = yaml.safe_load((here / "made.yaml").read_text())["settings"]
-    assert settings["confirm.looks"] in ([3], [3, 6])  # loading takes a part of the time
+    assert settings["confirm.seeds"] in ([3], [3, 6])  # loading takes a part of the time

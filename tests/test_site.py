@@ -159,7 +159,7 @@ def load_hook():
 def test_every_setting_and_command_and_public_name_is_in_the_reference():
     text = load_hook().describe_settings()
     rows = re.findall(r"^\| `([\w.]+)` \| (.*?) \| (.*?) \| (.*?) \|$", text, flags=re.MULTILINE)
-    assert {"method.rank", "optim.lr", "sampler.startup_trials"} <= {key for key, *_ in rows}
+    assert {"method.rank", "optim.lr", "confirm.seeds"} <= {key for key, *_ in rows}
     assert [key for key, *cells in rows if not all(cells)] == []
     text = load_hook().describe_commands()
     commands = next(action.choices for action in build_parser()._actions if isinstance(action.choices, dict))

@@ -61,16 +61,16 @@ def test_an_entry_of_a_mapping_is_set_by_its_dotted_key_and_a_later_mapping_repl
     assert getattr(compose_run(reduce(merge_settings, named, {})).method, field) == mapping
 
 
-STARTUP = "sampler.startup_trials"
+NUM = "worker.num"
 
 
 @pytest.mark.parametrize(
     ("layers", "merged"),
     [
-        ([{STARTUP: 4}, {"sampler": "qmc"}], {"sampler": "qmc"}),
-        ([{STARTUP: 4}, {"sampler": "gp"}], {STARTUP: 4, "sampler": "gp"}),
-        ([{"sampler": "qmc"}, {"sampler": "gp", STARTUP: 3}], {"sampler": "gp", STARTUP: 3}),
-        ([{STARTUP: 3}, {"worker": "ray"}], {STARTUP: 3, "worker": "ray"}),
+        ([{NUM: 4}, {"worker": "slurm"}], {"worker": "slurm"}),
+        ([{NUM: 1}, {"worker": "local"}], {NUM: 1, "worker": "local"}),
+        ([{"worker": "slurm"}, {"worker": "ray", NUM: 3}], {"worker": "ray", NUM: 3}),
+        ([{NUM: 3}, {"sampler": "tpe"}], {NUM: 3, "sampler": "tpe"}),
         ([{"optim._target_": "a.B", "optim.x": 1}, {"optim": "adamw"}], {"optim": "adamw"}),
         ([{"optim.beta1": 0.5, "optim.lr": 1}, {"optim._target_": "a.B"}], {"optim.lr": 1, "optim._target_": "a.B"}),
     ],

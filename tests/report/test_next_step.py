@@ -48,7 +48,7 @@ def test_an_open_question_has_a_step_with_its_chance_and_time_and_a_settled_one_
 def test_a_sweep_without_test_scores_is_resumed(tmp_path, status):
     edit_json(build_sweep(tmp_path, lora=6) / "sweep.json", lambda raw: raw.update(status=status))
     full, _, setting = read_steps(tmp_path)
-    added = {"confirm.seeds": "auto"} if status == "complete" else {}
+    added = {"confirm.seeds": [3, 6, 10]} if status == "complete" else {}
     assert read_command(full, begin=["lorasweep", "sweep", "--resume", str(tmp_path)]) == added
     assert full == setting
 

@@ -83,7 +83,7 @@ def test_the_cost_counts_the_steps_and_evaluations_of_the_sweep(define, rates_of
 )
 def test_a_plan_says_how_long_the_last_look_takes(content, write_file, rates_of, looks, longest):
     content["arms"] = {"lora": content["arms"]["lora"]}
-    content["settings"] |= {"confirm.seeds": "auto", "confirm.looks": looks}
+    content["settings"] |= {"confirm.seeds": looks}
     definition = read_definition(write_file(content))
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(render_plan(definition, [rates_of(definition.arms[0])]))
@@ -205,7 +205,7 @@ def test_a_sweep_that_was_cut_costs_what_its_budget_costs(quickstart, minutes):
     cost = estimate_cost(cut, before, look=-1)
     assert cost == pytest.approx(estimate_cost(quickstart, rates, budget=budget, look=-1))
     assert cost.high_s <= 60 * minutes
-    assert cut.sweep_config.confirm.looks == (budget.looks or (3, 6, 10))
+    assert cut.sweep_config.confirm.seeds == (budget.looks or (3, 6, 10))
     assert cut.sweep_config.sweep.minutes == minutes
     assert [arm.subjects for arm in cut.arms] == [arm.subjects for arm in quickstart.arms]
 

@@ -56,7 +56,7 @@ def test_data_sets_are_named_options_or_settings_and_take_nothing_from_the_learn
         ("retain.data={x.y: stdlib_code}", "must consist of"),
         ("arms.frozen=null", "`retain.data` must be empty without a confirm stage and an arm with `method=frozen`"),
         ("confirm.seeds=0", "`retain.data` must be empty without a confirm stage"),
-        ("arms.lora.retain.margin=0.5", "`retain` must be the same for all arms"),
+        ("arms.lora.retain.margin=0.5", "`retain.margin` must be set once for the whole sweep"),
     ],
 )
 def test_a_wrong_request_is_one_sentence_and_exit_code_2(path, capsys, override, said):

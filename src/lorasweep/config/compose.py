@@ -191,8 +191,8 @@ def refuse_secrets(values: Mapping[str, Any]) -> None:
 def merge_settings(settings: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings with later ones, which win.
 
-    Later settings that choose another option or class drop earlier ones inside it: `sampler.startup_trials` of a file
-    is no setting of `sampler=qmc`. A later value of any other key replaces all earlier values below the key.
+    Later settings that choose another option or class drop earlier ones inside it: `worker.num` of a file is no setting
+    of `worker=slurm`. A later value of any other key replaces all earlier values below the key.
     """
     merged = dict(settings)
     defaults = {**default_options("train"), **default_options("sweep")}

@@ -15,32 +15,20 @@ from lorasweep.errors import ConfigError
 
 MAX_CONFIRM_SEEDS = 1000
 MAX_ARMS = 100
-MAX_PAIRS = 500
-"""Maximum number of `confirm.pairs`, each of which is one question more."""
 MINUTES_KEY = "sweep.minutes"
 MAX_CHOICES = 1000
 """Maximum number of choices of a swept key. Each is composed and checked, which takes milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelBasedSampler(Settings):
-    """Sobol points first; then TPE or a Gaussian process proposes trials from finished and running ones."""
+class NamedSampler(Settings):
+    """Sobol points alone (`qmc`), or before the points that TPE or a Gaussian process proposes from results."""
 
-    name: Literal["tpe", "gp"]
-    startup_trials: Positive | None
-    """Number of Sobol points of an arm. Null: half of the arm's trials, at most 32."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SobolSampler(Settings):
-    """Sobol points, which do not depend on scores."""
-
-    name: Literal["qmc"]
+    name: Literal["tpe", "gp", "qmc"]
 
 
 SamplerConfig = Annotated[
-    Annotated[ModelBasedSampler | SobolSampler, Field(discriminator="name"), Tag("settings")]
-    | Annotated[Component, Tag("component")],
+    Annotated[NamedSampler, Tag("settings")] | Annotated[Component, Tag("component")],
     SETTINGS_OR_COMPONENT,
 ]
 """A component is any Optuna sampler: one of Optuna or of the user."""
@@ -177,37 +165,29 @@ def parse_margin(setting: float | str, *, key: str = "confirm.margin") -> Margin
 class ConfirmConfig(Settings):
     """The stage after the search: trains the chosen settings on fresh seeds, and answers the sweep's questions."""
 
-    seeds: Annotated[int, Field(strict=True, ge=0, le=MAX_CONFIRM_SEEDS)] | Literal["auto"]
-    """Number of fresh seeds, 0 to 1000; 0 skips the stage, and fewer than 3 give a warning. `auto` trains in groups up
-    to each of `looks`, and stops as soon as the questions are settled or can't be."""
-    looks: tuple[Positive, ...]
-    """Ascending numbers of seeds at which `seeds=auto` tests the questions."""
+    seeds: Annotated[int, Field(strict=True, ge=0, le=MAX_CONFIRM_SEEDS)] | tuple[Positive, ...]
+    """Ascending numbers of fresh seeds at which the questions are tested, until they are settled or can't be. One
+    number, 0 to 1000, trains so many in any case; 0 skips the stage, and fewer than 3 give a warning."""
     margin: float | str
     """The smallest difference between two arms that matters: a number in the metric's unit (0.01), or a percentage of
     the gain of `full` over `frozen` on test data (5%). The verdicts on arms and on the rank use it."""
-    pairs: Annotated[tuple[tuple[str, ...], ...], Field(max_length=MAX_PAIRS)]
-    """Further questions: pairs of arms to compare, such as `[[lora, vera]]`. Without `full` and without pairs, every
-    arm is compared with the first one that trains."""
     metric: str
     """Metric of the verdicts: `auto` for `data.metric`, or the name of the score of `data.answers`."""
 
     def __post_init__(self) -> None:
         parse_margin(self.margin)
-        if not self.looks or list(self.looks) != sorted(set(self.looks)) or self.looks[-1] > MAX_CONFIRM_SEEDS:
+        looks = self.list_looks()
+        is_empty = self.seeds == ()
+        if is_empty or list(looks) != sorted(set(looks)) or max(looks, default=0) > MAX_CONFIRM_SEEDS:
             raise ConfigError(
-                f"`confirm.looks` must be ascending numbers of seeds up to {MAX_CONFIRM_SEEDS}, but got "
-                f"{list(self.looks)!r}. Write, for example, `[3,6,10]`."
-            )
-        if wrong := [pair for pair in self.pairs if len(pair) != 2 or pair[0] == pair[1]]:
-            raise ConfigError(
-                f"`confirm.pairs` must be pairs of two different arms, but has {list(wrong[0])!r}. Write, for example, "
-                "`[[lora,full]]`."
+                f"`confirm.seeds` must be a number, or ascending numbers of seeds up to {MAX_CONFIRM_SEEDS}, but got "
+                f"{list(looks)!r}. Write, for example, `[3,6,10]`."
             )
 
     def list_looks(self) -> tuple[int, ...]:
         """Returns the numbers of seeds at which the questions are tested; empty without a confirm stage."""
-        if self.seeds == "auto":
-            return self.looks
+        if isinstance(self.seeds, tuple):
+            return self.seeds
         return (self.seeds,) if self.seeds else ()
 
 

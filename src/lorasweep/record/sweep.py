@@ -12,7 +12,7 @@ from pydantic import Field
 
 from lorasweep.config.data import ScoreMetric
 from lorasweep.config.method import FrozenConfig
-from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES, MAX_CONFIRM_SEEDS, MAX_PAIRS, MINUTES_KEY
+from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES, MAX_CONFIRM_SEEDS, MINUTES_KEY
 from lorasweep.errors import RecordError
 from lorasweep.record.json_file import VERSION, Count, Finite, FolderName, Number, is_number, read_json
 from lorasweep.record.trial import Stage, Subject, Trial
@@ -131,8 +131,10 @@ class SweepChange:
     @property
     def grows(self) -> list[str]:
         """The parts of the sweep that became more, such as "trials of `lora`" or `seeds`."""
-        has_seeds = not {"confirm.seeds", "confirm.looks"}.isdisjoint(self.settings)
-        return [*(f"trials of `{name}`" for name in self.trials), *(["seeds"] if has_seeds else [])]
+        return [
+            *(f"trials of `{name}`" for name in self.trials),
+            *(["seeds"] if "confirm.seeds" in self.settings else []),
+        ]
 
 
 @dataclass(kw_only=True)
@@ -164,7 +166,7 @@ class SweepRecord:
     arms: Annotated[list[ArmRow], Field(min_length=1, max_length=MAX_ARMS)]
     trials: list[Trial] = field(default_factory=list)
     """The trials of the search, by arm and number."""
-    questions: Annotated[list[Question], Field(max_length=2 * MAX_ARMS + MAX_PAIRS)] = field(default_factory=list)
+    questions: Annotated[list[Question], Field(max_length=2 * MAX_ARMS)] = field(default_factory=list)
     """The questions, as they were stated before the first trial."""
     looks: Annotated[list[NumSeeds], Field(max_length=MAX_LOOKS)] = field(default_factory=list)
     """Numbers of seeds at which the questions are tested, as planned beforehand; empty without a confirm stage."""

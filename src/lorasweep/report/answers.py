@@ -45,7 +45,7 @@ from lorasweep.wording import (
 )
 
 SHOWN_SETTINGS = {"rank": RANK, "α": ALPHA, "learning rate": LR}
-NO_TEST_SCORES, UNCONFIRMED = "nothing is confirmed on test data yet", "`confirm.seeds=auto` adds the confirm stage"
+NO_TEST_SCORES, UNCONFIRMED = "nothing is confirmed on test data yet", "`confirm.seeds=[3,6,10]` adds the confirm stage"
 TOO_WIDE = "the interval is too wide, mostly because few {} were used"
 BLOCKER_WORDS: Mapping[Blocker, str] = {
     "another value": "another value, which is tested first, is open",

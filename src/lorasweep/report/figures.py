@@ -53,7 +53,7 @@ def draw_scores_by_value(data: SweepData) -> Panel:
     keys = dict.fromkeys(short_key(values[0].subject.key or "") for values in groups)
     title = f"Test score by {' and by '.join(keys)}" if keys else "Test score by arm"
     if not shown:
-        text = "Nothing was confirmed: every score is one seed on validation data. `confirm.seeds=auto` adds the stage."
+        text = "Nothing was confirmed: every score is one seed on validation data. `confirm.seeds=[3,6,10]` adds this."
         return Panel(key="confirmed", title=title, text=text)
     beside = others if len(others) <= MAX_OTHER_ARMS else []
     figures = [_draw_scores(values, beside, data) for values in groups]

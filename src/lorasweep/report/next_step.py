@@ -60,7 +60,7 @@ def find_early_step(data: SweepData, learning: Learning | None = None) -> NextSt
         return NextStep(None, "nothing was learned with these data, steps and ranges")
     if data.record.status != "complete":
         return NextStep(data.completing_command, "completes the sweep")
-    return None if data.record.looks else _resume({"confirm.seeds": "auto"}, data, "adds the confirm stage")
+    return None if data.record.looks else _resume({"confirm.seeds": [3, 6, 10]}, data, "adds the confirm stage")
 
 
 def find_settling_step(name: QuestionName, blocking: Sequence[Answer], data: SweepData) -> NextStep:

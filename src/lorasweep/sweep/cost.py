@@ -52,8 +52,7 @@ class Budget:
         confirm, data = definition.sweep_config.confirm, definition.arms[0].base.data
         settings: dict[str, Any] = {MINUTES_KEY: self.minutes, STEPS_KEY: self.steps, "sweep.trials": self.trials}
         if self.looks is not None:
-            is_auto = confirm.seeds == "auto"
-            settings["confirm.looks" if is_auto else "confirm.seeds"] = list(self.looks) if is_auto else self.looks[-1]
+            settings["confirm.seeds"] = self.looks[-1] if isinstance(confirm.seeds, int) else list(self.looks)
         if (examples := self.examples) is not None:
             settings |= {
                 f"data.{key}": min(examples, getattr(data, key) or examples) for key in list_example_keys(data)

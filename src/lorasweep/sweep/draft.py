@@ -86,9 +86,9 @@ as high, which is the ratio of "LoRA Without Regret" (2025)."""
 PREFERENCE_RATE_TIMES_WIDTH = 0.002
 """The same for pairs of answers: 5e-7 at a width of 4,096 (Zephyr, arXiv 2310.16944; Tülu 3, arXiv 2411.15124)."""
 COMMENT_WIDTH = 116
-SWEEP_SETTINGS = {"sweep.trials": 16, "confirm.looks": [3, 6, 10], "confirm.margin": "5%"}
+SWEEP_SETTINGS = {"sweep.trials": 16, "confirm.seeds": [3, 6, 10], "confirm.margin": "5%"}
 COMMENTS = {
-    "confirm.looks": "numbers of seeds at which the questions are tested",
+    "confirm.seeds": "numbers of seeds at which the questions are tested",
     "confirm.margin": "smallest difference that matters: a number, or a share of full fine-tuning's gain over frozen",
     "data.max_validation_examples": "evenly spaced; an evaluation of all takes longer",
 }

@@ -7,10 +7,10 @@ import pytest
 from optuna.distributions import FloatDistribution
 from tests.sweep.controller.conftest import make_arm
 
-from lorasweep.config.sweep import ModelBasedSampler
+from lorasweep.config.sweep import NamedSampler
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 
-ARM = make_arm({"optim.lr": FloatDistribution(0, 1)}, ModelBasedSampler(name="tpe", startup_trials=None), trials=6)
+ARM = make_arm({"optim.lr": FloatDistribution(0, 1)}, NamedSampler(name="tpe"), trials=6)
 
 
 @pytest.fixture

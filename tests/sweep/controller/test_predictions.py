@@ -11,11 +11,11 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial, number_trials
 
 from lorasweep.config.data import ScoreMetric
-from lorasweep.config.sweep import ModelBasedSampler
+from lorasweep.config.sweep import NamedSampler
 from lorasweep.sweep.controller.predictions import fit_surrogate, predict_best
 
 RANKS = [1, 4, 16, 64]
-GP = ModelBasedSampler(name="gp", startup_trials=None)
+GP = NamedSampler(name="gp")
 BEST_U = 4e-3
 LR = FloatDistribution(1e-4, 1e-2, log=True)
 SPACE = {"method.rank": CategoricalDistribution(RANKS), "optim.lr": LR}

@@ -15,7 +15,7 @@ from optuna.trial import create_trial
 from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial
 
 from lorasweep.config.components import Component
-from lorasweep.config.sweep import ModelBasedSampler, SobolSampler
+from lorasweep.config.sweep import NamedSampler
 from lorasweep.sweep.controller import encoding as encoding_file
 from lorasweep.sweep.controller import proposals
 from lorasweep.sweep.controller.encoding import SpaceEncoding, draw_sobol_point
@@ -29,9 +29,9 @@ SPACE = {
 }
 AT_ONE_ALPHA = {key: SPACE[key] for key in ("method.rank", "optim.lr")}
 SAMPLERS = {
-    "tpe": ModelBasedSampler(name="tpe", startup_trials=None),
-    "gp": ModelBasedSampler(name="gp", startup_trials=None),
-    "qmc": SobolSampler(name="qmc"),
+    "tpe": NamedSampler(name="tpe"),
+    "gp": NamedSampler(name="gp"),
+    "qmc": NamedSampler(name="qmc"),
     "random": Component(target="optuna.samplers.RandomSampler", arguments={}),
     "grid": Component(target="optuna.samplers.BruteForceSampler", arguments={}),
 }

@@ -7,14 +7,14 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial
 
-from lorasweep.config.sweep import ModelBasedSampler, SobolSampler
+from lorasweep.config.sweep import NamedSampler
 from lorasweep.sweep.controller.encoding import SpaceEncoding, build_rate_law, draw_sobol_point
 from lorasweep.sweep.definition.arms import read_definition
 
 RANKS = [1, 4, 16, 64]
 LR = FloatDistribution(1e-4, 1e-2, log=True)
 RANK_AND_RATE = {"method.rank": CategoricalDistribution(RANKS), "optim.lr": LR}
-QMC = SobolSampler(name="qmc")
+QMC = NamedSampler(name="qmc")
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ def test_points_come_back_as_the_parameters_that_they_were(name):
 
 
 SAMPLERS = {
-    "tpe": ModelBasedSampler(name="tpe", startup_trials=2),
-    "gp": ModelBasedSampler(name="gp", startup_trials=2),
+    "tpe": NamedSampler(name="tpe"),
+    "gp": NamedSampler(name="gp"),
     "qmc": QMC,
 }
 

@@ -21,7 +21,7 @@ SUBJECTS = ["frozen", "full", "lora-rank-1", "lora-rank-2", "lora-rank-4"]
 @pytest.fixture
 def asking(three_arms):
     """A sweep that asks for each rank, with three looks."""
-    three_arms["settings"] |= {"confirm.seeds": "auto", "confirm.looks": LOOKS}
+    three_arms["settings"] |= {"confirm.seeds": LOOKS}
     three_arms["arms"]["lora"] |= {"confirm_each": "method.rank"}
     return three_arms
 
@@ -88,7 +88,7 @@ def test_only_subjects_of_open_questions_and_their_references_train_on(begin, wo
 
 def test_a_grown_stage_trains_the_subjects_of_open_questions_on_and_no_settled_ones(begin, work, runs, asking):
     set_scores(runs, noisy=[2])
-    folder = begin(asking, "confirm.looks=[3]")
+    folder = begin(asking, "confirm.seeds=[3]")
     assert work(folder)
     assert read_sweep(folder.path).looks_done[0].open == ["lora-rank-2"]
     assert work(reopen_sweep(folder.path, changes={"confirm.seeds": 6}))
@@ -97,7 +97,7 @@ def test_a_grown_stage_trains_the_subjects_of_open_questions_on_and_no_settled_o
 
 def test_the_last_look_ends_the_stage_whatever_is_open_and_each_subject_has_its_setting(begin, work, runs, asking):
     set_scores(runs, noisy=[1, 2, 4])
-    folder = begin(asking, "confirm.looks=[2,3]")
+    folder = begin(asking, "confirm.seeds=[2,3]")
     assert work(folder)
     record = read_sweep(folder.path)
     assert [look.seeds for look in record.looks_done] == [2, 3]

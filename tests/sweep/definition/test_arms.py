@@ -88,16 +88,20 @@ def test_the_last_layer_that_sets_a_key_wins_unless_a_later_one_chooses_another_
     assert arm.compose({}) == compose_run({**expected, "trainer.progress": False})
 
 
-def test_an_arms_own_sweep_settings_beat_the_files_and_the_command_line_beats_both(read, content):
-    content["settings"]["sampler"] = "qmc"
-    content["arms"]["lora"]["settings"]["sampler"] = "tpe"
-    for words, of_all, of_lora in (
-        ([], "qmc", "tpe"),
-        (["sampler=gp"], "gp", "gp"),
-        (["sampler=gp", "arms.lora.sampler=tpe"], "gp", "tpe"),
-    ):
-        names = {arm.name: arm.sweep_config.sampler.name for arm in read(content, *words).arms}
-        assert names == {"frozen": of_all, "full": of_all, "lora": of_lora}
+@pytest.mark.parametrize(
+    ("words", "of_arm"),
+    [(["arms.lora.sampler=tpe"], {}), (["arms.lora.sweep.seed=1"], {}), ([], {"worker.pack_size": 2})],
+)
+def test_the_settings_of_the_sweep_are_set_once(read, content, words, of_arm):
+    content["arms"]["lora"]["settings"] |= of_arm
+    with pytest.raises(ConfigError, match=r"must be set once for the whole sweep, but arm `lora` sets it"):
+        read(content, *words)
+
+
+def test_a_number_that_is_typed_for_an_arm_wins(read, content):
+    content["settings"]["sweep.trials"] = 8
+    trials = {arm.name: arm.trials for arm in read(content, "arms.lora.trials=5").arms}
+    assert trials == {"frozen": 1, "full": 4, "lora": 5}
 
 
 def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content):
@@ -115,7 +119,7 @@ def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content)
 def test_a_list_for_a_setting_that_is_always_a_list_is_its_value_and_no_choice(read, content):
     words = ["method.exclude=[k_proj,o_proj]", "method.layers=[0,1]", "method.targets=[q_proj,v_proj]"]
     words += ["logger=[tensorboard,csv]", "arms.lora.callbacks=[lr_monitor,device_stats]"]
-    definition = read(content, *words, "confirm.looks=[3,5]")
+    definition = read(content, *words, "confirm.seeds=[3,5]")
     lora, full = (arms_of(definition)[name] for name in ("lora", "full"))
     assert set(lora.space) == {"method.rank", "optim.lr"}
     config = lora.base
@@ -123,7 +127,7 @@ def test_a_list_for_a_setting_that_is_always_a_list_is_its_value_and_no_choice(r
     assert (config.method.exclude, config.method.layers) == (("k_proj", "o_proj"), (0, 1))
     assert (list(config.logger), list(config.callbacks)) == (["tensorboard", "csv"], ["lr_monitor", "device_stats"])
     assert list(full.base.callbacks) == []
-    assert {arm.sweep_config.confirm.looks for arm in definition.arms} == {(3, 5)}
+    assert {arm.sweep_config.confirm.seeds for arm in definition.arms} == {(3, 5)}
     content["settings"] = {"data": "table", "data.train": "topics.csv", "model": "tiny", "model.kind": "classifier"}
     arms = arms_of(read(content, "data.columns=[label,title,text]"))
     assert {arm.base.data.columns for arm in arms.values()} == {("label", "title", "text")}

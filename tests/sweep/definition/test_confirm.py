@@ -2,7 +2,6 @@
 
 import pytest
 
-from lorasweep.errors import ConfigError
 from lorasweep.record import read_sweep
 from lorasweep.sweep.definition.confirm import draw_confirm_seeds, find_warnings, has_fixed_score, list_questions
 
@@ -37,28 +36,9 @@ def test_without_full_other_arms_are_compared_with_the_first_that_trains(ask, co
     assert ask(content) == [("smallest", RANKS, None), ("pair", ["other"], "lora-rank-4")]
 
 
-def test_pairs_name_arms_or_values_and_are_asked_for_beside_full_or_in_place_of_the_first_arm(ask, content):
-    content["arms"]["other"] = OTHER
-    pair = "confirm.pairs=[[other,lora]]"
-    assert ask(content, pair)[-1] == ("pair", ["other"], "lora")
-    assert len(ask(content, pair)) == 3
-    content["arms"].pop("full")
-    assert ask(content, pair) == [("pair", ["other"], "lora")]
-    content["arms"]["lora"]["confirm_each"] = "method.rank"
-    pairs = "confirm.pairs=[[lora-rank-1,other],[lora,other],[other,lora],[other,lora-rank-2]]"
-    assert ask(content, pairs)[1:] == [
-        ("pair", ["lora-rank-1"], "other"),
-        ("pair", RANKS, "other"),
-        ("pair", ["other"], "lora-rank-4"),
-        ("pair", ["other"], "lora-rank-2"),
-    ]
-    with pytest.raises(ConfigError, match=r"confirm\.pairs.*'loar'.*`lora`"):
-        ask(content, "confirm.pairs=[[loar,other]]")
-
-
 def test_questions_and_looks_are_in_the_record_before_the_first_trial(begin, content):
     content["arms"]["lora"]["confirm_each"] = "method.rank"
-    folder = begin(content, "confirm.seeds=auto", "confirm.looks=[2,4]")
+    folder = begin(content, "confirm.seeds=[2,4]")
     folder.close()
     record = read_sweep(folder.path)
     assert [question.name for question in record.questions] == ["as_good_as_full", "smallest"]
@@ -79,7 +59,7 @@ def test_seeds_depend_on_the_sweeps_seed_and_their_number_alone(define):
     assert draw_confirm_seeds(define("confirm.seeds=8"))[:5] == five
     assert set(draw_confirm_seeds(define("confirm.seeds=5", "sweep.seed=1"))).isdisjoint(five)
     assert draw_confirm_seeds(define("confirm.seeds=0")) == []
-    default = define("confirm.seeds=auto")
+    default = define("confirm.seeds=[3,6,10]")
     assert len(draw_confirm_seeds(default)) == default.sweep_config.confirm.list_looks()[-1]
 
 

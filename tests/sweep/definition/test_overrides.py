@@ -23,7 +23,7 @@ def parse(override):
         ("method.rank_pattern={low: 1, high: 2}", {"low": 1, "high": 2}),  # names of layers
         ("data.template_arguments={high: 2}", {"high": 2}),
         ("trainer.strategy={_target_: a.B, low: 1}", {"_target_": "a.B", "low": 1}),
-        ("confirm.looks=[3,6]", [3, 6]),
+        ("confirm.seeds=[3,6]", [3, 6]),
         ("worker.setup=[a,b]", ["a", "b"]),
     ],
 )

@@ -68,12 +68,10 @@ def test_an_adapter_of_peft_trains_alone_and_its_keys_are_swept(read, content):
 
 
 def test_a_swept_setting_that_slots_share_runs_alone_and_a_size_that_can_not_be_is_refused(plan, content):
-    for override, message in (
-        ("worker.pack_size=7", r"`worker.pack_size <= 6` must hold.*but got 7"),
-        ("arms.full.worker.pack_size=2", r"`worker.pack_size` must be 1 or auto for arm `full`, but got 2"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            plan(content, override)
+    with pytest.raises(ConfigError, match=r"`worker.pack_size <= 6` must hold.*but got 7"):
+        plan(content, "worker.pack_size=7")
+    with pytest.raises(ConfigError, match=r"`worker.pack_size` must be 1 or auto for arm `frozen`, but got 2"):
+        plan(content, "worker.pack_size=2", "arms.lora=null")
     content["arms"]["lora"]["space"]["trainer.batch_size"] = [2, 4]
     assert "`trainer.batch_size` is swept" in plan(content)["lora"].reason
 

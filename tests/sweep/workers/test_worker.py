@@ -98,8 +98,7 @@ def test_trials_that_learn_nothing_are_stopped_at_half_and_keep_their_best_score
 def test_every_sampler_runs_a_sweep(begin, work, runs, content, sampler):
     content["arms"]["lora"] |= {"space": {"method.rank": [1, 2, 4], "optim.lr": [0.01, 0.1]}, "trials": 6}
     content["arms"]["full"] |= {"space": {"optim.lr": {"low": 0.1, "high": 0.3, "step": 0.1}}, "trials": 3}
-    startup = ["sampler.startup_trials=2"] if sampler in ("tpe", "gp") else []
-    folder = begin(content, f"sampler={sampler}", *startup)
+    folder = begin(content, f"sampler={sampler}")
     assert work(folder)
     assert counts(folder.path) == {"frozen": {"complete": 1}, "full": {"complete": 3}, "lora": {"complete": 6}}
     if sampler == "grid":

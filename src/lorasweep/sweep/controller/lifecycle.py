@@ -41,7 +41,7 @@ from lorasweep.sweep.definition.confirm import draw_confirm_seeds, find_warnings
 from lorasweep.sweep.definition.sweep_file import describe_space
 from lorasweep.wording import join_words
 
-CHANGEABLE_KEYS = ("sweep.trials", "sweep.output", "confirm.seeds", "confirm.looks")
+CHANGEABLE_KEYS = ("sweep.trials", "sweep.output", "confirm.seeds")
 """Settings that change no trial that has begun, beside those of `worker`. Numbers of trials and seeds are checked
 separately."""
 MISSING = "nothing"

@@ -4,9 +4,9 @@ A proposal depends only on the sweep's seed, the arm's name, the trial's number 
 are asked on a new study in memory, so nothing is written, and a sampler keeps no state between trials:
 
 - `qmc`: every trial is a scrambled Sobol point.
-- `tpe` and `gp`: the first `sampler.startup_trials` trials (by default half of the arm's, at most
-  `MAX_STARTUP_TRIALS`), and all trials before `MIN_RESULTS` results, are scrambled Sobol points. A model proposes the
-  other trials. It sees every running trial, and at most `MAX_HISTORY_TRIALS` results, the best ones.
+- `tpe` and `gp`: the first half of the arm's trials, and all trials before `MIN_RESULTS` results, are scrambled Sobol
+  points. A model proposes the other trials. It sees every running trial, and at most `MAX_HISTORY_TRIALS` results, the
+  best ones.
 - `gp` in an arm with `confirm_each`, or that searches the learning rate alone: the Gaussian process of `predictions`
   proposes, for each value in turn.
 - `random`, `grid` and `_target_`: the sampler, of Optuna or of the user, proposes every trial. What it stores beside
@@ -36,15 +36,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.config.build import TARGET
 from lorasweep.config.components import Component, instantiate, list_argument_names
-from lorasweep.config.sweep import ModelBasedSampler, SobolSampler
+from lorasweep.config.sweep import NamedSampler
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import Trial
 from lorasweep.sweep.controller.encoding import History, Point, draw_sobol_point, get_score
 from lorasweep.sweep.controller.predictions import has_own_model, propose_by_model
 from lorasweep.sweep.definition.arms import Arm
 
-MAX_STARTUP_TRIALS = 32
-"""Number of Sobol points at the start of an arm of 64 trials or more."""
 MIN_RESULTS = 2
 """Minimum number of results before a model is asked. A model needs two results to compare."""
 MAX_SOBOL_DRAWS = 20
@@ -74,8 +72,7 @@ def propose(arm: Arm, history: History, *, number: int) -> tuple[dict[str, Any],
             else:
                 points = (draw_sobol_point(encoding, number + n, seed=arm_seed) for n in range(MAX_SOBOL_DRAWS))
                 if (
-                    isinstance(sampler, SobolSampler)
-                    or number < (sampler.startup_trials or min(math.ceil(arm.trials / 2), MAX_STARTUP_TRIALS))
+                    find_batch_start(arm, number) == 0
                     or sum(get_score(trial) is not None for trial in history.list_results()) < MIN_RESULTS
                 ):
                     point = next(points)
@@ -104,10 +101,10 @@ def find_batch_start(arm: Arm, number: int) -> int:
     arm of `qmc` is one batch.
     """
     first = math.ceil(arm.trials / 2)
-    return 0 if isinstance(arm.sweep_config.sampler, SobolSampler) or number < first else first
+    return 0 if arm.sweep_config.sampler.name == "qmc" or number < first else first
 
 
-def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Point:
+def _ask_model(sampler: NamedSampler, history: History, *, seed: int) -> Point:
     """Returns the point that TPE or a Gaussian process chooses from the arm's results and running trials.
 
     A Gaussian process reads results as complete trials with a value. Values that are worse than the median or missing

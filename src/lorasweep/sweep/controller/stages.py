@@ -128,10 +128,10 @@ class Confirmation:
         scores = read_confirm_scores(known, self._sweep.path)
         answers = answer_sweep(record, scores)
         # where more seeds were asked for, also those that the plan had given up
-        is_auto = self._sweep.definition.sweep_config.confirm.seeds == "auto"
-        undecided = [answer for answer in answers if answer.may_settle or not (is_auto or answer.is_settled)]
+        stops_early = isinstance(self._sweep.definition.sweep_config.confirm.seeds, tuple)
+        undecided = [answer for answer in answers if answer.may_settle or not (stops_early or answer.is_settled)]
         subjects = list_subjects_to_train(undecided)
-        if not is_auto and not subjects:
+        if not stops_early and not subjects:
             subjects = {row.subject for row in self._settings.values()}
         if num_done + 1 == len(self._looks):
             subjects = set()

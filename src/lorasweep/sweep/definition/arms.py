@@ -98,13 +98,6 @@ class Definition:
                 f"each value of `confirm_each` must have its own name, but {count} values or arms are named {name!r}. "
                 "Choose values that differ in their first three digits, or rename the arm."
             )
-        for arm in self.arms:  # they are compared, so they share the confirm stage
-            for group in ("confirm", "retain"):
-                if getattr(arm.sweep_config, group) != getattr(self.sweep_config, group):
-                    raise ConfigError(
-                        f"`{group}` must be the same for all arms, because they are compared, but arm `{arm.name}` "
-                        "changes it. Set it once for the whole sweep."
-                    )
         object.__setattr__(self, "retained", self._compose_retained())
 
     def _compose_retained(self) -> dict[str, DataConfig]:
@@ -113,7 +106,7 @@ class Definition:
         if config.retain.data and not (frozen and config.confirm.list_looks()):
             raise ConfigError(
                 "`retain.data` must be empty without a confirm stage and an arm with `method=frozen`, which are "
-                f"compared, but names {join_words(list(config.retain.data))}. Write `confirm.seeds=auto` and "
+                f"compared, but names {join_words(list(config.retain.data))}. Write `confirm.seeds=[3,6,10]` and "
                 "`arms.frozen={settings: {method: frozen}}`, or `retain.data={}`."
             )
         for arm in self.arms if config.retain.data else ():
@@ -156,20 +149,20 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
 def _define(content: Any, overrides: SweepOverrides, *, source: Path | None) -> Definition:
     file = parse_file(content)
     common, arms = fold_sweep(file, overrides)
+    sweep_config = compose_sweep(common)
     return Definition(
         name=file.name,
         description=file.description,
-        arms=tuple(_build_arm(arm) for arm in arms),
-        sweep_config=compose_sweep(common),
+        arms=tuple(_build_arm(arm, sweep_config=sweep_config) for arm in arms),
+        sweep_config=sweep_config,
         raw={"file": content, "overrides": dict(overrides.raw)},
         source=source,
     )
 
 
-def _build_arm(arm: ArmSettings) -> Arm:
+def _build_arm(arm: ArmSettings, *, sweep_config: SweepConfig) -> Arm:
     """Returns an arm, composed and checked at the ends of its ranges."""
     with name_in_errors(f"arm `{arm.name}`"):
-        sweep_config = compose_sweep(arm.settings)
         settings = {key: value for key, value in arm.settings.items() if key.split(".")[0] not in SWEEP_GROUPS}
         if given := [key for key in ("output", "resume") if key in settings]:
             raise ConfigError(
@@ -182,7 +175,7 @@ def _build_arm(arm: ArmSettings) -> Arm:
         if len(ends) > 1:
             corners.append({key: values[-1] for key, values in ends.items()})
         base, *others = (compose_run({**settings, **params, **TRIAL_SETTINGS}) for params in corners)
-    shared = sweep_config.sweep.trials or (DEFAULT_TRIALS if arm.trials is None else None)
+    shared = None if arm.has_own_trials else sweep_config.sweep.trials or (None if arm.trials else DEFAULT_TRIALS)
     if shared and searches_one_key(arm.space):
         shared = math.ceil(shared / 2)  # one dimension needs fewer trials for the same regret
     return Arm(

@@ -13,10 +13,9 @@ from lorasweep.config.data import BlockSettings, ModuleDataConfig
 from lorasweep.config.method import LoraConfig, scaling_factor
 from lorasweep.config.run import LR, RunConfig, follows_rate_law
 from lorasweep.config.sweep import parse_margin
-from lorasweep.errors import ConfigError
 from lorasweep.record import Question, QuestionName, list_confirm_runs
 from lorasweep.sweep.definition.arms import Arm, Definition
-from lorasweep.wording import join_words, suggest_nearest
+from lorasweep.wording import join_words
 
 SEED_LIMIT = 1_000_000
 """Seeds are below this number, so that a person can read and type them."""
@@ -35,33 +34,18 @@ def list_questions(definition: Definition) -> list[Question]:
 
     - Each subject of each arm that trains is compared with `full`.
     - For an arm with `confirm_each` of `SIZE_KEYS`, the smallest sufficient value is asked for.
-    - Each pair of `confirm.pairs` is compared. Without `full`, each arm that trains is by default in a pair with the
-      first one.
-
-    Raises:
-        ConfigError: `confirm.pairs` names an arm that the sweep does not have.
+    - Without `full`, each arm that trains is compared with the first one: with its largest value, if it has several.
     """
     trained = [arm for arm in definition.arms if not arm.base.method.trains_nothing]
     full = next((arm for arm in trained if arm.base.method.name == "full"), None)
-    pairs = definition.sweep_config.confirm.pairs
-    if full is None and not pairs:
-        pairs = tuple((arm.name, trained[0].name) for arm in trained[1:])
     subjects = {arm.name: [subject.name for subject in arm.subjects] for arm in definition.arms}
     asked: list[tuple[QuestionName, Arm, list[str], str | None]] = []
     for arm in trained if full else ():
         if arm.base.method.name != "full":
             asked.append(("as_good_as_full", arm, subjects[arm.name], full.name if full else None))
     asked += [("smallest", arm, subjects[arm.name], None) for arm in trained if arm.confirm_each in SIZE_KEYS]
-    known = {name: arm for arm in definition.arms for name in (arm.name, *subjects[arm.name])}
-    for pair in pairs:
-        if unknown := [name for name in pair if name not in known]:
-            raise ConfigError(
-                f"`confirm.pairs` must name arms of the sweep ({', '.join(known)}), but got {unknown[0]!r}."
-                f"{suggest_nearest(unknown[0], known)}"
-            )
-        # a name of one value, such as `lora-rank-8`, is about that value alone; an arm's reference is its largest value
-        compared, references = (subjects.get(name, [name]) for name in pair)
-        asked.append(("pair", known[pair[0]], compared, references[-1]))
+    if full is None:
+        asked += [("pair", arm, subjects[arm.name], subjects[trained[0].name][-1]) for arm in trained[1:]]
     return [
         Question(name=name, arm=arm.name, key=arm.confirm_each, subjects=names, reference=reference)
         for name, arm, names, reference in asked

@@ -123,6 +123,8 @@ class ArmSettings:
     """Dotted keys and values of its runs and of the sweep, without the swept keys."""
     space: Space
     trials: int | None
+    has_own_trials: bool
+    """Whether the number is typed for this arm (`arms.ARM.trials`), so that it wins over `sweep.trials`."""
     confirm_each: str | None
     taken: Sequence[Override]
     """The typed overrides that apply to the arm."""
@@ -198,6 +200,11 @@ def _fold_arm(name: str, arm: ArmConfig, file: SweepFile, overrides: SweepOverri
     for_all = [override for override in overrides.for_arm(None) if arm.space or isinstance(override.given, Value)]
     own = overrides.for_arm(name)
     own_keys = {override.key for override in own}
+    if of_sweep := [key for key in (*arm.settings, *own_keys) if key.split(".")[0] in SWEEP_GROUPS]:
+        raise ConfigError(
+            f"`{of_sweep[0]}` must be set once for the whole sweep, but arm `{name}` sets it; `arms.{name}.trials` "
+            "alone may differ."
+        )
     with name_in_errors(f"arm `{name}`"):
         of_arm = _list_overrides(arm.settings, arm.space)
         settings, space = _fold([_list_overrides(file.settings), of_arm, for_all, own])
@@ -214,8 +221,6 @@ def _fold_arm(name: str, arm: ArmConfig, file: SweepFile, overrides: SweepOverri
     is_own = not {"model", QUANTIZATION}.isdisjoint([*arm.settings, *own_keys])
     if is_quantised and not is_own and method.get("name") not in METHODS_ON_QUANTISED_BASE:
         settings[QUANTIZATION] = "none"
-    if "trials" in fields:
-        settings["sweep.trials"] = None  # the arm's own number wins
     trials = fields.get("trials", None if arm.space and not space else arm.trials)
     if not space and (trials or 1) != 1:
         raise ConfigError(
@@ -232,7 +237,15 @@ def _fold_arm(name: str, arm: ArmConfig, file: SweepFile, overrides: SweepOverri
             f"{near} Write it in `space`, such as `method.rank: [1, 4, 16]`, or set `arms.{name}.confirm_each=null`."
         )
     taken = [*(override for override in for_all if override.key not in lacking), *own]
-    return ArmSettings(name=name, settings=settings, space=space, trials=trials, confirm_each=each, taken=taken)
+    return ArmSettings(
+        name=name,
+        settings=settings,
+        space=space,
+        trials=trials,
+        has_own_trials=fields.get("trials") is not None,
+        confirm_each=each,
+        taken=taken,
+    )
 
 
 def _list_overrides(settings: Mapping[str, Any], space: Mapping[str, Any] | None = None) -> list[Override]:

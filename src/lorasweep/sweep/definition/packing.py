@@ -44,9 +44,8 @@ def plan_packing(definition: Definition) -> dict[str, ArmPacking]:
         size, plan = arm.sweep_config.worker.pack_size, plans[arm.name]
         if size == "auto" or size == 1:
             continue
-        # a size for the whole sweep applies to the arms that can be packed; the others run alone without an error
-        is_for_this_arm = arm.sweep_config.worker != definition.sweep_config.worker
-        if plan.key is None and (is_for_this_arm or not packable):
+        # the size applies to the arms that can be packed; the others run alone without an error
+        if plan.key is None and not packable:
             raise ConfigError(
                 f"`worker.pack_size` must be 1 or auto for arm `{arm.name}`, but got {size!r}: {plan.reason}"
             )
