@@ -152,22 +152,6 @@ def test_with_json_a_defect_is_one_object_too_and_shows_where_it_is(capfd, monke
     assert json.loads(capfd.readouterr().out)["error"] == {"class": "ZeroDivisionError", "message": "a defect"}
 
 
-@pytest.mark.parametrize(
-    ("line", "completions"),
-    [
-        ("lorasweep train method=intrinsic method.di", ["method.dim="]),
-        ("lorasweep train --from x --mul", ["--multirun"]),
-        ("lorasweep sweep sampler=qm", ["sampler=qmc"]),
-    ],
-)
-def test_the_shell_completes_words(here, line, completions):
-    written = here / "completions"  # argcomplete closes file descriptors, so it has a process of its own
-    words = {"COMP_LINE": line, "COMP_POINT": str(len(line))}
-    variables = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(written), "_ARGCOMPLETE_IFS": "\n"}
-    subprocess.run([sys.executable, "-m", "lorasweep"], env={**os.environ, **variables, **words}, timeout=60)
-    assert [word.strip() for word in written.read_text().split("\n")] == completions
-
-
 def test_a_ctrl_c_after_a_command_ends_the_process_without_a_traceback(here):
     code = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT)"
     code += "; from lorasweep.cli import main; main(['status', '.'])"

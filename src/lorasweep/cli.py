@@ -6,14 +6,13 @@ Each command imports its modules when it is called, so that `--help` and `compar
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from lorasweep import commands
 from lorasweep.commands import Command
@@ -21,7 +20,7 @@ from lorasweep.errors import ConfigError
 from lorasweep.outcome import Outcome, end
 
 if TYPE_CHECKING:
-    from lorasweep.config.compose import Primary
+    pass
 
 
 MAX_MINUTES = 1_000_000
@@ -79,10 +78,6 @@ def build_parser() -> argparse.ArgumentParser:
         "name", nargs="?", metavar="KEY|GROUP|COMMAND", help="optim.lr, optim, sweep; none lists all"
     )
     help_parser.set_defaults(commands=subparsers.choices)
-    if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
-        import argcomplete
-
-        argcomplete.autocomplete(parser)
     return parser
 
 
@@ -171,9 +166,8 @@ def _add_run_commands(add: Callable[[Command, str], argparse.ArgumentParser]) ->
 
 
 def _add_overrides(parser: argparse.ArgumentParser, metavar: str, help: str) -> None:
-    overrides = parser.add_argument("overrides", nargs="*", metavar=metavar, help=help)
+    parser.add_argument("overrides", nargs="*", metavar=metavar, help=help)
     parser.epilog = "`lorasweep help` lists the groups of settings, and `lorasweep help optim.lr` explains one setting."
-    overrides.completer = complete_argument  # type: ignore[attr-defined]  # read by argcomplete
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -182,19 +176,3 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         raise ConfigError(message)
-
-
-def complete_argument(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
-    """Returns the completions of an argument: names of sweeps, keys with `=`, or the options of a group."""
-    from lorasweep.config.command_line import complete_override
-    from lorasweep.sweep.definition.sweep_file import list_sweep_files
-
-    typed, command = getattr(parsed_args, "overrides", None) or [], getattr(parsed_args, "command", None)
-    is_name = not typed and command in (commands.sweep, commands.plan) and "=" not in prefix
-    overrides = complete_override(prefix, [word for word in typed if "=" in word], primaries=_list_primaries(command))
-    return [*(sorted(list_sweep_files()) if is_name else ()), *overrides]
-
-
-def _list_primaries(command: Command | None) -> Sequence[Primary]:
-    """Returns the primary configs whose settings a command takes."""
-    return ("sweep", "train") if command in (commands.sweep, commands.plan) else ("train",)

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from lorasweep.config.command_line import complete_override, format_override, parse_overrides
+from lorasweep.config.command_line import format_override, parse_overrides
 from lorasweep.errors import ConfigError
 
 
@@ -89,21 +89,3 @@ NO_OPTIONS = ["model=null", "logger=5", "~logger=true", "+optim=[1,2]", "optim={
 def test_what_is_no_override_is_refused(override, message):
     with pytest.raises(ConfigError, match=message):
         parse_overrides([override])
-
-
-@pytest.mark.parametrize(
-    ("prefix", "typed", "completions"),
-    [
-        ("method=b", [], ["method=bitfit"]),
-        ("method.di", [], []),
-        ("method.di", ["method=intrinsic"], ["method.dim="]),
-        ("method.di", ["method=ghost"], []),
-        ("++optim.lr_ratio_b", [], ["++optim.lr_ratio_b="]),
-        ("~optim.eps", [], ["~optim.eps"]),
-        ("+", [], ["+experiment="]),
-        ("+experiment=q", [], ["+experiment=quick_check"]),
-        ("sampler", [], []),
-    ],
-)
-def test_a_word_is_completed_with_what_train_takes(prefix, typed, completions):
-    assert complete_override(prefix, typed, primaries=["train"]) == completions

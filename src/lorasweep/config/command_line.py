@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
@@ -15,8 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep, Sweep
 from hydra.errors import HydraException
 
-from lorasweep.config.build import dotted_items
-from lorasweep.config.compose import Primary, compose_values, default_options, hydra_session, packaged_folder
+from lorasweep.config.compose import default_options, hydra_session, packaged_folder
 from lorasweep.errors import ConfigError
 from lorasweep.wording import shorten
 
@@ -133,24 +131,6 @@ def add_double_plus(overrides: Sequence[str]) -> list[str]:
     return [f"++{override}" if is_plain(override.partition("=")[0]) else override for override in overrides]
 
 
-def complete_override(prefix: str, typed: Sequence[str] = (), *, primaries: Sequence[Primary]) -> list[str]:
-    """Returns the overrides that begin with `prefix`: a key with `=`, or after a group's `=` its options.
-
-    `typed` are the words before it. The options of groups that they choose decide which keys exist.
-    """
-    key, has_value, _ = prefix.partition("=")
-    name = key.lstrip("+~")
-    sign = key.removesuffix(name)
-    if has_value:
-        found = [f"{key}={option}" for option in _list_options(name)]
-    elif sign == "+":
-        found = [f"+{group}=" for group in _list_added_groups()]
-    else:
-        keys = {known for primary in primaries for known in _list_keys(typed, primary)}
-        found = [f"{sign}{known}{'' if sign == '~' else '='}" for known in sorted(keys)]
-    return [override for override in found if override.startswith(prefix)]
-
-
 def describe_groups() -> str:
     """Returns a line with the options of each group of settings, and of each group that `+GROUP=` adds."""
     groups = {group: group for group in (*default_options("train"), *default_options("sweep"))}
@@ -169,11 +149,3 @@ def _list_added_groups() -> list[str]:
     with hydra_session():
         groups = GlobalHydra.instance().config_loader().list_groups("")
     return sorted({*groups} - {*default_options("train"), *default_options("sweep"), "hydra"})
-
-
-def _list_keys(typed: Sequence[str], primary: Primary) -> set[str]:
-    groups, chosen = default_options(primary), {}
-    with suppress(ConfigError):  # a word that is wrong chooses nothing
-        chosen = {key: value for key, value in parse_overrides(typed).items() if key in groups}
-        return {*groups, *(key for key, _ in dotted_items(compose_values(primary, chosen, require_all=False)))}
-    return {*groups, *(key for key, _ in dotted_items(compose_values(primary, {}, require_all=False)))}
