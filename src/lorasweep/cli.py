@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     pass
 
 
+JSON_COMMANDS = ("sweep", "plan", "status", "compare")
+"""Commands whose result `--json` prints."""
 MAX_MINUTES = 1_000_000
 """Maximum of `--minutes`: about two years."""
 
@@ -36,23 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code; prints errors of lorasweep as one line."""
     name = next(iter(arguments), "lorasweep")
-    return end(lambda: _run_command(arguments), name=name, is_json="--json" in arguments)
+    return end(lambda: _run_command(arguments), name=name, is_json="--json" in arguments and name in JSON_COMMANDS)
 
 
 def _run_command(arguments: Sequence[str]) -> Outcome:
     parser = build_parser()
-    if "--json" in arguments and {"-h", "--help", "--version"} & {*arguments}:
-        raise ConfigError("`--json` must be missing with `--help` and `--version`, which have no result.")
     parsed, others = parser.parse_known_args(arguments)
     if hasattr(parsed, "overrides") and not any(other.startswith("-") for other in others):
         parsed.overrides = [*parsed.overrides, *others]  # also overrides after a flag
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    is_grid = parsed.command is commands.train and parsed.multirun
-    if parsed.json and (is_grid or any(getattr(parsed, name, None) for name in ("cfg", "show_examples"))):
-        raise ConfigError(
-            "`--json` must be missing with `--cfg`, `-m` of `train`, and `--show-examples`, which have no result."
-        )
+    if parsed.command is commands.sweep and parsed.json and parsed.cfg:
+        raise ConfigError("`--json` must be missing with `--cfg`, which has no result.")
     command: Command = parsed.command
     return command(parsed)
 
@@ -66,7 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     def add(command: Command, help: str) -> argparse.ArgumentParser:
         added = subparsers.add_parser(command.__name__, help=help, formatter_class=argparse.RawDescriptionHelpFormatter)
-        added.add_argument("--json", action="store_true", help="print the result as one JSON object, and nothing else")
+        if command.__name__ in JSON_COMMANDS:
+            added.add_argument(
+                "--json", action="store_true", help="print the result as one JSON object, and nothing else"
+            )
         added.set_defaults(command=command)
         return added
 

@@ -66,7 +66,7 @@ def _show_settings(definition: Definition) -> Outcome:
     from lorasweep.sweep.definition.arms import describe_definition
 
     say(describe_definition(definition).removesuffix("\n"))
-    return Outcome(None)
+    return Outcome()
 
 
 def status(arguments: argparse.Namespace) -> Outcome:
@@ -117,7 +117,7 @@ def new(arguments: argparse.Namespace) -> Outcome:
     notes = [*(recipe.describe() if recipe else ()), *draft.notes]
     for sentence in notes:
         say(f"• {sentence}")
-    return Outcome({"file": path, "notes": notes, "keys": recipe.keys if recipe else None})
+    return Outcome()
 
 
 def plan(arguments: argparse.Namespace) -> Outcome:
@@ -227,7 +227,7 @@ def export(arguments: argparse.Namespace) -> Outcome:
     say(f"{arguments.format}, {written.dtype}, {format_bytes(written.num_bytes)}: {arguments.out}")
     for sentence in written.notes:
         say(f"• {sentence}")
-    return Outcome(written)
+    return Outcome()
 
 
 def _export_into(arguments: argparse.Namespace) -> Outcome:
@@ -251,7 +251,7 @@ def _export_into(arguments: argparse.Namespace) -> Outcome:
         say(f"• {note}")
     num = "1 line" if len(changes) == 1 else f"{len(changes) or 'no'} lines"
     say(f"{arguments.into}: {num} changed; {evidence}")
-    return Outcome({"file": arguments.into, "changes": changes, "evidence": evidence, "notes": notes})
+    return Outcome()
 
 
 def inspect(arguments: argparse.Namespace) -> Outcome:
@@ -268,7 +268,7 @@ def inspect(arguments: argparse.Namespace) -> Outcome:
     table = table.sort_values("norm_share", ascending=False).rename_axis(None)
     say(table.to_string(formatters={"norm_share": "{:.1%}".format}, na_rep="–"))
     say("directions: the median number of singular values that hold 90 % of an update's squared norm")
-    return Outcome({"layers": found.astype(object).where(found.notna(), None).to_dict("records")})
+    return Outcome()
 
 
 def _choose_run(folder: Path, *, verb: str) -> Path:
@@ -305,18 +305,13 @@ def reproduce(arguments: argparse.Namespace) -> Outcome:
     repeated = reproduce(run, output=arguments.output, tolerance=arguments.tolerance, steps=arguments.steps)
     say(repeated.description)
     code = INTERRUPTED_EXIT_CODE if repeated.verdict == "interrupted" else DONE if repeated.holds else FAILED
-    return Outcome(repeated, code)
+    return Outcome(code=code)
 
 
 def train(arguments: argparse.Namespace) -> Outcome:
     from lorasweep.train_app import run_train_app
 
-    results: list[RunResult] = []
     errors: list[LoraSweepError | OSError] = []
-
-    def show_result(result: RunResult, job: str) -> int:
-        results.append(result)
-        return _say_run(result, job)
 
     def show_error(error: LoraSweepError | OSError, job: str) -> int:
         if job:  # of a grid, perhaps in another process
@@ -324,10 +319,10 @@ def train(arguments: argparse.Namespace) -> Outcome:
         errors.append(error)
         return FAILED
 
-    code = run_train_app(arguments, show_result=show_result, show_error=show_error)
+    code = run_train_app(arguments, show_result=_say_run, show_error=show_error)
     if errors:
         raise errors[0]
-    return Outcome(results[0] if results else None, code)
+    return Outcome(code=code)
 
 
 def _say_run(result: RunResult, job: str) -> int:
@@ -369,7 +364,7 @@ def help(arguments: argparse.Namespace) -> Outcome:
     for one in shown:
         of_options = f" ({one.key.partition('.')[0]}={', '.join(one.options)})" if one.options else ""
         say(f"{one.key}{of_options}\n    {one.meaning}\n    values: {one.values}\n    default: {one.default}")
-    return Outcome({"name": name, "settings": [one._asdict() for one in shown]})
+    return Outcome()
 
 
 def _show_report(result: SweepResult, *, verbose: bool) -> None:

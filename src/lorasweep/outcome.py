@@ -26,7 +26,7 @@ DONE, FAILED, WRONG_REQUEST = 0, 1, 2
 class Outcome:
     """The end of a command: what `--json` prints, and the exit code."""
 
-    content: Any
+    content: Any = None
     """A dataclass, a mapping, or an object with `as_json`."""
     code: int = DONE
 
@@ -48,7 +48,7 @@ def end(command: Callable[[], Outcome], *, name: str, is_json: bool) -> int:
                 outcome = command()
         except BrokenPipeError:  # who reads the output has ended, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes at its end
-            outcome = Outcome(None, FAILED)
+            outcome = Outcome(code=FAILED)
         except (LoraSweepError, OSError) as error:
             outcome = end_with_error(error)
         except KeyboardInterrupt as interrupt:
@@ -76,7 +76,7 @@ def end_with_error(error: LoraSweepError | OSError, job: str = "") -> Outcome:
         code, message = FAILED, f"the files of a run must exist and be writable, but got{reason}"
     message = redact(f"{job}: {message}" if job else message)
     if get_rank() > 0 and not isinstance(error, RanksLost | OutOfMemory):  # these alone are not raised on every rank
-        return Outcome(None, FAILED)
+        return Outcome(code=FAILED)
     say_error(message)
     return Outcome(_describe_error(type(error).__name__, message), code)
 

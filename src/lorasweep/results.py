@@ -36,12 +36,6 @@ if TYPE_CHECKING:
 
     from lorasweep.report.findings import Findings
 
-SHOWN_FIELDS = (
-    *("status", "reason", "metric", "direction", "best", "last", "steps_planned", "steps_done", "tokens_trained"),
-    *("trainable_params", "total_params", "adapter_bytes", "peak_memory_bytes", "wall_s"),
-)
-"""Fields of a run's record that `RunResult.as_json` has."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
@@ -77,11 +71,6 @@ class RunResult:
     def config(self) -> dict[str, Any]:
         """The resolved settings, nested."""
         return self.record.config
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns what `lorasweep train --json` prints."""
-        fields = {name: getattr(self.record, name) for name in SHOWN_FIELDS}
-        return {"folder": self.folder, "score": self.score, **fields}
 
     def steps_dataframe(self) -> pandas.DataFrame:
         """Returns one row per step: `loss`, `lr`, `tokens_per_s`, and `validation/METRIC` at evaluations."""
