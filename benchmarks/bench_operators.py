@@ -139,7 +139,7 @@ def count_pack_step(
             next_run=lambda: None,
             on_evaluation=lambda evaluations: [None] * len(evaluations),
             on_end=lambda request, record: None,
-            state_file=folder / "pack.json",
+            checkpoint_file=folder / "pack.ckpt",
             stop_requested=lambda: len(counts) == 2,
         )
     return counts[-1].by_phase

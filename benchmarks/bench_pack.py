@@ -373,7 +373,7 @@ def measure_real_path(
             next_run=lambda: None,
             on_evaluation=timer.on_evaluation,
             on_end=lambda request, record: records.append(record),
-            state_file=Path(folder) / "pack.json",
+            checkpoint_file=Path(folder) / "pack.ckpt",
             stop_requested=timer.stop_requested,
         )
     padding = records[0].batching["padding_fraction"]["train"]

@@ -210,7 +210,7 @@ def train(work: Mapping[str, Any], output: Path) -> None:
                 next_run=lambda: None,
                 on_evaluation=lambda evaluations: [None] * len(evaluations),
                 on_end=lambda request, record: None,
-                state_file=folder / "pack.json",
+                checkpoint_file=folder / "pack.ckpt",
                 stop_requested=note_time,
             )
         else:

@@ -126,7 +126,7 @@ def train_grid(
             next_run=next_run,
             on_evaluation=lambda evaluations: [None] * len(evaluations),
             on_end=end,
-            state_file=folder / "pack.json",
+            checkpoint_file=folder / "pack.ckpt",
         )
 
 

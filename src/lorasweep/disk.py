@@ -32,13 +32,16 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]
     `content` may be a function that writes the file to the path that it gets, so that it is not in memory as a whole.
     """
     path.parent.mkdir(exist_ok=True)  # no folder above it: a deleted sweep folder must not come back empty
-    temporary = temporary_name(path)
+    # a hidden path beside `path` that no other process on any machine uses
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         if callable(content):
             content(temporary)
         else:
             temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
-        move_into_place(temporary, path)
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)  # after a power cut either the old or the new file exists
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -50,18 +53,6 @@ def csv_text(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
     writer.writerow(header)
     writer.writerows(rows)
     return text.getvalue()
-
-
-def temporary_name(path: Path) -> Path:
-    """Returns a hidden path beside `path` that no other process on any machine uses."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-
-
-def move_into_place(temporary: Path, path: Path) -> None:
-    """Flushes a file to the disk and renames it. After a power cut either the old or the new file exists."""
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
 
 
 def numbered_folders(wanted: Path) -> Iterator[Path]:

@@ -60,7 +60,7 @@ def test_packs_of_a_real_decoder_equal_runs_alone_and_the_adapter_generates(sett
     train_together(
         {tmp_path / f"pack{n}": config for n, config in enumerate(configs)},
         inputs=inputs,
-        state_file=tmp_path / "pack.json",
+        checkpoint_file=tmp_path / "pack.ckpt",
     )
     for n, config in enumerate(configs):
         train(tmp_path / f"alone{n}", config, inputs=inputs)

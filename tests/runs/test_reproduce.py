@@ -137,7 +137,7 @@ def test_a_run_that_diverged_diverges_again(make_config, inputs, tmp_path):
 
 def test_a_run_of_a_pack_is_repeated_alone_within_the_tolerance_of_rounding(make_config, inputs, tmp_path):
     jobs = {tmp_path / f"slot-{rank}": make_config({"method.rank": rank}) for rank in (1, 4)}
-    train_together(jobs, inputs=inputs, state_file=tmp_path / "pack.json")
+    train_together(jobs, inputs=inputs, checkpoint_file=tmp_path / "pack.ckpt")
     found = reproduce_run(tmp_path / "slot-4", output=tmp_path / "again")
     assert PACK_TOLERANCE["fp32"] == 1e-4
     assert "of 0.0001: 4 steps" in found.description or "identical: 4 steps" in found.description

@@ -24,7 +24,7 @@ from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.workers.train import train_sweep
-from lorasweep.training.checkpoint import PackState, write_pack_state
+from lorasweep.training.checkpoint import PackCheckpoint, write_pack
 from lorasweep.training.run_log import RunEvaluation
 from lorasweep.training.telemetry import Telemetry
 
@@ -191,7 +191,7 @@ class MadeUpPacks:
     """Folder name and step of each evaluation, in order."""
 
     def __call__(
-        self, jobs, *, inputs, slots, next_run, on_evaluation, on_end, state_file, start_steps, stop_requested
+        self, jobs, *, inputs, slots, next_run, on_evaluation, on_end, checkpoint_file, resumed, stop_requested
     ):
         assert len(jobs) <= slots
         self.on_end = on_end
@@ -201,23 +201,21 @@ class MadeUpPacks:
             if self.errors:
                 self.runs.raised.append(self.errors.pop(0))
                 raise self.runs.raised[-1]
-            steps = {
-                job: self._first_step(job, step)
-                for job, step in zip(jobs, start_steps or [None] * len(jobs), strict=True)
-            }
-            return self._train(steps, slots, next_run, on_evaluation, state_file, stop_requested)
+            states = [None] * len(jobs) if resumed is None else resumed.runs.values()
+            steps = {job: self._first_step(job, state) for job, state in zip(jobs, states, strict=True)}
+            return self._train(steps, slots, next_run, on_evaluation, checkpoint_file, stop_requested)
         except Exception as error:
             if error not in self.runs.raised and not isinstance(error, WorkerError):
                 pytest.fail(f"a pack broke by an error that no test asked for: {traceback.format_exc()}")
-            state_file.unlink(missing_ok=True)
+            checkpoint_file.unlink(missing_ok=True)
             raise
         finally:
             self.runs.base_is_in_use = False
 
-    def _train(self, steps, most, supply, on_evaluation, state_file, stop_requested):
+    def _train(self, steps, most, supply, on_evaluation, checkpoint_file, stop_requested):
         jobs = list(steps)
         trainer = jobs[0].config.trainer
-        self._commit(jobs, steps, state_file)
+        self._commit(jobs, steps, checkpoint_file)
         while jobs:
             if stop_requested():
                 for job in jobs:
@@ -239,7 +237,7 @@ class MadeUpPacks:
             while is_full and len(jobs) < most and (further := supply()) is not None:
                 jobs.append(further)
             steps |= {job: self._first_step(job) for job in jobs if job not in steps}
-            self._commit(jobs, steps, state_file)
+            self._commit(jobs, steps, checkpoint_file)
         return True
 
     def _advance(self, job, steps, *, every):
@@ -262,23 +260,22 @@ class MadeUpPacks:
             return False
         return True
 
-    def _first_step(self, job, start_step=None):
+    def _first_step(self, job, state=None):
         kept = self.checkpoints.get(job.run_folder.path, set())
-        assert start_step is None or start_step == 0 or start_step in kept
-        return max(kept, default=0) if start_step is None else start_step
+        return max(kept, default=0) if state is None else state["global_step"]
 
     def _interrupt(self, job, step):
         if step:
             self.runs.close(job.config, job.run_folder.path, step, "interrupted")
 
-    def _commit(self, jobs, steps, state_file):
+    def _commit(self, jobs, steps, checkpoint_file):
         if not jobs:
-            state_file.unlink(missing_ok=True)
+            checkpoint_file.unlink(missing_ok=True)
             return
         for job in jobs:
             self.checkpoints.setdefault(job.run_folder.path, set()).add(steps[job])
-        done = {job.run_folder.path.name: steps[job] for job in jobs}
-        write_pack_state(state_file, PackState(steps=done, rng_state=""))
+        states = {job.run_folder.path.name: {"global_step": steps[job]} for job in jobs}
+        write_pack(checkpoint_file, PackCheckpoint(runs=states, rng_state=""))
 
 
 @pytest.fixture

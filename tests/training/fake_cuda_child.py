@@ -235,7 +235,7 @@ def run_case(gpu, folder, settings):
                 next_run=lambda: waiting.pop() if waiting else None,
                 on_evaluation=lambda evaluated: [None] * len(evaluated),
                 on_end=lambda request, end: ended.append(request.run_folder.path.name),
-                state_file=folder / "pack.json",
+                checkpoint_file=folder / "pack.ckpt",
             )
         notes["pack"] = take_notes(gpu)
     asked = iter([False, True])  # stops after the first of several steps

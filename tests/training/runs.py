@@ -21,7 +21,7 @@ def train(folder, config, *, inputs, **hooks):
     return train_run(config, RunFolder(path=Path(folder)), inputs=inputs, **hooks)
 
 
-def train_together(configs, *, inputs, state_file):
+def train_together(configs, *, inputs, checkpoint_file):
     """Trains runs in one pack; `configs` have them by their folders."""
     requests = [RunRequest(config=config, run_folder=RunFolder(path=folder)) for folder, config in configs.items()]
     train_pack(
@@ -31,7 +31,7 @@ def train_together(configs, *, inputs, state_file):
         next_run=lambda: None,
         on_evaluation=lambda evaluated: [None] * len(evaluated),
         on_end=lambda request, end: None,
-        state_file=state_file,
+        checkpoint_file=checkpoint_file,
     )
 
 

@@ -141,7 +141,7 @@ def test_a_pack_and_a_run_alone_give_the_same_answers(make, tmp_path):
     more = {"method": "lora", "method__alpha": 16, "data__answers__on_validation": True}
     made = [make(method__rank=rank, seed=rank, **more) for rank in (2, 8)]
     packed = {tmp_path / f"packed-{n}": config for n, (config, _) in enumerate(made)}
-    train_together(packed, inputs=made[0][1], state_file=tmp_path / "pack.json")
+    train_together(packed, inputs=made[0][1], checkpoint_file=tmp_path / "pack.ckpt")
     for n, (config, inputs) in enumerate(made):
         train_run(config, RunFolder(path=tmp_path / f"alone-{n}"), inputs=inputs)
         folders = [tmp_path / f"{name}-{n}" for name in ("alone", "packed")]

@@ -121,7 +121,7 @@ def test_each_slot_of_a_pack_has_its_own_loggers(tmp_path, make_config, inputs):
         tmp_path / name: make_config({**settings, "optim.lr": rate, "schedule": name})
         for name, rate in (("polynomial", 1e-3), ("inverse_sqrt", 2e-3))
     }
-    train_together(jobs, inputs=inputs, state_file=tmp_path / "pack.json")
+    train_together(jobs, inputs=inputs, checkpoint_file=tmp_path / "pack.ckpt")
     assert [own.run_name for own in Memory.runs] == ["polynomial", "inverse_sqrt"]
     for own, (folder, config) in zip(Memory.runs, jobs.items(), strict=True):
         expected = {row["step"]: row for row in read_steps(folder) if "loss" in row}

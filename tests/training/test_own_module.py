@@ -191,7 +191,7 @@ def test_a_packed_run_scores_as_it_would_alone_and_the_record_restores_the_metri
     for rank, config in enumerate(configs):
         train_run(config, RunFolder(path=tmp_path / f"alone-{rank}"), inputs=own_inputs)
     packed = {tmp_path / f"packed-{rank}": config for rank, config in enumerate(configs)}
-    train_together(packed, inputs=own_inputs, state_file=tmp_path / "pack.json")
+    train_together(packed, inputs=own_inputs, checkpoint_file=tmp_path / "pack.ckpt")
     for rank in range(2):
         alone, packed = (read_run(tmp_path / f"{how}-{rank}") for how in ("alone", "packed"))
         assert alone.metric == packed.metric == NAME

@@ -186,7 +186,7 @@ def train_briefly(config: RunConfig, inputs: RunInputs, *, slots: int, is_pack: 
                 next_run=lambda: None,
                 on_evaluation=lambda evaluations: [None] * len(evaluations),
                 on_end=lambda run, outcome: None,
-                state_file=Path(name) / "pack.json",
+                checkpoint_file=Path(name) / "pack.ckpt",
                 stop_requested=note_step,
             )
         else:

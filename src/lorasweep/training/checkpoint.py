@@ -1,49 +1,34 @@
-"""Checkpoints, from which runs and packs resume.
+"""Checkpoints, from which runs and packs resume. Each is one file, which is replaced atomically.
 
-A run has the last two. A file name has the step and the SHA-256 of the content. A file whose content does not match its
-name is damaged; the run then resumes from the checkpoint before. A pack also has a state file: with it and the
-checkpoints of its steps, a killed pack resumes exactly, bit for bit.
+A run outside of packs has Lightning's checkpoint. A pack has one file with the states of all its runs, from which it
+resumes exactly, bit for bit. If a pack breaks up, `split_pack` gives each run its part as a file in the run's folder.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
 
-from lorasweep.disk import move_into_place, temporary_name, write_atomically
-from lorasweep.record import compute_sha256
+from lorasweep.disk import write_atomically
+from lorasweep.errors import RecordError, first_line
 
-CheckpointKind = Literal["last", "slot"]
-"""`last`: Lightning's checkpoint of a run outside of packs. `slot`: the checkpoint of a run in a pack."""
-NUM_KEPT_CHECKPOINTS = 2
-_FILE_NAME = re.compile(r"(last|slot)-(\d{8})-([0-9a-f]{64})\.ckpt")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoundCheckpoint:
-    """The checkpoint from which a run resumes."""
-
-    path: Path | None = None
-    """None if the run begins at step 0."""
-    step: int = 0
-    """Optimizer steps done."""
-    state: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    """Sentences on newer checkpoints that are damaged or missing, for the run's record."""
+RUN_CHECKPOINT = "last.ckpt"
+"""File in a run's folder with Lightning's checkpoint."""
+SLOT_CHECKPOINT = "slot.ckpt"
+"""File in the folder of a run whose pack broke up. The run resumes from it in another pack."""
 
 
 class DirectCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint straight to its file. Lightning holds it twice in memory before, and renames it at the end.
 
-    `save_checkpoint` renames the file of a run already.
+    `write_atomically` renames the file of a run already.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -56,86 +41,61 @@ def write_tensors(state: Mapping[str, Any], path: Path) -> None:
         torch.save(state, file)
 
 
-def save_checkpoint(folder: Path, *, kind: CheckpointKind, step: int, save: Callable[[Path], None]) -> None:
-    """Writes a checkpoint atomically, beside the earlier checkpoints. `save` writes the file to the given path."""
-    temporary = temporary_name(folder / f"{kind}.ckpt")
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Returns the content of a checkpoint; empty if there is no file. Raises RecordError if the file is damaged."""
+    if not path.exists():
+        return {}
     try:
-        save(temporary)
-        move_into_place(temporary, folder / f"{kind}-{step:08d}-{compute_sha256(temporary)}.ckpt")
-    finally:
-        temporary.unlink(missing_ok=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many classes
+        raise RecordError(
+            f"{str(path)!r} must be a checkpoint that lorasweep wrote, but can't be read: {first_line(error)}. Remove "
+            "it to train from the first step."
+        ) from error
+    return state
 
 
-def find_checkpoint(folder: Path, *, kind: CheckpointKind, step: int | None = None) -> FoundCheckpoint:
-    """Returns the newest checkpoint that is not damaged.
-
-    Args:
-        folder: The run's folder.
-        kind: Whether the run resumes alone or in a pack.
-        step: Ignores checkpoints of later steps. 0 means to begin without a checkpoint. None: no limit.
-    """
-    paths = [path for path in _list_newest_first(folder, kind) if step is None or _get_step(path) <= step]
-    # The caller knows that a checkpoint of `step` was written, so a missing file also counts as damaged.
-    damaged = [step] if step and not any(_get_step(path) == step for path in paths) else []
-    found = FoundCheckpoint()
-    for path in paths:
-        with suppress(Exception):  # another program wrote it under a matching name
-            if compute_sha256(path) == path.stem.split("-")[2]:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                found = FoundCheckpoint(path=path, step=_get_step(path), state=state)
-                break
-        damaged.append(_get_step(path))
-    if damaged:
-        steps = ", ".join(map(str, damaged))
-        found.notes.append(
-            f"The checkpoint of step {steps} was damaged or missing, so the run resumed from step {found.step}."
-        )
-    return found
+def get_step(state: Mapping[str, Any]) -> int:
+    """Returns the optimizer steps that a run had done at its checkpoint; 0 without a checkpoint."""
+    return int(state.get("global_step", 0))  # Lightning's name
 
 
-def remove_checkpoints(folder: Path, *, after_step: int = -1) -> None:
-    """Removes the checkpoints of steps after `after_step`. By default removes all checkpoints."""
-    for kind in ("last", "slot"):
-        for path in _list_newest_first(folder, kind):
-            if _get_step(path) > after_step:
-                path.unlink(missing_ok=True)
-
-
-def remove_older_checkpoints(folder: Path, *, kind: CheckpointKind) -> None:
-    for path in _list_newest_first(folder, kind)[NUM_KEPT_CHECKPOINTS:]:
-        path.unlink(missing_ok=True)
-
-
-def _list_newest_first(folder: Path, kind: str) -> list[Path]:
-    found = [path for path in folder.glob(f"{kind}-*.ckpt") if _FILE_NAME.fullmatch(path.name) and path.is_file()]
-    # a step that was repeated can have two files, because the content is part of the name
-    return sorted(found, key=lambda path: (_get_step(path), path.stat().st_mtime_ns), reverse=True)
-
-
-def _get_step(path: Path) -> int:
-    return int(path.name.split("-")[1])
+def remove_checkpoints(folder: Path) -> None:
+    """Removes the checkpoints in a run's folder."""
+    for name in (RUN_CHECKPOINT, SLOT_CHECKPOINT):
+        (folder / name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackState:
+class PackCheckpoint:
     """The state of a pack after an evaluation, or before its first step."""
 
-    steps: Mapping[str, int]
-    """Optimizer steps done, by the name of the run's folder, in slot order. After 0 steps a run has no checkpoint."""
+    runs: Mapping[str, Mapping[str, Any]]
+    """The state of each run, by the name of its folder, in slot order. A run that has done no step has none."""
     rng_state: str
     """State of torch's global random number generators as hex digits."""
 
 
-def write_pack_state(path: Path, state: PackState) -> None:
-    write_atomically(path, json.dumps(asdict(state)) + "\n")
+def write_pack(path: Path, checkpoint: PackCheckpoint) -> None:
+    write_atomically(path, partial(write_tensors, vars(checkpoint)))
 
 
-def read_pack_state(path: Path) -> PackState | None:
-    """Returns the state in a file; None if the file is missing or damaged. Each run can then resume on its own."""
-    try:
-        return PackState(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return None
+def read_pack(path: Path) -> PackCheckpoint | None:
+    """Returns the checkpoint of a pack; None if there is no file. Raises RecordError if the file is damaged."""
+    state = read_checkpoint(path)
+    return PackCheckpoint(**state) if state else None
+
+
+def split_pack(path: Path, *, runs: Path) -> None:
+    """Removes a pack's checkpoint, if there is one, after its runs got their states. `runs` has the runs' folders."""
+    if (checkpoint := read_pack(path)) is None:
+        return
+    for name, state in checkpoint.runs.items():
+        if state:
+            # the tensors are parts of larger ones, which torch would save whole
+            own = apply_to_collection(state, torch.Tensor, torch.clone)
+            write_atomically(runs / name / SLOT_CHECKPOINT, partial(write_tensors, own))
+    path.unlink()
 
 
 def read_rng_state(device: torch.device) -> str:

@@ -20,15 +20,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lorasweep.activity import Activity, doing, end_inner
 from lorasweep.config.run import RunConfig
+from lorasweep.disk import write_atomically
 from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.checkpoint import (
+    RUN_CHECKPOINT,
     DirectCheckpointIO,
-    FoundCheckpoint,
-    find_checkpoint,
+    get_step,
+    read_checkpoint,
     remove_checkpoints,
-    remove_older_checkpoints,
-    save_checkpoint,
 )
 from lorasweep.training.environment import deterministic_algorithms, resolve_device
 from lorasweep.training.failures import (
@@ -193,8 +193,8 @@ class LightningRun(lightning.Callback):
         """Opens record and log on the first process. Returns the record, the checkpoint to resume from and its step."""
         config, folder, inputs = self.config, self.run_folder.path, self.inputs
         # An attempt with more micro-batches begins at step 0: a run with two different numbers can't be reproduced.
-        found = find_checkpoint(folder, kind="last") if resume and not too_large else FoundCheckpoint()
-        record = open_record(config, self.run_folder, inputs, found=found, num_processes=self.group.world_size)
+        state = read_checkpoint(folder / RUN_CHECKPOINT) if resume and not too_large else {}
+        record = open_record(config, self.run_folder, inputs, state=state, num_processes=self.group.world_size)
         earlier_batching = record.batching
         too_large = too_large or earlier_batching.get("too_large", [])
         if too_large:
@@ -207,11 +207,11 @@ class LightningRun(lightning.Callback):
         record.batching = describe_batching(inputs, config.trainer, accumulate=accumulate)
         if too_large:
             record.batching["too_large"] = list(too_large)
-        self.run_log = RunLog(record, folder, found=found)
+        self.run_log = RunLog(record, folder, state=state)
         if too_large and too_large[-1] >= config.trainer.batch_size:
             self._close("infeasible", reason := "one row per micro-batch does not fit")
             raise OutOfMemory(reason)
-        return record, found.path, found.step
+        return record, folder / RUN_CHECKPOINT if state else None, get_step(state)
 
     def _score_best_weights(self, status: RunStatus) -> None:
         if self.run_log is not None and status == "complete":
@@ -405,9 +405,8 @@ class LightningRun(lightning.Callback):
 
     def _save_checkpoint(self, trainer: lightning.Trainer) -> None:
         """Writes Lightning's checkpoint of the trained parameters. Every process takes part, and the first writes."""
-        folder = self.run_folder.path
+        path = self.run_folder.path / RUN_CHECKPOINT
         if trainer.is_global_zero:
-            save_checkpoint(folder, kind="last", step=trainer.global_step, save=trainer.save_checkpoint)
-            remove_older_checkpoints(folder, kind="last")
+            write_atomically(path, trainer.save_checkpoint)
         else:
-            trainer.save_checkpoint(folder / "last.ckpt")
+            trainer.save_checkpoint(path)

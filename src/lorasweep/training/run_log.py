@@ -33,7 +33,7 @@ from lorasweep.record import (
     utc_now,
     write_record,
 )
-from lorasweep.training.checkpoint import FoundCheckpoint, remove_checkpoints
+from lorasweep.training.checkpoint import get_step, remove_checkpoints
 from lorasweep.training.environment import (
     code_patch,
     describe_code,
@@ -85,21 +85,25 @@ class RunLog:
     Losses stay on the GPU until `flush`, so that no step waits for the GPU.
     """
 
-    def __init__(self, record: RunRecord, folder: Path, *, found: FoundCheckpoint) -> None:
-        """Writes the record. Removes checkpoints and log rows after the step of `found`, which the run repeats."""
+    def __init__(self, record: RunRecord, folder: Path, *, state: Mapping[str, Any]) -> None:
+        """Writes the record, and removes log rows after the step of the checkpoint `state`, which the run repeats.
+
+        If the run begins at step 0 (`state` is empty), removes earlier checkpoints.
+        """
         self.record = record
         self.folder = folder
-        self.progress = TrainingProgress(**found.state.get("progress", {}))
+        self.progress = TrainingProgress(**state.get("progress", {}))
         self._pending: list[tuple[int, Tensor, float]] = []
         self._earlier_wall_s, self._started_at = record.wall_s, time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         for subfolder in (folder, folder / "best", folder / "last"):
             remove_leftovers(subfolder)
         # Checkpoints first: a process that is killed in between must not leave a checkpoint whose log rows are missing.
-        remove_checkpoints(folder, after_step=found.step)
+        if not state:
+            remove_checkpoints(folder)
         if (folder / STEPS_FILE).exists():
-            rows = read_steps(folder) if found.step else ()  # from step 0 not even an evaluation at step 0 is kept
-            kept = [dump_row(row) + "\n" for row in rows if row["step"] <= found.step]
+            rows = read_steps(folder) if state else ()  # from step 0 not even an evaluation at step 0 is kept
+            kept = [dump_row(row) + "\n" for row in rows if row["step"] <= get_step(state)]
             write_atomically(folder / STEPS_FILE, "".join(kept))
         if "patch" in record.code and not (folder / PATCH_FILE).exists():
             write_atomically(folder / PATCH_FILE, code_patch())
@@ -201,20 +205,20 @@ def update_score(record: RunRecord, step: int, metrics: Metrics) -> bool:
 
 
 def open_record(
-    config: RunConfig, run_folder: RunFolder, inputs: RunInputs, *, found: FoundCheckpoint, num_processes: int = 1
+    config: RunConfig, run_folder: RunFolder, inputs: RunInputs, *, state: Mapping[str, Any], num_processes: int = 1
 ) -> RunRecord:
-    """Returns a new record. If the run resumes, returns the record as it was at the checkpoint `found`."""
-    if found.path is not None:
+    """Returns a new record. If the run resumes, returns the record as it was at the checkpoint `state`."""
+    if state:
+        step = get_step(state)
         record = read_run(run_folder.path)
         require_same_fingerprints(record.fingerprints, inputs.fingerprints(config), config=config, kind="run")
-        record.notes += [note for note in found.notes if note not in record.notes]
         record.status, record.reason, record.ended_at = "running", None, None
         record.test, record.answers, record.retained = {}, {}, {}
-        if record.last.get("step", 0) > found.step:
+        if record.last.get("step", 0) > step:
             # An evaluation is written before the checkpoint of its step. So the record of a killed run may be ahead.
             record.best, record.last, record.steps_done = {}, {}, 0
             for row in read_steps(run_folder.path, having='"validation"'):
-                if row["step"] <= found.step:
+                if row["step"] <= step:
                     update_score(record, row["step"], row["validation"])
         return record
     splits = inputs.splits
@@ -234,7 +238,7 @@ def open_record(
         packages=describe_packages(),
         platform=platform,
         environment=describe_environment(),
-        notes=[*inputs.list_notes(config), *found.notes],
+        notes=list(inputs.list_notes(config)),
         data={"train": splits.train.describe(), "validation": splits.describe(splits.validation)},
         base=inputs.base.describe(),
         fingerprints=inputs.fingerprints(config),

@@ -1,12 +1,11 @@
 """Trials that train in packs: none is lost when a pack breaks, and a killed pack resumes as it was."""
 
-import json
-
 import pytest
 
 from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.record import read_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
+from lorasweep.training.checkpoint import read_pack
 
 
 @pytest.fixture
@@ -87,7 +86,7 @@ def test_a_trial_that_diverges_in_a_pack_fails_alone(begin, work, packed, runs, 
 def test_a_stopped_pack_resumes_with_the_same_runs_in_the_same_slots(begin, work, lora_only, runs, packs, stop_at):
     folder = begin(lora_only)
     assert not work(folder, stop_at=stop_at)
-    left = json.loads((folder.path / "pack.json").read_text())["steps"]
+    left = {name: state["global_step"] for name, state in read_pack(folder.path / "pack.ckpt").runs.items()}
     before = len(packs.trained)
     assert work(reopen_sweep(folder.path))
     slots = [(name, step + 2) for name, step in left.items()]

@@ -65,7 +65,7 @@ def train(jobs, folder, *, inputs, waiting=None, on_evaluation=all_go_on, slots=
         next_run=lambda: waiting.pop(0) if waiting else None,
         on_evaluation=on_evaluation,
         on_end=note_end,
-        state_file=folder / "pack.json",
+        checkpoint_file=folder / "pack.ckpt",
     )
     return ended
 
@@ -108,7 +108,7 @@ def check_packed_equals_alone(configs, folder, *, inputs, rel=LOSS_TOLERANCE, st
         assert other.batching["micro_batches"] == one.batching["micro_batches"] == configs[n].trainer.accumulate
         assert other.best["loss"] == pytest.approx(one.best["loss"], rel=rel)
         assert not list(packed.glob("*.ckpt"))
-    assert not (folder / "pack.json").exists()
+    assert not (folder / "pack.ckpt").exists()
     base = inputs.base
     assert fingerprint_weights(base.model, exclude=base.new_head_names) == base.fingerprint
 
@@ -285,8 +285,8 @@ def test_a_pack_that_runs_out_of_memory_says_so_and_its_runs_can_go_on(make_conf
     jobs = [make_job(tmp_path / str(n), make_config({"trainer.max_steps": 8, "seed": n})) for n in range(2)]
     with pytest.raises(OutOfMemory, match="CUDA out of memory"):
         train(jobs, tmp_path, inputs=inputs)
-    assert list((tmp_path / "0").glob("slot-*.ckpt"))
-    assert not (tmp_path / "pack.json").exists()
+    assert (tmp_path / "0" / "slot.ckpt").exists()
+    assert not (tmp_path / "pack.ckpt").exists()
     assert train(jobs[:1], tmp_path, inputs=inputs) == {"0": "complete"}
     assert [step for step, _ in rows(tmp_path / "0")] == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8]
 

@@ -23,7 +23,7 @@ from lorasweep.sweep.controller.folder import RUNS_FOLDER, SweepFolder, check_wr
 from lorasweep.sweep.controller.stages import Confirmation, Search, Stage, choose_settings
 from lorasweep.sweep.controller.stopping import explain_stop
 from lorasweep.sweep.definition.arms import Arm
-from lorasweep.training.checkpoint import remove_checkpoints
+from lorasweep.training.checkpoint import remove_checkpoints, split_pack
 from lorasweep.training.run_log import RunFolder, RunRequest
 
 MAX_DEATHS_IN_A_ROW = 10
@@ -181,6 +181,7 @@ class Controller:
         for trials in self.stage.arms.values():
             for trial in trials.list_held_by(worker):
                 trials.release(trial)
+        split_pack(self.sweep.path / f"pack-{worker}.ckpt", runs=self.sweep.path / RUNS_FOLDER)
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row >= MAX_DEATHS_IN_A_ROW:
             raise WorkerError(

@@ -2,7 +2,7 @@
 
 DIR/sweep.json     the record: what was asked for, each trial and its run
 DIR/journal.log    Optuna's storage: studies ARM and ARM/confirm of each arm
-DIR/pack.json      the runs of the pack that trains now, from which a killed sweep resumes
+DIR/pack.ckpt      the checkpoint of the pack that trains now, from which a killed sweep resumes
 DIR/runs/ARM-0003  one folder per run of the search
 DIR/runs/ARM-confirm-0003  one folder per run of the confirm stage
 DIR/report         the report, which is written at the sweep's end and by `lorasweep compare`
@@ -32,7 +32,7 @@ from lorasweep.sweep.definition.arms import Definition
 
 JOURNAL_FILE = "journal.log"
 RUNS_FOLDER = "runs"
-PACK_FILE = "pack.json"
+PACK_FILE = "pack.ckpt"
 MAX_SAVE_FRACTION = 0.1
 """Maximum fraction of the time that writing the record may take. The journal has the trials that the record lacks."""
 

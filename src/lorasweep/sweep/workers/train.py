@@ -12,7 +12,7 @@ from lorasweep.config.sweep import LocalWorker, SlurmWorkers
 from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError, WorkerError
 from lorasweep.sweep.controller.controller import Controller
-from lorasweep.sweep.controller.folder import SweepFolder
+from lorasweep.sweep.controller.folder import PACK_FILE, RUNS_FOLDER, SweepFolder
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.workers.ray_cluster import (
     WorkerNeeds,
@@ -22,6 +22,7 @@ from lorasweep.sweep.workers.ray_cluster import (
     start_local_cluster,
 )
 from lorasweep.sweep.workers.worker import Worker
+from lorasweep.training.checkpoint import split_pack
 from lorasweep.training.environment import name_device
 from lorasweep.training.inputs import InputsCache
 
@@ -56,6 +57,9 @@ def _count_processes(arm: Arm) -> int:
 def train_sweep(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested: Callable[[], bool]) -> bool:
     """Trains the remaining trials of an open sweep, and closes it. Returns False if the sweep was stopped."""
     config = sweep.definition.sweep_config.worker
+    for path in sweep.path.glob("pack*.ckpt"):  # of killed workers
+        if not isinstance(config, LocalWorker) or path.name != PACK_FILE:
+            split_pack(path, runs=sweep.path / RUNS_FOLDER)
     if not isinstance(config, LocalWorker):
         sweep.close()  # the controller's process opens it again
         processes = _count_processes(sweep.definition.arms[0])

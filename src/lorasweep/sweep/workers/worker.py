@@ -22,7 +22,7 @@ from lorasweep.sweep.controller.folder import PACK_FILE, check_writable
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.confirm import has_fixed_score
 from lorasweep.sweep.definition.packing import plan_packing
-from lorasweep.training.checkpoint import read_pack_state
+from lorasweep.training.checkpoint import PackCheckpoint, read_pack
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.size import PackSize, choose_pack_size
@@ -58,7 +58,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         self.inputs_cache.folder = self.path
-        self._pack_file = self.path / (f"pack-{self.name}.json" if self.name else PACK_FILE)
+        self._pack_file = self.path / (f"pack-{self.name}.ckpt" if self.name else PACK_FILE)
         self._requests = itertools.count(1)  # Ray may repeat a call. The controller knows it by its number.
         self._plans = plan_packing(self.definition)
         self._max_slots: dict[Any, int | None] = {}  # by `ArmPacking.key`; None if each trial trains alone
@@ -155,21 +155,23 @@ class Worker:
         """
         # Only the worker without a name can have a file of an earlier process. A dead worker on Ray is replaced by a
         # worker with another name, and the controller hands out the trials of the dead worker one by one.
-        state = None if self.name else read_pack_state(self._pack_file)
-        if state is None:
+        checkpoint = None if self.name else read_pack(self._pack_file)
+        if checkpoint is None:
             return
-        assignments = [self.controller.take_by_folder(folder) for folder in state.steps]
+        assignments = [self.controller.take_by_folder(folder) for folder in checkpoint.runs]
         resumable = [assignment for assignment in assignments if assignment is not None]
-        if len(resumable) == len(assignments):  # otherwise the file belongs to another stage
+        if len(resumable) < len(assignments):  # the process was killed when all trials of this stage had ended
+            self._pack_file.unlink()
+        else:
             slots = max(self._choose_slots(resumable[0].arm) or 1, len(resumable))
-            self._train_pack(resumable, slots=slots, start_steps=list(state.steps.values()))
+            self._train_pack(resumable, slots=slots, resumed=checkpoint)
 
     def _train_pack(
-        self, first_trials: Sequence[Assignment], *, slots: int, start_steps: Sequence[int] | None = None
+        self, first_trials: Sequence[Assignment], *, slots: int, resumed: PackCheckpoint | None = None
     ) -> None:
         """Trains trials that can share a pack, of all arms, until no such trial is left or the worker is stopped.
 
-        The controller fills the other slots, except in a resumed pack, where `start_steps` has the step of each trial.
+        The controller fills the other slots, except in a resumed pack, whose checkpoint has all of its trials.
         """
         key = self._plans[first_trials[0].arm.name].key
         arms = list_pack_arms(self.definition, first_trials[0].arm)
@@ -186,7 +188,7 @@ class Worker:
 
         self._unscored = []
         # A resumed pack is not filled up: it must have the same slots as before the interruption.
-        while start_steps is None and len(running) < slots and next_run() is not None:
+        while resumed is None and len(running) < slots and next_run() is not None:
             pass
         try:
             is_done = train_pack(
@@ -196,8 +198,8 @@ class Worker:
                 next_run=next_run,
                 on_evaluation=self.controller.report,
                 on_end=end,
-                state_file=self._pack_file,
-                start_steps=start_steps,
+                checkpoint_file=self._pack_file,
+                resumed=resumed,
                 stop_requested=self.stop_requested,
             )
         except WorkerError:

@@ -14,12 +14,10 @@ if it had not been killed. This requires the following order of actions at a bou
 2. Report the evaluations of all remaining slots in one call.
 3. Decide for each run: it is complete, is stopped, or continues. Score the best weights of a complete run.
 4. Refill free slots in slot order, and drop slots that stay empty. If all were refilled, add slots for further runs.
-5. Write the checkpoints of all slots.
-6. Replace the state file. This is the commit. A pack that is killed before it resumes from the previous boundary, so
-   the files of that boundary must still exist.
-7. Remove older checkpoints, and the checkpoints of runs that ended.
+5. Replace the pack's checkpoint, which has the states of all slots. This is the commit. A pack that is killed before it
+   resumes from the previous boundary.
 
-Shapes, batches and random streams after a boundary depend only on the state file and the checkpoints.
+Shapes, batches and random streams after a boundary depend only on the checkpoint.
 """
 
 from __future__ import annotations
@@ -55,13 +53,12 @@ from lorasweep.objectives.objective import read_metrics
 from lorasweep.record import RunRecord, RunStatus
 from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
 from lorasweep.training.checkpoint import (
-    PackState,
-    read_pack_state,
+    PackCheckpoint,
     read_rng_state,
     remove_checkpoints,
-    remove_older_checkpoints,
     restore_rng_state,
-    write_pack_state,
+    split_pack,
+    write_pack,
 )
 from lorasweep.training.environment import deterministic_algorithms, get_device
 from lorasweep.training.evaluation import evaluate_slots
@@ -86,16 +83,15 @@ def train_pack(
     next_run: Callable[[], RunRequest | None],
     on_evaluation: OnPackEvaluation,
     on_end: Callable[[Any, RunRecord | Diverged], None],
-    state_file: Path,
-    start_steps: Sequence[int] | None = None,
+    checkpoint_file: Path,
+    resumed: PackCheckpoint | None = None,
     stop_requested: Callable[[], bool] = never_stop,
 ) -> bool:
     """Trains runs together, and refills free slots with the runs of `next_run`, until no run is left.
 
-    Returns False if the pack was stopped before. A killed or stopped pack leaves `state_file` (see `PackState`). To
-    resume the pack, pass the runs in this file in slot order, with their steps as `start_steps`. The resumed pack may
-    report evaluations and ends of runs a second time. `next_run` must return once more the runs that it returned after
-    the last commit.
+    Returns False if the pack was stopped before. A killed or stopped pack leaves `checkpoint_file`. To resume the pack,
+    pass this checkpoint as `resumed` and its runs in slot order. The resumed pack may report evaluations and ends of
+    runs a second time. `next_run` must return once more the runs that it returned after the last commit.
 
     Args:
         requests: The first runs, one per slot. They have the same model, data and trainer settings.
@@ -104,13 +100,13 @@ def train_pack(
         next_run: Called at each evaluation until the pack has `slots` runs again or no run is left.
         on_evaluation: Called with the evaluations of all slots. A run that is complete ends as complete in any case.
         on_end: Called when a run ends, with its record, or with the error if it failed.
-        state_file: Where the state of the pack is committed.
-        start_steps: The steps of the checkpoints to load, 0 for none. None: the newest checkpoints, if any.
+        checkpoint_file: The pack's checkpoint. The folders of the runs are in one folder.
+        resumed: The checkpoint of the pack to resume. None: each run resumes from its state in an earlier pack, if any.
         stop_requested: Called before the first and after every step. Returns whether to stop the pack.
 
     Raises:
         OutOfMemory: The pack does not fit into memory. After this error, and any other error that would happen again,
-            the state file is removed. Each run can then resume from its newest checkpoint in a smaller pack.
+            each run gets its part of the checkpoint. It can then resume in a smaller pack.
     """
     inputs.telemetry.begin_run()
     pack: PackTrainer | None = None
@@ -118,21 +114,19 @@ def train_pack(
         with convert_memory_errors(), deterministic_algorithms(requests[0].config.trainer.deterministic):
             pack = PackTrainer(
                 requests=requests,
-                start_steps=start_steps,
+                resumed=resumed,
                 inputs=inputs,
                 slots=slots,
                 next_run=next_run,
                 on_evaluation=on_evaluation,
                 on_end=on_end,
-                state_file=state_file,
+                checkpoint_file=checkpoint_file,
             )
             return pack.run(stop_requested)
     except Exception as error:
         # After a full disk or a killed process, the same pack can resume. Other errors would happen again.
-        if status_after(error, state_file.parent) != "interrupted":
-            state_file.unlink(missing_ok=True)
-            if pack is not None:
-                pack.remove_old_checkpoints()
+        if status_after(error, checkpoint_file.parent) != "interrupted":
+            split_pack(checkpoint_file, runs=requests[0].run_folder.path.parent)
         raise
     finally:
         inputs.telemetry.switch(None)
@@ -145,22 +139,22 @@ class PackTrainer:
     """A packed model, and the runs in its slots with their optimizers. `train_pack` describes the arguments."""
 
     requests: InitVar[Sequence[RunRequest]]
-    start_steps: InitVar[Sequence[int] | None]
+    resumed: InitVar[PackCheckpoint | None]
     inputs: RunInputs
     slots: int
     next_run: Callable[[], RunRequest | None]
     on_evaluation: OnPackEvaluation
     on_end: Callable[[Any, RunRecord | Diverged], None]
-    state_file: Path
+    checkpoint_file: Path
 
-    def __post_init__(self, requests: Sequence[RunRequest], start_steps: Sequence[int] | None) -> None:
+    def __post_init__(self, requests: Sequence[RunRequest], resumed: PackCheckpoint | None) -> None:
         inputs, self.settings = self.inputs, requests[0].config.trainer
         self.device = get_device(self.settings)
         check_batch_memory(self.settings, inputs.splits.train)
-        steps: Sequence[int | None] = start_steps or [None] * len(requests)
+        states = [None] * len(requests) if resumed is None else list(resumed.runs.values())
         self.runs = [
-            SlotRun(request, inputs=inputs, slot=slot, slots=len(requests), start_step=step)
-            for slot, (request, step) in enumerate(zip(requests, steps, strict=True))
+            SlotRun(request, inputs=inputs, slot=slot, slots=len(requests), state=state)
+            for slot, (request, state) in enumerate(zip(requests, states, strict=True))
         ]
         self.model, coverages = build_pack(self.configs, inputs=inputs)
         for slot, coverage in enumerate(coverages):
@@ -168,13 +162,10 @@ class PackTrainer:
         self._arrange(range(len(self.runs)))
         set_dropout_streams(self.model, [run.stream for run in self.runs])
         # torch's global stream is set last, because building the model draws from it.
-        resumed = None if start_steps is None else read_pack_state(self.state_file)
         if resumed is None:
             torch.manual_seed(requests[0].config.seeds.dropout)
         else:
             restore_rng_state(resumed.rng_state, self.device)
-        self.closed_runs: list[SlotRun] = []
-        """Runs that ended since the last commit."""
         self.has_shared_draws: bool | None = None
         """Whether a step draws from torch's global stream, which all slots share; None before the first step."""
         self.last_boundary_s = time.monotonic()
@@ -206,15 +197,6 @@ class PackTrainer:
             self._share_training_time(started)
             self._process_boundary(self._evaluate())
         return True
-
-    def remove_old_checkpoints(self) -> None:
-        """Removes all checkpoints that no run needs after a commit."""
-        for run in (*self.runs, *self.closed_runs):
-            if run.record.status == "running":
-                remove_older_checkpoints(run.folder, kind="slot")
-            else:
-                remove_checkpoints(run.folder)
-        self.closed_runs = []
 
     def _train_step(self) -> None:
         """Trains one step of each slot."""
@@ -287,8 +269,7 @@ class PackTrainer:
         empty = [slot for slot in freed if not self._refill(slot)]
         if len(empty) == len(self.runs):
             self.runs = []
-            self.state_file.unlink(missing_ok=True)  # 6: there is no run to resume
-            self.remove_old_checkpoints()
+            self.checkpoint_file.unlink(missing_ok=True)  # 5: there is no run to resume
             return
         num_before = len(self.runs)
         # an empty slot means that no run is left
@@ -299,11 +280,8 @@ class PackTrainer:
         set_dropout_streams(self.model, [run.stream for run in self.runs])
         # after the refill, because new layers get the model's mode, which is still `eval`
         _set_training_mode(self.model, self.settings)
-        # 5 to 7
-        for slot, run in enumerate(self.runs):
-            self._save_checkpoint(slot, run)
+        # 5
         self._commit()
-        self.remove_old_checkpoints()
         self.last_boundary_s = time.monotonic()
 
     def _note_evaluation(self, slot: int, run: SlotRun, metrics: Metrics) -> bool:
@@ -339,7 +317,6 @@ class PackTrainer:
 
     def _end(self, run: SlotRun, status: RunStatus, reason: str | None, *, outcome: RunRecord | Diverged) -> None:
         run.close(status, reason)
-        self.closed_runs.append(run)
         self.on_end(run.request, outcome)
 
     def _interrupt(self) -> None:
@@ -376,16 +353,11 @@ class PackTrainer:
         compact_slots(self.model, order)
         self.runs = [self.runs[slot] for slot in order]
 
-    def _save_checkpoint(self, slot: int, run: SlotRun) -> None:
-        """Writes a slot's checkpoint, unless the run already has one of this step."""
-        if run.step != run.saved_step:
-            parameters = slot_model(self.model, slot).named_parameters()
-            trained = {name: parameter.detach() for name, parameter in parameters if parameter.requires_grad}
-            run.save_checkpoint({"trained": trained, "optimizer": run.optimizer.state()})
-
     def _commit(self) -> None:
-        steps = {run.folder.name: run.step for run in self.runs}
-        write_pack_state(self.state_file, PackState(steps=steps, rng_state=read_rng_state(self.device)))
+        states = {run.folder.name: run.state(slot_model(self.model, slot)) for slot, run in enumerate(self.runs)}
+        write_pack(self.checkpoint_file, PackCheckpoint(runs=states, rng_state=read_rng_state(self.device)))
+        for run in self.runs:
+            remove_checkpoints(run.folder)  # the run's state in an earlier pack, which broke up
 
     def _share_time(self) -> None:
         """Adds an equal share of the seconds since the last boundary to each run."""

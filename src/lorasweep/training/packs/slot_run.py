@@ -1,11 +1,10 @@
-"""One run in a slot of a pack, with its step, random stream, batches, optimizer, log and checkpoints."""
+"""One run in a slot of a pack, with its step, random stream, batches, optimizer and log."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from lorasweep.errors import RecordError
 from lorasweep.lora import split_lora_parameters
 from lorasweep.methods import METHODS
 from lorasweep.record import RunStatus, read_run
-from lorasweep.training.checkpoint import find_checkpoint, save_checkpoint, write_tensors
+from lorasweep.training.checkpoint import SLOT_CHECKPOINT, get_step, read_checkpoint
 from lorasweep.training.environment import get_device
 from lorasweep.training.inputs import describe_batching
 from lorasweep.training.loggers import finish_loggers, start_loggers
@@ -32,23 +31,28 @@ class SlotRun:
 
     Attributes:
         step: Optimizer steps done.
-        saved_step: Step of the newest checkpoint; 0 if there is no checkpoint.
         sampler: The run's micro-batches by step, in the same order as in a solo run.
         stream: Random stream of the run's dropout.
         optimizer: Optimizer and schedule. The pack sets it when the run gets its slot.
         log: Writes the run's folder. `log.progress` has the run's share of the pack's training time.
         wall_s: The run's share of the pack's wall-clock time since the run joined or resumed.
-        resume_state: Content of the checkpoint to resume from; empty without a checkpoint.
+        resume_state: State to resume from; empty if the run begins.
     """
 
     optimizer: SlotOptimizer
 
     def __init__(
-        self, request: RunRequest, *, inputs: RunInputs, slot: int, slots: int, start_step: int | None = None
+        self,
+        request: RunRequest,
+        *,
+        inputs: RunInputs,
+        slot: int,
+        slots: int,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         """Opens the run's folder. It will train in `slot` of `slots`.
 
-        `start_step` is the step of the checkpoint to load, in a resumed pack. None loads the newest checkpoint, if any.
+        `state` is the run's state in the checkpoint of a resumed pack. None: its state in an earlier pack, if any.
         """
         config, folder = request.config, request.run_folder.path
         self.request = request
@@ -56,23 +60,24 @@ class SlotRun:
         self.inputs = inputs
         pack: dict[str, Any] = {"slot": slot, "slots": slots}
         # In a resumed pack, the record keeps the slot that the run first had. Dropped slots may have changed its index.
-        if start_step is not None:
+        if state is not None:
             with suppress(RecordError):
                 pack = read_run(folder).pack or pack
-        found = find_checkpoint(folder, kind="slot", step=start_step)
-        self.resume_state = found.state
-        self.step = self.saved_step = found.step
+        else:
+            state = read_checkpoint(folder / SLOT_CHECKPOINT)
+        self.resume_state = state
+        self.step = get_step(state)
         self.wall_s = 0.0
-        self.record = open_record(config, request.run_folder, inputs, found=found)
+        self.record = open_record(config, request.run_folder, inputs, state=state)
         self.record.pack = pack
         self.record.batching = describe_batching(inputs, config.trainer, accumulate=config.trainer.accumulate)
-        self.log = RunLog(self.record, folder, found=found)
+        self.log = RunLog(self.record, folder, state=state)
         self.loggers = start_loggers(config, folder)
         # Dropout masks come from a stream of this slot, so that they do not depend on the other slots. The stream has
         # the seed of a solo run, is saved in the checkpoint, and must be on the device of the batches.
         self.stream = torch.Generator(get_device(config.trainer)).manual_seed(config.seeds.dropout)
-        if found.state:
-            self.stream.set_state(found.state["stream"])
+        if state:
+            self.stream.set_state(state["stream"])
         self.sampler = StepBatchSampler(
             inputs.data.train,
             batch_size=config.trainer.batch_size,
@@ -104,18 +109,23 @@ class SlotRun:
             logger.log_metrics({f"validation/{name}": value for name, value in values.items()}, step=self.step)
             logger.save()
 
-    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Writes a checkpoint from which the run can resume in any pack. Earlier checkpoints are kept."""
-        content = {**state, "progress": dict(vars(self.log.progress)), "stream": self.stream.get_state()}
-        save_checkpoint(self.folder, kind="slot", step=self.step, save=partial(write_tensors, content))
-        self.saved_step = self.step
+    def state(self, model: nn.Module) -> dict[str, Any]:
+        """Returns the state from which the run can resume in any pack; empty before its first step.
+
+        `model` is the run's solo model, with which the state shares memory.
+        """
+        if not self.step:
+            return {}
+        return {
+            "global_step": self.step,
+            "trained": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+            "optimizer": self.optimizer.state(),
+            "progress": dict(vars(self.log.progress)),
+            "stream": self.stream.get_state(),
+        }
 
     def close(self, status: RunStatus, reason: str | None) -> None:
-        """Writes the final record of this run and closes its loggers.
-
-        The checkpoints are kept until the pack's next commit. A pack that is killed before this commit resumes from the
-        commit before it, and needs the run's checkpoint again.
-        """
+        """Writes the final record of this run and closes its loggers."""
         self.log.close(status, reason, wall_s=self.wall_s)
         for logger in self.loggers:
             logger.finalize("failed" if status == "failed" else "success")
