@@ -98,7 +98,7 @@ def test_a_command_that_is_not_understood_ends_with_2_and_the_version_with_0(cap
         ("trainer.precision", ["values: `auto`, `bf16`, `fp32`", "takes bf16 if"]),
         ("schedule.num_cycles", ["(schedule=cosine_with_restarts)", "each starts at the peak"]),
         ("data.answers", ["data.answers.score", "data.answers.max_new_tokens", "a whole number >= 1"]),
-        ("method", ["method=bitfit|frozen|full|head|intrinsic|lora|peft", "method.rank (method=lora)"]),
+        ("method", ["method=frozen|full|intrinsic|lora|peft", "method.rank (method=lora)"]),
         ("sweep", ["usage: lorasweep sweep", "--resume DIR", "sweep.trials"]),
     ],
 )

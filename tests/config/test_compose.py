@@ -15,12 +15,12 @@ from lorasweep.config.compose import (
     merge_settings,
     packaged_folder,
 )
-from lorasweep.config.method import BitfitConfig, IntrinsicConfig, LoraConfig
+from lorasweep.config.method import FullConfig, IntrinsicConfig, LoraConfig
 from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import ConfigError
 
 
-@pytest.mark.parametrize("config", [LoraConfig(), BitfitConfig(), IntrinsicConfig()], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [LoraConfig(), FullConfig(), IntrinsicConfig()], ids=lambda config: config.name)
 def test_defaults_in_python_are_those_of_conf(config):
     assert compose_run({"method": config.name}).method == config
 

@@ -57,8 +57,9 @@ def refuse(compose, settings, words):
         ({"seeds.data_order": 2**32}, ["`seeds.data_order < 4294967296`", "4294967296"]),
         ({"method.rank_pattern.q_proj": 0}, ["`method.rank_pattern.q_proj >= 1`", "0"]),
         *(({"method": name, "optim.lr_ratio_b": 2}, ["`optim.lr_ratio_b`", name]) for name in ("full", "frozen")),
-        *((FSDP | {key: value}, ["ddp", f"`{key}`", "'fsdp'"]) for key, value in [("method", "head"), *NF4.items()]),
-        *((NF4 | {"method": name}, ["`model.quantization`", name, "'nf4'"]) for name in ("full", "head", "bitfit")),
+        *((FSDP | more, ["ddp", f"`{next(iter(more))}`", "'fsdp'"]) for more in ({"method": "intrinsic"}, NF4)),
+        (FSDP | {"method": "full", "method.parameters": ".*bias"}, ["ddp", "`method`"]),
+        *((NF4 | {"method": name}, ["`model.quantization`", name, "'nf4'"]) for name in ("full", "intrinsic")),
         ({"data": "table"}, ["`data.train`", "missing"]),
         (TABLE | {"data.train": " "}, ["`data.train`", "empty"]),
         (TABLE | {"data.test": "a.csv"}, ["`data.test`", "different", "'a.csv'", "null"]),
@@ -103,7 +104,6 @@ def test_a_wrong_setting_of_a_sweep_is_refused(settings, words):
         ({"alpha": math.inf}, ["`method.alpha`", "finite", "inf"]),
         ({"dropout": 1.0}, ["`method.dropout < 1`", "1.0"]),
         ({"targets": ""}, ["`method.targets`", "`all-linear`"]),
-        ({"init": "orthogonal", "rank": 3}, ["`method.rank`", "even", "3"]),
     ],
 )
 def test_a_wrong_setting_of_lora_is_refused_from_a_mapping_and_from_python(settings, words):

@@ -57,27 +57,17 @@ def test_injecting_twice_is_refused(model):
 
 
 def test_every_trained_parameter_is_in_one_group(model):
-    config = LoraConfig(rank=2, targets=("up", "embed"), modules_to_save=("out",))
+    config = LoraConfig(rank=2, targets=("up",), modules_to_save=("out",))
     inject_lora(model, config)
     a, b, other = split_lora_parameters(model)
-    assert [tuple(p.shape) for p in a] == [(2, 11), (2, 8), (2, 8)]
-    assert [tuple(p.shape) for p in b] == [(8, 2), (16, 2), (16, 2)]
+    assert [tuple(p.shape) for p in a] == [(2, 8), (2, 8)]
+    assert [tuple(p.shape) for p in b] == [(16, 2), (16, 2)]
     assert len(other) == 1  # the head's copy
     assert {id(p) for p in (*a, *b, *other)} == {id(p) for p in model.parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal"])
-@pytest.mark.parametrize("is_embedding", [True, False])
-def test_the_update_starts_at_zero_and_can_learn(init, is_embedding):
-    a, b = draw_matrices(d_out=6, d_in=10_000, rank=8, init=init, is_embedding=is_embedding, generator=stream())
-    assert (a.shape, b.shape) == ((8, 10_000), (6, 8))
-    torch.testing.assert_close(b @ a, torch.zeros(6, 10_000))  # orthogonal rows: zero up to rounding
-    assert a.any() or b.any()
-    if init == "gaussian" and not is_embedding:
-        assert a.std().item() == pytest.approx(1 / 8, rel=0.02)  # 80,000 draws: 0.25 %
-
-
-def test_the_default_draws_as_a_linear_layer_of_torch():
+def test_a_is_drawn_as_a_linear_layer_of_torch_and_b_is_zero():
     torch.manual_seed(0)
-    drawn, _ = draw_matrices(d_out=6, d_in=400, rank=8, init="default", generator=stream())
+    drawn, b = draw_matrices(d_out=6, d_in=400, rank=8, generator=stream())
     assert torch.equal(drawn, nn.Linear(400, 8, bias=False).weight)
+    assert not b.any()

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch import nn
 
 from lorasweep.lora import LoraConfig, inject_lora, lora_layers, merge_lora
 
@@ -11,7 +10,7 @@ SUM_ERROR = 2**-20
 
 
 @pytest.mark.parametrize("dtype", BITS)
-@pytest.mark.parametrize("settings", [{}, {"init": "orthogonal"}, {"rank_pattern": {"1.up": 3}}])
+@pytest.mark.parametrize("settings", [{}, {"rank_pattern": {"1.up": 3}}])
 def test_merged_weights_are_the_exact_ones_rounded_once(model, fill_b, dtype, settings):
     model.to(dtype)
     inject_lora(model, LoraConfig(rank=2, **settings))
@@ -30,23 +29,12 @@ def test_merged_weights_are_the_exact_ones_rounded_once(model, fill_b, dtype, se
         assert ((weight.double() - expected).abs() <= half_spacing + slack[name]).all()
 
 
-OTHERS = [{}, {"targets": ("up", "embed")}, {"modules_to_save": ("out",)}]
-
-
-class ScaledEmbedding(nn.Embedding):
-    """As in models that scale the rows of their embedding."""
-
-    embed_scale = 3.0
-
-    def forward(self, tokens):
-        return super().forward(tokens) * self.embed_scale
+OTHERS = [{}, {"modules_to_save": ("out",)}]
 
 
 @pytest.mark.parametrize("settings", OTHERS)
 def test_a_merged_model_is_a_plain_one_with_the_same_output(make_model, tokens, fill_b, settings):
     model, base = make_model(), make_model()
-    for each in (model, base):
-        each.embed = ScaledEmbedding.from_pretrained(each.embed.weight)
     inject_lora(model.double(), LoraConfig(rank=2, **settings))
     fill_b(model.double())
     adapted = model(tokens)

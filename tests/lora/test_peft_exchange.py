@@ -34,25 +34,6 @@ def make_bert():
     return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, vocab_size=50)).eval()
 
 
-class Pictures(nn.Module):
-    """A convolution on an embedding of tokens laid out as a picture, and a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.conv = nn.Conv2d(2, 5, 3, stride=2, padding=1)
-        self.head = nn.Linear(5 * 3 * 3, 4)
-
-    def forward(self, tokens):
-        picture = self.embed(tokens[:, :6]).view(-1, 1, 6, 6)  # (batch, 1, 6 tokens, 6)
-        return self.head(self.conv(torch.cat([picture, picture.transpose(2, 3)], dim=1)).flatten(1))
-
-
-def make_pictures():
-    torch.manual_seed(0)
-    return Pictures().eval()
-
-
 def logits(model):
     output = model(IDS)
     return getattr(output, "logits", output)
@@ -69,11 +50,8 @@ def shake(model):
 
 EVERY_WAY = [
     (make_gpt2, {"targets": "all-linear"}),
-    (make_gpt2, {"targets": ("c_attn", "wte")}),
     (make_llama, {"targets": "all-linear"}),
     (make_llama, {"targets": ("q_proj", "v_proj"), "scaling": "alpha_over_sqrt_rank"}),
-    (make_llama, {"init": "gaussian", "alpha": 1.5}),
-    (make_llama, {"init": "orthogonal"}),
     (make_llama, {"scaling": "alpha", "alpha": 1.5, "rank_pattern": {"down_proj": 6}}),
     (make_gpt2, {"targets": ("c_attn",), "scaling": "alpha", "alpha": 1.5}),
     (make_llama, {"rank_pattern": {"0.self_attn.q_proj": 2, "down_proj": 6}, "alpha_pattern": {"re:.*1.*v_proj": 3.0}}),
@@ -81,7 +59,6 @@ EVERY_WAY = [
     (make_llama, {"modules_to_save": ("lm_head",)}),
     (make_llama, {"targets": ("q_proj", "lm_head")}),
     (make_bert, {"modules_to_save": ("classifier",)}),
-    (make_pictures, {"targets": ("conv", "embed", "head")}),
 ]
 
 

@@ -14,7 +14,7 @@ REFUSED = [
     ({"targets": ("up", "prj")}, ["`method.targets`", "'prj' matches none", "Did you mean `proj`"]),
     ({"targets": ("re:layer",)}, ["'re:layer' matches none"]),
     ({"targets": "layers"}, ["'layers' is a ModuleList", "Name the layers inside it"]),
-    ({"targets": ("act",)}, ["'act' is a Tanh", "Name another layer"]),
+    ({"targets": ("act",)}, ["'act' is a Tanh", "Name a linear layer; `method=peft`"]),
     ({"targets": ("layers.0",)}, ["'layers.0' is a Block", "Name the layers inside it: 'proj', 'up'"]),
     ({"targets": "up"}, ["'up', a regular expression", "write the list ['up']"]),
     ({"targets": ("out_proj",)}, ["'out_proj' is a NonDynamicallyQuantizableLinear"]),
@@ -112,7 +112,7 @@ def test_patterns_set_rank_and_strength_by_layer(model):
 
 
 def test_counts_agree_with_what_is_injected(make_model):
-    config = LoraConfig(rank=2, targets=("up", "proj", "embed"), modules_to_save=("out",))
+    config = LoraConfig(rank=2, targets=("up", "proj"), modules_to_save=("out",))
     model, coverage = make_model(), find_targets(make_model(), config)
     assert inject_lora(model, config) == coverage
     assert coverage.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)

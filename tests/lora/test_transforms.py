@@ -8,7 +8,6 @@ from lorasweep.lora import LoraConfig, inject_lora
 
 VARIANTS = [
     {"dropout": 0.5},
-    {"targets": ("all-linear", "embed")},
 ]
 
 

@@ -6,27 +6,26 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorasweep.config.method import (
-    BitfitConfig,
     FrozenConfig,
     FullConfig,
-    HeadConfig,
     IntrinsicConfig,
     LoraConfig,
     PeftConfig,
 )
 from lorasweep.lora.layer_kinds import count_parameters
-from lorasweep.methods import METHODS
+from lorasweep.methods import METHODS as BY_NAME
 from lorasweep.models.load import BaseModel, fingerprint_weights
 
 CONFIGS = {
     "lora": LoraConfig(rank=2, alpha=4),
     "full": FullConfig(),
-    "head": HeadConfig(),
-    "bitfit": BitfitConfig(train="biases_and_norms"),
+    "head": FullConfig(parameters="lm_head.*"),
+    "norms": FullConfig(parameters=".*norm.*"),
     "intrinsic": IntrinsicConfig(dim=40),
     "frozen": FrozenConfig(),
     "peft": PeftConfig(config={"peft_type": "VERA", "r": 4, "target_modules": ["q_proj", "o_proj"], "d_initial": 1.0}),
 }
+METHODS = {name: BY_NAME[config.name] for name, config in CONFIGS.items()}
 TRAINING = [name for name in CONFIGS if name != "frozen"]
 TOKENS = torch.arange(24).reshape(2, 12)
 

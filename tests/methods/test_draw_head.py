@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from lorasweep.config.method import FrozenConfig, FullConfig, HeadConfig, LoraConfig
+from lorasweep.config.method import FrozenConfig, FullConfig, LoraConfig
 from lorasweep.errors import ConfigError
 from lorasweep.lora.fully_trained import trained_modules
 from lorasweep.methods import METHODS, draw_head
@@ -24,7 +24,12 @@ SIZES = {
     "attention_probs_dropout_prob": 0.0,  # drawn inside a function, in a pack from torch's own stream for all rows
 }
 HEADS = {"bert": ("bert.pooler", "classifier"), "roberta": ("classifier",)}
-CONFIGS = {"lora": LoraConfig(rank=2), "full": FullConfig(), "head": HeadConfig(), "frozen": FrozenConfig()}
+CONFIGS = {
+    "lora": LoraConfig(rank=2),
+    "full": FullConfig(),
+    "head": FullConfig(parameters="classifier.*"),
+    "frozen": FrozenConfig(),
+}
 TOKENS = torch.arange(1, 33).reshape(4, 8)
 
 
@@ -39,7 +44,7 @@ def base(request):
 
 
 def prepare(base, name, seed):
-    return METHODS[name].prepare(base, CONFIGS[name], generator=torch.Generator().manual_seed(seed))
+    return METHODS[CONFIGS[name].name].prepare(base, CONFIGS[name], generator=torch.Generator().manual_seed(seed))
 
 
 def test_values_are_those_of_a_fresh_head():
@@ -76,7 +81,7 @@ def test_head_of_any_name_is_trained_in_full_and_not_adapted():
     with pytest.raises(ConfigError, match=r"`method.rank <= 2` must hold for layer 'top'"):
         METHODS["lora"].check(model, config)
     METHODS["lora"].check(model, config, new_head_names=("top",))
-    METHODS["head"].check(model, HeadConfig(), new_head_names=("top",))
+    METHODS["full"].check(model, CONFIGS["head"], new_head_names=("top",))
 
 
 def test_head_is_rounded_to_the_base_and_trains_in_fp32(base):

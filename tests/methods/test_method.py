@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
+from lorasweep.config.method import FullConfig
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.methods import copy_sharing_weights
 
-from .conftest import CONFIGS, TOKENS, TRAINING, as_base, logits_of, make_base, prepare, train
+from .conftest import CONFIGS, METHODS, TOKENS, TRAINING, as_base, logits_of, make_base, prepare, train
 
 
 def test_copy_has_its_own_modules_on_the_same_parameters():
@@ -71,7 +73,7 @@ def test_number_of_trained_parameters_is_the_methods():
         "lora": 2 * layer,
         "full": base.num_parameters,
         "head": 32 * 16,
-        "bitfit": 5 * 16,
+        "norms": 5 * 16,
         "intrinsic": 40,
         "frozen": 0,
         "peft": 4 * (4 + 16),  # VeRA's two vectors, in two layers of two blocks
@@ -114,10 +116,21 @@ def test_head_of_another_shape_and_a_model_without_one_are_refused(tmp_path):
     with pytest.raises(RecordError, match=r"'lm_head.weight' differs"):
         METHODS["head"].load(other, tmp_path)
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match="`method=head` needs"):
-        METHODS["head"].check(model, CONFIGS["head"])
-    with pytest.raises(ConfigError, match="`method=head` needs"):
+    with pytest.raises(ConfigError, match=r"`method.parameters` must match .* 'lm_head\.\*' matches none.*'0.bias'"):
         METHODS["head"].prepare(as_base(model), CONFIGS["head"], generator=torch.Generator())
+    with pytest.raises(ConfigError, match=r"`method.parameters` must be a regular expression"):
+        METHODS["head"].check(model, FullConfig(parameters="("))
+
+
+def test_biases_and_norms_train_by_their_names():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = as_base(BertForSequenceClassification(BertConfig(vocab_size=32, **sizes)))
+    names = [name for name, _ in base.model.named_parameters()]
+    for pattern, wanted in ((".*bias", [".bias"]), (".*(bias|LayerNorm.*)", [".bias", "LayerNorm.weight"])):
+        model = prepare(base, "full", config=FullConfig(parameters=pattern))
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert trained == [name for name in names if name.endswith(tuple(wanted))]
 
 
 @pytest.mark.parametrize("name", ["lora", "intrinsic"])

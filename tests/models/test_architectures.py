@@ -9,10 +9,8 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from torch.nn.functional import cross_entropy
 
 from lorasweep.config.method import (
-    BitfitConfig,
     FrozenConfig,
     FullConfig,
-    HeadConfig,
     IntrinsicConfig,
     LoraConfig,
     PeftConfig,
@@ -49,8 +47,8 @@ CONFIGS = {
     "frozen": FrozenConfig(),
     "lora": LoraConfig(rank=4, alpha=8),
     "full": FullConfig(),
-    "head": HeadConfig(),
-    "bitfit": BitfitConfig(train="biases_and_norms"),
+    "head": FullConfig(parameters=r"(lm_head|classifier|score|classification_head)\..*"),
+    "norms": FullConfig(parameters=r".*(bias|[nN]orm.*|ln_.*)"),
     "intrinsic": IntrinsicConfig(dim=32),
 }
 LABELS = Labels(kind="single_label", names=("calm", "loud"))
@@ -72,7 +70,7 @@ def loss_of(model, kind):
 
 
 def prepare(base, method, *, seed=0):
-    return METHODS[method].prepare(base, CONFIGS[method], generator=torch.Generator().manual_seed(seed))
+    return METHODS[CONFIGS[method].name].prepare(base, CONFIGS[method], generator=torch.Generator().manual_seed(seed))
 
 
 def train(model, kind, method, *, steps=8):
@@ -126,7 +124,7 @@ def test_all_methods_compute_in_one_precision(load, architecture, kind, head, me
     base = load(architecture, kind, dtype=torch.bfloat16)
     logits = []
     for name in ("frozen", method):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=METHODS[name].needs_autocast):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=METHODS[CONFIGS[name].name].needs_autocast):
             logits.append(prepare(base, name).eval()(**make_batch()).logits)
     frozen, trained = (values.float() for values in logits)
     roundings = 8 if architecture in HYBRIDS_AND_EXPERTS else 0  # at most 4 in each of 2 layers

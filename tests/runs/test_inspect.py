@@ -57,7 +57,7 @@ def test_a_run_is_inspected_and_nothing_is_written(run):
     [
         ({}, 2, 28),
         ({"method": "intrinsic", "method.dim": 40}, None, 38),
-        ({"method": "bitfit", "method.train": "biases_and_norms"}, None, 9),
+        ({"method": "full", "method.parameters": ".*norm.*"}, None, 9),
     ],
     ids=str,
 )

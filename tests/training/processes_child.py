@@ -43,7 +43,7 @@ VARIANTS = {
         "trainer.activation_checkpointing": True,
     },
     "early-fsdp-1": {"trainer.early_stop_evaluations": 1, "optim.lr": 1e-12},
-    "head-ddp-1": {"method": "head"},
+    "head-ddp-1": {"method": "full", "method.parameters": "lm_head.*"},
 }
 """Settings that must train as in one process, by method, strategy and micro-batches. A step has 5 rows, so one process
 has a row more than the other; in 3 micro-batches one has a single row."""

@@ -66,7 +66,8 @@ def stop_after(steps):
 
 def settings_of(method):
     """What names a method; the embedded model has no biases, so its norms train."""
-    more = {"bitfit": {"method.train": "biases_and_norms"}, "peft": {"method.config": VERA}}
+    more = {"norms": {"method": "full", "method.parameters": ".*norm.*"}, "peft": {"method.config": VERA}}
+    more["head"] = {"method": "full", "method.parameters": "lm_head.*"}
     return {"method": method} | more.get(method, {})
 
 

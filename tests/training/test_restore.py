@@ -16,10 +16,9 @@ from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
 METHOD_SETTINGS = (
-    {"method.dropout": 0.5, "method.init": "orthogonal"},
+    {"method.dropout": 0.5},
     {"method": "full"},
-    {"method": "head"},
-    {"method": "bitfit", "method.train": "biases_and_norms"},
+    {"method": "full", "method.parameters": "lm_head.*"},
     {"method": "intrinsic"},
     {"method": "peft", "method.config": VERA | {"vera_dropout": 0.5}},
 )

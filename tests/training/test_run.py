@@ -19,8 +19,7 @@ from lorasweep.training.inputs import build_inputs
 KEPT = {
     "lora": {"adapter_config.json", ADAPTER},
     "full": {"model.safetensors"},
-    "head": {"head.safetensors"},
-    "bitfit": {"bitfit.safetensors"},
+    "head": {"model.safetensors"},
     "intrinsic": {"intrinsic.safetensors"},
     "frozen": set(),
     "peft": {"adapter_config.json", ADAPTER},

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from tests.training.runs import settings_of
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.data import ScoreMetric
@@ -44,7 +45,7 @@ def read_rows(folder):
 
 @pytest.mark.parametrize("method", ["lora", "full", "head", "frozen"])
 def test_every_method_is_scored_with_the_weights_of_its_best_evaluation(trained, inputs, method):
-    folder = trained({"method": method})
+    folder = trained(settings_of(method))
     record = score_run(folder, inputs=inputs)
     assert record == read_run(folder)
     assert set(record.test) == set(NextTokens.metrics)
@@ -74,7 +75,7 @@ def test_an_unchanged_base_is_scored_once_for_all_seeds(make_config, inputs, tmp
     assert read("a-2", {"method": "frozen"}, other_base) is None
     assert read("a-2", {"method": "frozen"}, new_head) is None
     assert read("a-2", {"method": "frozen", "trainer.eval_batch_size": 3}) is None
-    assert read("a-2", {"method": "head"}) is None
+    assert read("a-2", settings_of("head")) is None
 
 
 def test_the_scores_are_those_of_the_best_weights_and_not_of_the_last(make_config, tmp_path):

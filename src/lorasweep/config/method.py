@@ -27,8 +27,8 @@ from lorasweep.errors import ConfigError
 ALL_LINEAR_PATTERN = "all-linear"
 REGEX_PREFIX = "re:"
 Scaling = Literal["alpha_over_rank", "alpha_over_sqrt_rank", "alpha"]
-Init = Literal["default", "gaussian", "orthogonal"]
-TrainedVectors = Literal["biases", "biases_and_norms"]
+ALL_PARAMETERS = ".*"
+"""The value of `method.parameters` with which every weight trains."""
 
 
 def scaling_factor(*, alpha: float, rank: int, rule: Scaling) -> float:
@@ -41,8 +41,14 @@ class MethodSettings(Settings):
 
     packs: ClassVar[bool] = False
     """Whether runs can train together in slots."""
+    name: str
     trains_nothing: ClassVar[bool] = False
     """Whether a run is the base model as it is: it does no step, and its score is that of every seed."""
+
+    @property
+    def kind(self) -> str:
+        """The method's name in a sweep's record. A run of `full` that trains some parameters alone is `partial`."""
+        return self.name
 
 
 JOIN_NAMES = BeforeValidator(lambda pattern: flatten(pattern) if isinstance(pattern, Mapping) else pattern)
@@ -71,9 +77,6 @@ class LoraConfig(MethodSettings):
     whole name of a layer, as in PEFT, or a list of patterns."""
     dropout: Fraction = 0.0
     """Probability of dropping an input of A, 0 <= p < 1."""
-    init: Init = "default"
-    """Initial values of A and B. `default`: A uniform, B zero (LoRA's code); `gaussian`: A normal with deviation 1/r, B
-    zero; `orthogonal`: both random, B A = 0, rank even."""
     rank_pattern: Annotated[Mapping[str, Rank], JOIN_NAMES] = field(default_factory=dict, hash=False)
     """Rank of the layers that a pattern matches, instead of `rank`; the first pattern that matches counts."""
     alpha_pattern: Annotated[Mapping[str, NonNegativeFloat], JOIN_NAMES] = field(default_factory=dict, hash=False)
@@ -88,32 +91,20 @@ class LoraConfig(MethodSettings):
     def __post_init__(self) -> None:
         if not self.targets:
             raise ConfigError("`method.targets` must name at least one layer, but got none. Use `all-linear`.")
-        for rank in (self.rank, *self.rank_pattern.values()):
-            if self.init == "orthogonal" and rank % 2:
-                raise ConfigError(f"`method.rank` must be even with `method.init=orthogonal`, but got {rank!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FullConfig(MethodSettings):
-    """Settings of full fine-tuning: every weight trains, in fp32."""
+    """Settings of full fine-tuning: weights train themselves, in fp32."""
 
     name: Literal["full"] = "full"
+    parameters: str = ALL_PARAMETERS
+    """Regular expression for the whole names of the parameters that train, such as `.*bias`; `.*` is all. A new head
+    always trains."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class HeadConfig(MethodSettings):
-    """Settings of training only the output head."""
-
-    name: Literal["head"] = "head"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BitfitConfig(MethodSettings):
-    """Settings of training only the biases (Ben Zaken et al. 2022, arXiv 2106.10199)."""
-
-    name: Literal["bitfit"] = "bitfit"
-    train: TrainedVectors = "biases"
-    """`biases_and_norms` also trains the weights of norms; a model without biases needs it."""
+    @property
+    def kind(self) -> str:
+        return self.name if self.parameters == ALL_PARAMETERS else "partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +134,7 @@ class PeftConfig(MethodSettings):
 
 
 MethodConfig = Annotated[
-    LoraConfig | FullConfig | HeadConfig | BitfitConfig | IntrinsicConfig | FrozenConfig | PeftConfig,
+    LoraConfig | FullConfig | IntrinsicConfig | FrozenConfig | PeftConfig,
     Field(discriminator="name"),
 ]
 

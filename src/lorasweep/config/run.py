@@ -390,7 +390,7 @@ class RunConfig(Settings):
         """Returns the key of a setting that needs whole weights on each process; None if there is none."""
         needs_whole = {
             "model.quantization": self.model.quantization != "none",
-            "method": self.method.name not in ("full", "lora"),
+            "method": self.method.kind not in ("full", "lora"),
             "trainer.compile": self.trainer.compile,
         }
         return next((key for key, is_needed in needs_whole.items() if is_needed), None)

@@ -78,21 +78,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         tensor.copy_(tensors[key])
 
 
-def get_peft_tensors(layer: LoraLayer) -> dict[str, Tensor]:
-    """Returns A and B of a layer, with PEFT's names and shapes."""
-    if isinstance(layer.base, nn.Embedding):
-        return {"lora_embedding_A": layer.lora_a, "lora_embedding_B": layer.lora_b}
-    if isinstance(layer.base, nn.Conv2d):
-        lora_a = layer.lora_a.view(-1, *layer.weight.shape[1:])
-        return {"lora_A.weight": lora_a, "lora_B.weight": layer.lora_b[:, :, None, None]}
-    return {"lora_A.weight": layer.lora_a, "lora_B.weight": layer.lora_b}
-
-
 def _name_tensors(layers: Mapping[str, LoraLayer], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Returns the tensors of an adapter by PEFT's names."""
-    named = {
-        f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in get_peft_tensors(layer).items()
-    }
+    named: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        named |= {f"{name}.lora_A.weight": layer.lora_a, f"{name}.lora_B.weight": layer.lora_b}
     for name, module in modules.items():
         named |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
     return {f"{KEY_PREFIX}{name}": tensor for name, tensor in named.items()}

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Bool, Float
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import conv2d, linear
+from torch.nn.functional import linear
 
 from lorasweep.lora.dropout import apply_keep_mask
 
@@ -70,29 +70,6 @@ def linear_update(
         a @ _split_by_slot(x if keep is None else apply_keep_mask(x, keep), len(a)).mT * group.factor
     )  # (slots, rank, tokens)
     return (u.to(x.dtype).mT @ b.mT).view(*x.shape[:-1], b.shape[1])
-
-
-def embedding_update(tokens: Int[Tensor, "*rows"], group: SlotGroup) -> Float[Tensor, "*rows d_out"]:
-    """Returns factor · B a for each token, where a is the token's column in A of the token's slot."""
-    slot = torch.arange(len(group.lora_a), device=tokens.device)[:, None]
-    looked_up = group.lora_a[slot, :, tokens.reshape(len(group.lora_a), -1)]  # (slots, tokens, rank)
-    return (looked_up @ group.lora_b.mT * group.factor).view(*tokens.shape, group.lora_b.shape[1])
-
-
-def conv2d_update(
-    x: Float[Tensor, "rows d_in height width"],
-    conv: nn.Conv2d,
-    group: SlotGroup,
-    *,
-    keep: Bool[Tensor, "rows d_in height width"] | None = None,
-) -> Float[Tensor, "rows d_out new_height new_width"]:
-    """Returns factor · B A (x · keep). A is a convolution with the settings of `conv`, B is a 1 × 1 convolution."""
-    a, b = group.lora_a.to(x.dtype), (group.lora_b * group.factor).to(x.dtype)
-    slots = (x if keep is None else apply_keep_mask(x, keep)).chunk(len(a))
-    u = [
-        conv._conv_forward(rows, a_k.view(-1, *conv.weight.shape[1:]), None) for rows, a_k in zip(slots, a, strict=True)
-    ]
-    return torch.cat([conv2d(u_k, b_k[:, :, None, None]) for u_k, b_k in zip(u, b, strict=True)])
 
 
 def split_by_group(x: Tensor, groups: Sequence[SlotGroup]) -> tuple[Tensor, ...]:

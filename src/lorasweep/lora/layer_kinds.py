@@ -1,4 +1,4 @@
-"""Which layers can be adapted, and how each kind of layer stores its weight matrix (d_out, d_in), also in 4 bits."""
+"""Which layers are linear, and how each kind stores its weight matrix (d_out, d_in), also in 4 bits."""
 
 from __future__ import annotations
 
@@ -18,17 +18,6 @@ def is_linear(module: nn.Module) -> bool:
     """Returns whether this is a linear layer that the model calls, unlike the `out_proj` of `nn.MultiheadAttention`."""
     is_never_called = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     return is_conv1d(module) or (isinstance(module, nn.Linear) and not is_never_called)
-
-
-def can_be_adapted(module: nn.Module) -> bool:
-    """Returns whether LoRA can adapt this module: a linear layer, an embedding, or a 2-D convolution without groups.
-
-    An embedding can't be adapted if its forward pass renormalises its weight (`max_norm`) or is unknown to lorasweep.
-    """
-    if isinstance(module, nn.Embedding):
-        has_known_forward = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-        return has_known_forward and module.max_norm is None
-    return is_linear(module) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
 def has_custom_forward(module: nn.Module) -> bool:
@@ -54,27 +43,21 @@ def dequantised_weight(layer: nn.Module) -> Float[Tensor, "d_out d_in"]:
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """Returns (d_out, d_in) of the weight matrix. d_in is an embedding's vocabulary or a convolution's patch size."""
+    """Returns (d_out, d_in) of the weight matrix."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features  # a quantised weight has another shape
-    if isinstance(module, nn.Conv2d):
-        return module.out_channels, module.weight[0].numel()
     d_in, d_out = module.weight.shape  # type: ignore[misc]
     return int(d_out), int(d_in)
 
 
 def weight_to_matrix(module: nn.Module, weight: Float[Tensor, "*weight_shape"]) -> Float[Tensor, "d_out d_in"]:
     """Returns a tensor that has the shape of `module`'s weight as a (d_out, d_in) matrix, without a copy."""
-    if isinstance(module, nn.Embedding) or is_conv1d(module):
-        return weight.t()
-    return weight.flatten(1)
+    return weight.t() if is_conv1d(module) else weight.flatten(1)
 
 
-def matrix_to_weight(module: nn.Module, matrix: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "*weight_shape"]:
-    """Returns a (d_out, d_in) matrix as a tensor that has the shape of `module`'s weight, without a copy."""
-    if isinstance(module, nn.Embedding) or is_conv1d(module):
-        return matrix.t()
-    return matrix.view(-1, *module.weight.shape[1:]) if isinstance(module, nn.Conv2d) else matrix
+def matrix_to_weight(module: nn.Module, matrix: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "_ _"]:
+    """Returns a (d_out, d_in) matrix as a tensor that has the shape of a linear layer's weight, without a copy."""
+    return matrix.t() if is_conv1d(module) else matrix
 
 
 def list_scales(parameter: Tensor) -> list[Tensor]:

@@ -9,16 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from lorasweep.config.method import Init
 from lorasweep.lora.dropout import draw_keep_mask
-from lorasweep.lora.functional import (
-    SlotGroup,
-    conv2d_update,
-    embedding_update,
-    linear_update,
-    lora_linear,
-    split_by_group,
-)
+from lorasweep.lora.functional import SlotGroup, linear_update, lora_linear, split_by_group
 from lorasweep.lora.layer_kinds import has_custom_forward, matrix_shape, matrix_to_weight, weight_to_matrix
 from lorasweep.lora.targets import Target
 
@@ -51,29 +43,18 @@ class AdaptedLayer(nn.Module):
     ) -> Float[Tensor, "rows ..."]:
         """Returns the base's output for x plus factor · B A (x · keep), in the dtype of the base's output.
 
-        x are token ids (rows, ...) of an embedding, images (rows, d_in, height, width) of a convolution, or inputs
-        (rows, ..., d_in) of a linear layer. The factors of the groups are the scalings, divided by (1 - dropout) if
-        inputs are dropped. `keep` is False for each input that is dropped before A.
+        The factors of the groups are the scalings, divided by (1 - dropout) if inputs are dropped. `keep` is False for
+        each input that is dropped before A.
         """
-        base = self.base
-        if not self.calls_base and not isinstance(base, nn.Embedding | nn.Conv2d):
-            return lora_linear(x, weight_to_matrix(base, self.weight), self.bias, groups, keep=keep)
-        y: Tensor = base(x)
+        if not self.calls_base:
+            return lora_linear(x, weight_to_matrix(self.base, self.weight), self.bias, groups, keep=keep)
+        y: Tensor = self.base(x)
         keeps = [None] * len(groups) if keep is None else split_by_group(keep, groups)
         updates = [
-            self._compute_update(rows.to(y.dtype) if x.is_floating_point() else rows, group, keep=keep_rows)
+            linear_update(rows.to(y.dtype), group, keep=keep_rows)
             for rows, group, keep_rows in zip(split_by_group(x, groups), groups, keeps, strict=True)
         ]
         return y + torch.cat(updates).to(y.dtype)
-
-    def _compute_update(self, x: Tensor, group: SlotGroup, *, keep: Tensor | None) -> Tensor:
-        base = self.base
-        if isinstance(base, nn.Embedding):
-            # some embeddings scale their output, so the update is scaled too
-            return embedding_update(x, group) * getattr(base, "embed_scale", 1.0)
-        if isinstance(base, nn.Conv2d):
-            return conv2d_update(x, base, group, keep=keep)
-        return linear_update(x, group, keep=keep)
 
 
 class LoraLayer(AdaptedLayer):
@@ -103,10 +84,7 @@ class LoraLayer(AdaptedLayer):
         device = self.weight.device if device is None else torch.device(device)
         d_out, d_in = matrix_shape(base)
         if device.type != "meta":
-            is_embedding, init = isinstance(base, nn.Embedding), self.config.init
-            lora_a, lora_b = draw_matrices(
-                d_out=d_out, d_in=d_in, rank=self.rank, init=init, is_embedding=is_embedding, generator=generator
-            )
+            lora_a, lora_b = draw_matrices(d_out=d_out, d_in=d_in, rank=self.rank, generator=generator)
         else:
             lora_a, lora_b = torch.empty(self.rank, d_in, device=device), torch.empty(d_out, self.rank, device=device)
         self.lora_a = nn.Parameter(lora_a.to(device, torch.float32))
@@ -118,7 +96,7 @@ class LoraLayer(AdaptedLayer):
 
     def forward(self, x: Shaped[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         dropout = self.config.dropout
-        is_dropped = self.training and dropout > 0 and not isinstance(self.base, nn.Embedding)  # token ids are kept
+        is_dropped = self.training and dropout > 0
         keep = draw_keep_mask(x.shape, rate=dropout, device=x.device) if is_dropped else None
         factor = self.scaling / (1 - dropout) if is_dropped else self.scaling
         return self.add_update(x, [SlotGroup(self.lora_a[None], self.lora_b[None], factor)], keep=keep)
@@ -149,8 +127,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 def split_lora_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """Returns all A, all B, and the other trainable parameters (heads), each in the model's order.
 
-    LoRA+ (arXiv 2402.12354, section 4) trains B with `optim.lr_ratio_b` times the learning rate of A. This includes
-    embeddings, whose A is initially zero instead of B.
+    LoRA+ (arXiv 2402.12354, section 4) trains B with `optim.lr_ratio_b` times the learning rate of A.
     """
     layers = lora_layers(model).values()
     a, b = [layer.lora_a for layer in layers], [layer.lora_b for layer in layers]
@@ -159,32 +136,13 @@ def split_lora_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn
 
 
 def draw_matrices(
-    *,
-    d_out: int,
-    d_in: int,
-    rank: int,
-    init: Init,
-    is_embedding: bool = False,
-    generator: torch.Generator | None = None,
+    *, d_out: int, d_in: int, rank: int, generator: torch.Generator | None = None
 ) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
     """Returns A and B in fp32 on the CPU, with B A = 0.
 
-    - An embedding with `default` or `gaussian`: A zero, B standard normal, as in LoRA's code.
-    - `default`: A uniform within ±1/√d_in (Kaiming-uniform with a = √5), B zero, as in LoRA's code
-      (github.com/microsoft/LoRA, `loralib/layers.py`).
-    - `gaussian`: A normal with standard deviation 1/rank as in PEFT, B zero. LoRA's section 4.1 says "random Gaussian".
-    - `orthogonal`: A uses the even rows of one random rotation and B the odd rows, so both are random and B A = 0
-      (PEFT's `orthogonal`, after datta0.github.io/posts/rethink-lora-init). The rank must be even.
+    A is uniform within ±1/√d_in (Kaiming-uniform with a = √5) and B zero, as in LoRA's code (github.com/microsoft/LoRA,
+    `loralib/layers.py`).
     """
-    if init == "orthogonal":
-        rotation, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
-        lora_a = torch.randn(d_in, rank // 2, generator=generator).mm(rotation[0::2]).t() / 10
-        lora_b = torch.randn(d_out, rank // 2, generator=generator).mm(rotation[1::2]) / 10
-        return lora_a.contiguous(), lora_b
-    if is_embedding:
-        return torch.zeros(rank, d_in), torch.randn(d_out, rank, generator=generator)
-    if init == "gaussian":
-        return torch.randn(rank, d_in, generator=generator) / rank, torch.zeros(d_out, rank)
     lora_a = torch.empty(rank, d_in)
     torch.nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
     return lora_a, torch.zeros(d_out, rank)

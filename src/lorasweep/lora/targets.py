@@ -14,7 +14,6 @@ from torch import nn
 from lorasweep.config.method import ALL_LINEAR_PATTERN, REGEX_PREFIX, LoraConfig, scaling_factor
 from lorasweep.lora.fully_trained import is_inside, match_modules_to_save
 from lorasweep.lora.layer_kinds import (
-    can_be_adapted,
     count_parameters,
     find_fused_experts,
     is_linear,
@@ -111,7 +110,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Coverage:
         added += rank * (d_in + d_out)
     return Coverage(
         targets=targets,
-        unmatched=tuple(name for name, layer in layers.items() if is_linear(layer) and name not in matched),
+        unmatched=tuple(name for name in layers if name not in matched),
         trainable_params=added + sum(p.numel() for module in trained.values() for p in module.parameters()),
         matched_fraction=count_parameters(nn.ModuleList([*(layers[name] for name in names), *trained.values()]))
         / count_parameters(model),
@@ -129,7 +128,7 @@ def get_target_patterns(config: LoraConfig) -> tuple[str, ...]:
 
 def find_adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Returns the layers that can be adapted by name, in the model's order. A layer with two names appears once."""
-    return {name: module for name, module in model.named_modules() if name and can_be_adapted(module)}
+    return {name: module for name, module in model.named_modules() if name and is_linear(module)}
 
 
 def get_pattern_value(name: str, patterns: Mapping[str, Number], default: Number) -> Number:
@@ -150,8 +149,11 @@ def _match_pattern(pattern: str, model: nn.Module, config: LoraConfig, trained: 
     if pattern == ALL_LINEAR_PATTERN:
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
-        linear = [name for name, layer in layers.items() if is_linear(layer) and layer is not head]
-        fitting = [name for name in linear if (HEAD_NAMES | GATE_NAMES).isdisjoint(name.split("."))]
+        fitting = [
+            name
+            for name, layer in layers.items()
+            if layer is not head and (HEAD_NAMES | GATE_NAMES).isdisjoint(name.split("."))
+        ]
     else:
         fitting = [name for name in layers if fits_pattern(pattern, name)]
     if not fitting:
@@ -212,7 +214,11 @@ def _explain_no_match(pattern: str, model: nn.Module, *, is_text: bool) -> str:
         return f"{requirement}, but {pattern!r} matches only parameters of fused experts. {remedy}"
     if other is not None:
         endings = sorted({name.rpartition(".")[2] for name in find_adaptable_layers(other)})
-        remedy = f"Name the layers inside it: {', '.join(map(repr, endings))}." if endings else "Name another layer."
+        remedy = (
+            f"Name the layers inside it: {', '.join(map(repr, endings))}."
+            if endings
+            else "Name a linear layer; `method=peft` adapts embeddings and convolutions."
+        )
         return f"{requirement}, but {pattern!r} is a {type(other).__name__}. {remedy}"
     if is_text:
         remedy = f" For the end of a name, write the list ['{pattern}']."

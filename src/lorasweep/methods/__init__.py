@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from lorasweep.methods.base_weights import BitfitMethod, FrozenMethod, FullMethod, HeadMethod
+from lorasweep.methods.base_weights import FrozenMethod, FullMethod
 from lorasweep.methods.intrinsic import IntrinsicMethod
 from lorasweep.methods.lora import LoraMethod, add_head_to_modules_to_save
 from lorasweep.methods.method import Method, ParameterGroup, copy_sharing_weights, draw_head
@@ -13,8 +13,6 @@ METHODS: Mapping[str, Method] = {
     for method in (
         LoraMethod(),
         FullMethod(),
-        HeadMethod(),
-        BitfitMethod(),
         IntrinsicMethod(),
         FrozenMethod(),
         PeftMethod(),

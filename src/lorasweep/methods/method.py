@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,22 +164,24 @@ def draw_head(model: nn.Module, names: Sequence[str], *, generator: torch.Genera
                 setattr(module, key, nn.Parameter(values, requires_grad=parameter.requires_grad))
 
 
-def replace_by_trainable_copies(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Replaces these parameters, wherever `model` uses them, by trainable fp32 copies.
+def replace_by_trainable_copies(model: nn.Module, names: Collection[str]) -> None:
+    """Replaces the parameters with these names by trainable fp32 copies. Names of one parameter get one copy.
 
     Under autocast, the modules that use them still return the dtype of the old parameters. So a bf16 model computes as
     before, bit for bit on the CPU, and all methods of a sweep are compared in one precision. Gated norms and experts
     are an exception: inside them, some products are rounded to bf16 later than before.
     """
-    parameters = list(parameters)
-    narrow = {id(p): p.dtype for p in parameters if p.dtype != torch.float32}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if dtype := narrow.get(id(parameter)):
-                # autocast returns fp32 from embeddings and norms, and then adds all later outputs to it in fp32
-                module.register_forward_hook(partial(_cast_output, dtype=dtype))
-                break
-    replace_parameters(model, {p: nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in parameters})
+    copies: dict[nn.Parameter, nn.Parameter] = {}
+    for place, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        own = {key: parameter for key, parameter in own.items() if f"{place}.{key}".lstrip(".") in names}
+        if dtype := next((parameter.dtype for parameter in own.values() if parameter.dtype != torch.float32), None):
+            # autocast returns fp32 from embeddings and norms, and then adds all later outputs to it in fp32
+            module.register_forward_hook(partial(_cast_output, dtype=dtype))
+        for key, parameter in own.items():
+            if parameter not in copies:
+                copies[parameter] = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+            setattr(module, key, copies[parameter])
 
 
 def _cast_output(module: nn.Module, inputs: Any, output: Any, *, dtype: torch.dtype) -> Any:

@@ -7,8 +7,6 @@ which a run does not make.
 
 from __future__ import annotations
 
-import json
-import math
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,24 +17,28 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 
 from lorasweep.config.components import require_package
 from lorasweep.config.method import MethodConfig, PeftConfig
 from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError, RecordError, describe_error
 from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, find_task_type
-from lorasweep.methods.method import Method, clear_tie_setting, copy_sharing_weights, round_to_frozen_dtype
+from lorasweep.methods.method import (
+    Method,
+    clear_tie_setting,
+    copy_sharing_weights,
+    replace_parameters,
+    round_to_frozen_dtype,
+)
 from lorasweep.models.load import BaseModel
 
 ADAPTER = "default"
 """PEFT's name of the only adapter of a model."""
 INIT = "init_lora_weights"
-INITS_KEEPING_BASE = (True, False, None, "gaussian", "orthogonal", "mica")
-"""Values of PEFT's `init_lora_weights` that do not change the base's weights."""
-LORA_PARTS = {"lora_A": (1, 0), "lora_B": (-1, 1)}
-"""How PiSSA's initial A and B are joined to the trained ones: the sign, and the dimension of the rank."""
+INITS = (True, False, None, "gaussian", "orthogonal", "mica", "pissa")
+"""Values of PEFT's `init_lora_weights` that need no data, and that PEFT works out again when it loads the adapter."""
 REFUSED_KEYS = (
     *("megatron_config", "megatron_core"),  # PEFT would import the module that they name
     *("arrow_config", "kasa_config", "monteclora_config", "use_asa"),  # need another loss or other calls in training
@@ -75,8 +77,6 @@ class PeftMethod(Method):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder.parent) as temporary, quiet_peft():
             wrapper.save_pretrained(temporary, save_embedding_layers=False)  # True or "auto" may ask the hub
-            if initial := model.__dict__["_peft_initial"]:
-                _subtract_initial_update(Path(temporary), initial)
             # weights first: if the process stops in between, a folder with a configuration still has its weights
             for name in (WEIGHTS_FILE, CONFIG_FILE):
                 write_atomically(folder / name, (Path(temporary) / name).read_bytes())
@@ -121,7 +121,7 @@ class PeftMethod(Method):
                 f"the adapter must be one that PEFT can merge into the base, but: {describe_error(error)}. "
                 "Only PEFT can use it: `lorasweep export --format peft`."
             ) from error
-        del model.__dict__["_peft_model"], model.__dict__["_peft_initial"]
+        del model.__dict__["_peft_model"]
         model.__dict__.pop("peft_config", None)
         clear_tie_setting(model)
         round_to_frozen_dtype(model)
@@ -154,15 +154,11 @@ def build_peft_config(settings: Mapping[str, Any], model: nn.Module, *, new_head
             config: Any = kinds[kind](**settings)
     except (TypeError, ValueError, ImportError, AttributeError) as error:
         raise _refuse(f"make {kind}", error) from error
-    _check_config(config, inits=(*INITS_KEEPING_BASE, "pissa"))
+    _check_config(config)
     return config
 
 
-def is_pissa(config: Any) -> bool:
-    return str(getattr(config, INIT, True)).startswith("pissa")
-
-
-def _check_config(config: Any, *, inits: Sequence[Any] = INITS_KEEPING_BASE) -> None:
+def _check_config(config: Any) -> None:
     """Raises a ConfigError if PEFT accepts a configuration, but a run can't do what it asks for."""
     kind, init = config.peft_type.value, getattr(config, INIT, True)
     if kind == "ADALORA":  # drops ranks after each step
@@ -171,8 +167,8 @@ def _check_config(config: Any, *, inits: Sequence[Any] = INITS_KEEPING_BASE) -> 
         value = getattr(config, field.name)
         if field.name in REFUSED_KEYS and value not in (field.default, None, False):
             raise ConfigError(f"`method.config.{field.name}` must be left out, because no run can do it: {value!r}.")
-    if ("pissa" if is_pissa(config) else init) not in inits:  # others write to the base's weights, or need data
-        choices = ", ".join(map(str, inits))
+    if init not in INITS:
+        choices = ", ".join(map(str, INITS))
         raise ConfigError(f"`method.config.{INIT}` must be one of {choices}, but got {init!r}.")
 
 
@@ -181,19 +177,17 @@ def add_adapter(
 ) -> None:
     """Lets PEFT replace layers of a copy of the base, in place. The base's weights do not change.
 
-    Without `has_values` the adapter has no initial values and needs no memory. PiSSA gives the copy's layers
-    weights of their own, and those that it adapts lose their principal part.
+    Without `has_values` the adapter has no initial values and needs no memory. With PiSSA (arXiv 2404.02948), the copy
+    has parameters of its own, and those of adapted layers lose their principal part.
 
     Raises ConfigError if PEFT can't make these layers for the model.
     """
     peft, kind = import_peft(), peft_config.peft_type.value
-    subtracts_part = is_pissa(peft_config)
-    if subtracts_part and not has_values:
-        peft_config, subtracts_part = replace(peft_config, **{INIT: True}), False  # it reads the weights
-    if subtracts_part:  # PEFT gives a layer's parameter new data, which no other layer may share
-        for module in model.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(parameter.detach(), requires_grad=False))
+    is_pissa = getattr(peft_config, INIT, True) == "pissa"
+    if is_pissa and not has_values:
+        peft_config = replace(peft_config, **{INIT: True})  # PiSSA reads the weights
+    elif is_pissa:  # PEFT gives parameters new data, so they must not be those of the base
+        replace_parameters(model, {p: nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()})
     shared = {id(parameter) for parameter in model.parameters()}
     try:
         with quiet_peft():
@@ -214,28 +208,6 @@ def add_adapter(
         if not any(name.startswith(f"{head}.") for name in trained):
             raise ConfigError(f"`method.config` must train the new head `{head}`, but {kind} does not.")
     model.__dict__["_peft_model"] = wrapper  # not an attribute, which would put the model into itself
-    named = peft.get_peft_model_state_dict(wrapper, save_embedding_layers=False) if subtracts_part else {}
-    model.__dict__["_peft_initial"] = {
-        key: tensor.clone() for key, tensor in named.items() if key.split(".")[-2] in LORA_PARTS
-    }
-
-
-def _subtract_initial_update(folder: Path, initial: Mapping[str, Tensor]) -> None:
-    """Rewrites a saved PiSSA (arXiv 2404.02948) as a LoRA of twice the rank: B A − B0 A0, for the base as it is.
-
-    PEFT's own conversion needs the initial adapter on disk, and adds it to the model that trains.
-    """
-    tensors = load_file(folder / WEIGHTS_FILE)
-    for key, start in initial.items():
-        sign, dim = LORA_PARTS[key.split(".")[-2]]
-        tensors[key] = torch.cat([tensors[key], sign * start.cpu()], dim=dim)
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    factor = math.sqrt(2) if config["use_rslora"] else 2  # of α, so that the scaling stays
-    config |= {INIT: True, "r": 2 * config["r"], "lora_alpha": factor * config["lora_alpha"]}
-    for name, times in (("rank_pattern", 2), ("alpha_pattern", factor)):
-        config[name] = {key: times * value for key, value in (config[name] or {}).items()}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def get_wrapper(model: nn.Module) -> Any:

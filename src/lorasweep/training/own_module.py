@@ -303,7 +303,7 @@ class OwnModuleRun(lightning.Callback):
         self.step_losses = torch.zeros(0)
         self._step_began = 0.0
         module.strict_loading = False  # a checkpoint has only the trained parameters
-        if self.method.name != "full":
+        if config.method.kind != "full":
             # Running statistics belong to the frozen base, and the files of other methods could not keep them.
             for norm in (part for part in module.modules() if hasattr(part, "running_mean")):
                 norm.eval()

@@ -21,7 +21,7 @@ from .conftest import stream
 
 CONFIGS = [
     LoraConfig(rank=2, alpha=3, dropout=0.1, rank_pattern={"1.up": 5}),
-    LoraConfig(rank=1, targets=("proj", "embed"), scaling="alpha_over_sqrt_rank"),
+    LoraConfig(rank=1, targets=("proj",), scaling="alpha_over_sqrt_rank"),
     LoraConfig(rank=4, targets=("proj",), modules_to_save=("out",)),
 ]
 
@@ -70,10 +70,10 @@ def test_a_filled_slot_starts_as_its_solo_run_and_the_others_stay(both, make_mod
 def test_layers_that_no_slot_adapted_are_added(make_model, make_pack):
     both = make_pack(make_model, [LoraConfig(rank=2, targets=("up",))] * 2)
     before = states(both.pack)[0]
-    fill_slot(both.pack, 1, LoraConfig(rank=2, targets=("0.proj", "embed"), modules_to_save=("out",)))
+    fill_slot(both.pack, 1, LoraConfig(rank=2, targets=("0.proj",), modules_to_save=("out",)))
     assert list(packed_trained_modules(both.pack)) == ["out"]
     assert_identical(lora_state(slot_model(both.pack, 0)), before)
-    assert list(packed_layers(both.pack)) == ["embed", "layers.0.up", "layers.0.proj", "layers.1.up"]
+    assert list(packed_layers(both.pack)) == ["layers.0.up", "layers.0.proj", "layers.1.up"]
     assert both.pack(torch.zeros(2, 5, dtype=torch.long)).shape == (2, 5, 11)
 
 
@@ -106,7 +106,7 @@ def test_compaction_keeps_the_slots_asked_for_in_that_order(both):
 
 def test_compaction_drops_what_no_slot_needs(both):
     compact_slots(both.pack, [1])
-    assert list(packed_layers(both.pack)) == ["embed", "layers.0.proj", "layers.1.proj"]
+    assert list(packed_layers(both.pack)) == ["layers.0.proj", "layers.1.proj"]
     assert {len(layer.lora_a) for layer in packed_layers(both.pack).values()} == {1}
     assert not packed_trained_modules(both.pack)
     assert isinstance(both.pack.out, nn.Linear)

@@ -158,7 +158,7 @@ def test_a_grid_is_each_combination_once(seed):
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
 def test_the_order_of_keys_and_choices_in_the_file_changes_nothing(sampler):
-    space = SPACE | {"method.init": CategoricalDistribution(["default", "gaussian"])}
+    space = SPACE | {"method.targets": CategoricalDistribution(["all-linear", "up_proj"])}
     turned = {
         key: CategoricalDistribution(d.choices[::-1]) if isinstance(d, CategoricalDistribution) else d
         for key, d in reversed(space.items())

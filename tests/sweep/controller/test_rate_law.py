@@ -46,7 +46,7 @@ RATES = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
         ({}, {"method.alpha": [0, 16]}, {"method.alpha": 0}, 1),
         ({"optim": "adamw"}, {}, {}, 16),
         # without a scaling, and with another optimizer than Adam, u is the learning rate
-        *((settings, {}, {}, 1) for settings in ({"method": "full"}, {"method": "bitfit"}, {"optim": "sgd"})),
+        *((settings, {}, {}, 1) for settings in ({"method": "full"}, {"method": "intrinsic"}, {"optim": "sgd"})),
     ],
 )
 def test_u_is_the_rate_times_the_root_of_scaling_rank_and_ratio(build_law, settings, space, params, expected):

@@ -82,7 +82,7 @@ def quantizations(definition):
 
 def test_arms_that_train_weights_of_the_base_have_it_unquantised(read, content):
     content["settings"]["model.quantization"] = "nf4"
-    content["arms"]["head"] = {"settings": {"method": "head"}}
+    content["arms"]["head"] = {"settings": {"method": "full", "method.parameters": "lm_head.*"}}
     definition = read(content)
     assert quantizations(definition) == {"frozen": {"nf4"}, "lora": {"nf4"}, "full": {"none"}, "head": {"none"}}
 

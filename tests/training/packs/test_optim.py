@@ -36,8 +36,8 @@ def make_llama():
 LLAMA_SLOTS = (
     LoraConfig(rank=1, alpha=4),
     LoraConfig(rank=4, alpha=8, scaling="alpha_over_sqrt_rank", targets=("q_proj", "v_proj"), dropout=0.2),
-    LoraConfig(rank=3, init="gaussian", targets=("up_proj", "embed_tokens", "k_proj"), dropout=0.5),
-    LoraConfig(rank=2, init="orthogonal", targets=("o_proj",), layers=(1,), modules_to_save=("lm_head",)),
+    LoraConfig(rank=3, targets=("up_proj", "k_proj"), dropout=0.5),
+    LoraConfig(rank=2, targets=("o_proj",), layers=(1,), modules_to_save=("lm_head",)),
 )
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten  # see lora.fully_t
 
 from lorasweep.lora.fully_trained import TrainedModule, call_in_precision_of
 from lorasweep.lora.functional import SlotGroup, UpdateFactor
-from lorasweep.lora.layer_kinds import is_linear, matrix_shape
+from lorasweep.lora.layer_kinds import matrix_shape
 from lorasweep.lora.layers import AdaptedLayer, LoraLayer
 from lorasweep.lora.packed.slots import Slots, check_rows
 from lorasweep.lora.packed.stacks import MatrixStack
@@ -64,7 +64,7 @@ class PackedLoraLayer(SlotRows, AdaptedLayer):
         # slot-major rows: then the rows of a slot, and of a group of slots, are one view of x without a copy
         check_rows(x, self.slots.num_slots)
         rates = [layer.config.dropout if layer else 0.0 for layer in self.layers]
-        is_dropped = self.training and any(rates) and not isinstance(self.base, nn.Embedding)
+        is_dropped = self.training and any(rates)
         keep = self.slots.draw_keep_mask(x, rates=rates) if is_dropped else None
         # tensors in fp32 or wider, and no buffers, because casting the model to bf16 would round buffers
         dtype = torch.float64 if torch.float64 in (x.dtype, self.lora_a[0].dtype) else torch.float32
@@ -94,7 +94,7 @@ class PackedLoraLayer(SlotRows, AdaptedLayer):
     def _find_stacks(self) -> list[tuple[MatrixStack, MatrixStack]]:
         """Returns A and B of each group, in the dtype of the products that `add_update` computes."""
         like, device_type = self.lora_a[0], self.weight.device.type
-        if self.calls_base or not is_linear(self.base):
+        if self.calls_base:
             dtype = like.dtype
         else:
             is_autocast = torch.is_autocast_enabled(device_type)

@@ -189,7 +189,7 @@ def build_arm_row(arm: Arm) -> ArmRow:
     config = arm.base
     return ArmRow(
         name=arm.name,
-        method=config.method.name,
+        method=config.method.kind,
         trials=arm.trials,
         steps=config.num_steps,
         settings=dict(arm.settings),

@@ -37,11 +37,11 @@ def list_questions(definition: Definition) -> list[Question]:
     - Without `full`, each arm that trains is compared with the first one: with its largest value, if it has several.
     """
     trained = [arm for arm in definition.arms if not arm.base.method.trains_nothing]
-    full = next((arm for arm in trained if arm.base.method.name == "full"), None)
+    full = next((arm for arm in trained if arm.base.method.kind == "full"), None)
     subjects = {arm.name: [subject.name for subject in arm.subjects] for arm in definition.arms}
     asked: list[tuple[QuestionName, Arm, list[str], str | None]] = []
     for arm in trained if full else ():
-        if arm.base.method.name != "full":
+        if arm.base.method.kind != "full":
             asked.append(("as_good_as_full", arm, subjects[arm.name], full.name if full else None))
     asked += [("smallest", arm, subjects[arm.name], None) for arm in trained if arm.confirm_each in SIZE_KEYS]
     if full is None:
@@ -102,7 +102,7 @@ def find_warnings(definition: Definition) -> list[str]:
             "`data.answers` has no effect, because answers are generated in the confirm stage. Set `confirm.seeds`, or "
             "`data.answers.on_validation=true`."
         )
-    methods = {config.method.name for arm in definition.arms for config in arm.corner_configs}
+    methods = {config.method.kind for arm in definition.arms for config in arm.corner_configs}
     missing = [f"`method={name}`" for name in ("full", "frozen") if name not in methods]
     if confirm.seeds and list_questions(definition) and missing and parse_margin(confirm.margin).is_share_of_gain:
         warnings.append(
