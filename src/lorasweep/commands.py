@@ -341,7 +341,6 @@ def _say_run(result: RunResult, job: str) -> int:
 def help(arguments: argparse.Namespace) -> Outcome:
     """Explains the settings of a key or a group, or a command; without a name, lists the groups and the commands."""
     from lorasweep.config.command_line import describe_groups
-    from lorasweep.config.compose import find_setting
     from lorasweep.config.reference import list_fields, list_settings
     from lorasweep.sweep.definition.sweep_file import ArmConfig
     from lorasweep.wording import shorten, suggest_nearest
@@ -356,8 +355,10 @@ def help(arguments: argparse.Namespace) -> Outcome:
         say(parser.format_help().removesuffix("\n"))
     elif not shown:
         names = [*arguments.commands, *(part for one in settings for part in (one.key, one.key.partition(".")[0]))]
-        near = find_setting(name) or suggest_nearest(name, names)
-        raise ConfigError(f"`lorasweep help` must get a setting, a group or a command, but got {shorten(name)}.{near}")
+        raise ConfigError(
+            f"`lorasweep help` must get a setting, a group or a command, but got {shorten(name)}."
+            f"{suggest_nearest(name, names)}"
+        )
     for line in groups.splitlines():
         if line.startswith(f"  {name}="):  # with the options that have no settings
             say(line.strip())

@@ -19,11 +19,11 @@ MAX_EXTRA_DECIMALS = 2
 
 
 def suggest_nearest(name: str, choices: Iterable[str]) -> str:
-    """Returns ` Did you mean ...?` with the nearest choice, or an empty string if no choice is near."""
+    """Returns ` Did you mean ...?` with the nearest choice; an empty string if no choice is near, or one is `name`."""
     options = list(choices)
     endings = [option for option in options if option.endswith(f".{name}")]
     matches = endings or difflib.get_close_matches(name, options, n=1, cutoff=0.6)
-    return f" Did you mean `{matches[0]}`?" if matches else ""
+    return f" Did you mean `{matches[0]}`?" if matches and name not in options else ""
 
 
 def shorten(value: Any, limit: int = 60) -> str:

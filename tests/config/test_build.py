@@ -66,7 +66,7 @@ def test_build_makes_nested_settings_that_come_back_from_mappings():
         ("shape", {"name": "round", "radius": 1, "side": 1}, "`page.shape.side` is not a setting."),
         ("shape", {"name": "box", "sides": ["a"]}, "`page.shape.sides` must be a whole number, but got 'a'."),
         ("shape", "round", "`page.shape`"),
-        ("titel", "t", r"`page.titel` is not a setting. Did you mean `title`\? .* are title, shape"),
+        ("titel", "t", r"`page.titel` is not a setting. Did you mean `page.title`\? .* are title, shape"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_key(name, value, message):

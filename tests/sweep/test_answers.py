@@ -58,7 +58,7 @@ def content(tmp_path, monkeypatch):
         (["arms.lora.data.answers.score=last_number"], "`data.answers` must be the same for all arms"),
         (["data.answers.max_new_tokens=0"], "`data.answers.max_new_tokens >= 1` must hold"),
         (["data.answers.score=last_number", "data.max_length=2"], "data.max_length"),
-        (["data=stdlib_docs", "data.answers.score=exact_match"], "is not a setting. It is one of `data=chat`"),
+        (["data=stdlib_docs", "data.answers.score=exact_match"], "`data.answers` is a setting of `data=chat`"),
     ],
 )
 def test_a_wrong_request_is_one_sentence_and_exit_code_2(content, tmp_path, capsys, overrides, said):

@@ -144,7 +144,7 @@ def test_keys_that_only_conversations_have_are_checked_when_the_kind_of_data_is_
 
 def test_a_wrong_key_is_refused_when_the_kind_of_data_is_known(here, capsys):
     draft(MODEL, "data.train=topics.csv", "data.template=plain", code=WRONG_REQUEST)
-    assert "`data.template` is not a setting. It is one of `data=chat`" in capsys.readouterr().err
+    assert "`data.template` is a setting of `data=chat`" in capsys.readouterr().err
 
 
 def test_examples_of_test_that_are_cut_off_are_said_in_the_file(here):

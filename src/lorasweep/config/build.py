@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from types import UnionType
@@ -59,7 +59,7 @@ class Settings:
         """Returns values by the names of the fields. Raises pydantic's error if a key is no field."""
         if not isinstance(values, Mapping):  # the class was called directly: Python checks the names
             return values
-        names = list(cls.__dataclass_fields__)
+        names = [f.name for f in fields(cls)]
         values = {"target" if name == TARGET and "target" in names else name: value for name, value in values.items()}
         unknown = {name: value for name, value in values.items() if name not in names}
         if "arguments" in names:
@@ -143,17 +143,24 @@ def list_declared_types(kind: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, get_origin(kind) or kind
 
 
+def make_unknown_error(key: str, name: str, names: Sequence[str], *, others: Iterable[str] = ()) -> UnknownSettingError:
+    """Returns the error for a setting `name` of `key` that is none of `names`; `others` are dotted keys elsewhere."""
+    unknown, *known = [f"{key}.{each}".lstrip(".") for each in (name, *names)]
+    others = [other for other in others if not f"{other}.".startswith(f"{unknown}.")]
+    near = suggest_nearest(unknown, known) or suggest_nearest(unknown, others)
+    place = f"of `{key}` " if key else ""
+    return UnknownSettingError(
+        f"`{unknown}` is not a setting.{near} The settings {place}are {', '.join(names)}.", key=unknown
+    )
+
+
 def _make_error(errors: Sequence[ErrorDetails], values: Any, *, key: str) -> ConfigError:
     """Returns one sentence for the first of pydantic's errors: the dotted key, what must hold, and the value."""
+    others = dotted_items(values, f"{key}.".lstrip(".")) if isinstance(values, Mapping) else ()
     key = ".".join(filter(None, (key, *_find_names(errors[0], values))))
     if errors[0]["type"] == "unknown_key":
         context = errors[0]["ctx"]
-        unknown, place = (f"{key}.{context['name']}", f"of `{key}` ") if key else (context["name"], "")
-        near = suggest_nearest(context["name"], context["names"])
-        listed = ", ".join(context["names"])
-        return UnknownSettingError(
-            f"`{unknown}` is not a setting.{near} The settings {place}are {listed}.", key=unknown
-        )
+        return make_unknown_error(key, context["name"], context["names"], others=[other for other, _ in others])
     sentence = _describe(errors[0], key)
     # A union such as `int | Literal["auto"]` has an error for each member.
     words = [error["ctx"]["expected"] for error in errors[1:] if error["type"] == "literal_error"]

@@ -49,16 +49,6 @@ COMPONENT_SETTINGS: Mapping[str, frozenset[str]] = {
 """Keys beside a `_target_` that lorasweep reads and the class does not get, for each component that has any."""
 SWEEP_GROUPS = frozenset(f.name for f in fields(SweepConfig))
 """Groups of settings that belong to a sweep and not to its runs: the first parts of their keys."""
-PEFT_ALIASES: Mapping[str, str] = {
-    "r": "method.rank",
-    "lora_alpha": "method.alpha",
-    "lora_dropout": "method.dropout",
-    "target_modules": "method.targets",
-    "exclude_modules": "method.exclude",
-    "use_dora": "method=peft 'method.config={peft_type: LORA, target_modules: all-linear, use_dora: true}'",
-    "use_rslora": "method.scaling=alpha_over_sqrt_rank",
-}
-"""Fields of `peft.LoraConfig` that users type by habit, with the setting that does the same."""
 LIST_GROUPS = ("logger", "callbacks")
 """Groups that hold several named components. Several options may be chosen: `logger=[tensorboard,csv]`."""
 
@@ -73,14 +63,6 @@ def find_user_conf() -> Path | None:
     """Returns `conf/` of the current folder; None if there is none or it is the packaged one."""
     folder = Path.cwd() / "conf"
     return folder if folder.is_dir() and folder.resolve() != packaged_folder("conf").resolve() else None
-
-
-def find_replacements() -> list[Path]:
-    """Returns the files of the user's `conf/` that replace different files of the packaged one."""
-    if (user := find_user_conf()) is None:
-        return []
-    pairs = [(file, packaged_folder("conf") / file.relative_to(user)) for file in sorted(user.rglob("*.yaml"))]
-    return [file for file, own in pairs if own.is_file() and file.read_bytes() != own.read_bytes()]
 
 
 class SearchUserConf(SearchPathPlugin):
@@ -158,23 +140,11 @@ def _build(kind: type[T], values: Mapping[str, Any]) -> T:
     try:
         return build(kind, values)
     except UnknownSettingError as error:
-        known = [key for key, _ in dotted_items(values) if key != error.key]
-        own = "".join(f" {str(file)!r} replaces lorasweep's own file; rename it." for file in find_replacements()[:1])
-        raise ConfigError(
-            f"`{error.key}` is not a setting.{find_setting(error.key) or suggest_nearest(error.key, known)} "
-            f"`lorasweep help` lists the groups, `--cfg job` every key.{own}"
-        ) from error
-
-
-def find_setting(key: str) -> str:
-    """Returns a sentence on the setting that PEFT's users mean by a key, or on the options that have the key."""
-    group, _, name = key.rpartition(".")
-    if group in ("", "method") and name in PEFT_ALIASES:
-        return f" PEFT's `{name}` is `{PEFT_ALIASES[name]}` here."
-    is_group = group in default_options("train") or group in default_options("sweep")
-    files = sorted((packaged_folder("conf") / group).glob("*.yaml")) if is_group else []
-    options = [f"`{group}={file.stem}`" for file in files if name in OmegaConf.load(file).keys()]  # noqa: SIM118 (`in` skips keys that are `???`)
-    return f" It is one of {join_words(options, last='and of')}." if options else ""
+        group, _, name = error.key.rpartition(".")
+        files = sorted((packaged_folder("conf") / group).glob("*.yaml")) if group else []
+        options = [f"`{group}={file.stem}`" for file in files if name in OmegaConf.load(file).keys()]  # noqa: SIM118 (`in` skips keys that are `???`)
+        known = f"`{error.key}` is a setting of {join_words(options, last='and of')} only."
+        raise ConfigError(known if options else str(error)) from error
 
 
 def refuse_secrets(values: Mapping[str, Any]) -> None:

@@ -23,12 +23,13 @@ from lorasweep.config.build import (
     as_settings,
     convert,
     dotted_items,
+    make_unknown_error,
 )
 from lorasweep.config.components import Component
 from lorasweep.config.data import DataConfig, Direction
 from lorasweep.config.method import MethodConfig
 from lorasweep.errors import ConfigError
-from lorasweep.wording import join_words, suggest_nearest
+from lorasweep.wording import join_words
 
 ModelKind = Literal["causal_lm", "classifier"]
 Attention = Literal["auto", "sdpa", "sdpa_fp32", "eager", "flash_attention_2"]
@@ -133,11 +134,7 @@ class ScheduleConfig(Settings):
         known = SCHEDULE_ARGUMENTS.get(self.name, ())
         for name, value in self.arguments.items():
             if name not in known:
-                named = ("name", "warmup_fraction", *known)
-                raise ConfigError(
-                    f"`schedule.{name}` is not a setting.{suggest_nearest(str(name), named)} The settings of "
-                    f"`schedule={self.name}` are {', '.join(named)}."
-                )
+                raise make_unknown_error("schedule", str(name), ["name", "warmup_fraction", *known])
             if name == "decay_fraction":
                 convert(Fraction, value, key="schedule.decay_fraction")
 
@@ -215,10 +212,7 @@ class ModuleComponent(Component):
 
     cannot: ClassVar[Mapping[str, str]] = {
         "packs": "A LightningModule of your own (`module._target_`) has its own steps, which slots can't share.",
-        "shards": "`trainer.strategy` has no effect on your own LightningModule (`module._target_`).",
-        "compiles": "`trainer.compile` has no effect on your own LightningModule, which may compile its parts itself.",
         "unpads": "Your own LightningModule gets the batches of its data module as they are.",
-        "generates": "Your own LightningModule scores what it writes in its `test_step`.",
         "retains": "Your own LightningModule scores its own data alone.",
         "exports": "Your own LightningModule is no model of transformers. Use the weights in `best/` of the run.",
     }
@@ -285,16 +279,12 @@ Capability: TypeAlias = Literal[True] | str
 class Capabilities(NamedTuple):
     """Capabilities of runs with these settings. A loaded model may lack some of them.
 
-    They train together on one frozen base (`packs`), divide the weights over processes (`shards`), use `torch.compile`
-    (`compiles`), train without padding (`unpads`), answer examples (`generates`), are scored on `retain.data`
+    They train together on one frozen base (`packs`), train without padding (`unpads`), are scored on `retain.data`
     (`retains`), and become a model of transformers or an adapter of PEFT (`exports`).
     """
 
     packs: Capability
-    shards: Capability
-    compiles: Capability
     unpads: Capability
-    generates: Capability
     retains: Capability
     exports: Capability
 
@@ -358,14 +348,11 @@ class RunConfig(Settings):
     @property
     def capabilities(self) -> Capabilities:
         """The capabilities of the run. Packing, `retain.data`, export and unpadding read them."""
-        trainer, method, unsharded = self.trainer, self.method.name, self._find_unsharded()
+        trainer, method = self.trainer, self.method.name
         cannot: dict[str, Any] = {
             "packs": self._explain_packs(),
-            "shards": unsharded and f"`trainer.strategy` must be ddp with this value of `{unsharded}`.",
-            "compiles": trainer.is_sharded and "`trainer.compile` must be false unless the strategy is ddp.",
             "unpads": (trainer.compile or trainer.is_sharded)  # both have hooks of their own
             and "`trainer.compile` must be false and the strategy ddp.",
-            "generates": not hasattr(self.data, "answers") and f"`data={self.data.name}` has no answers; chats have.",
             "exports": self.method.trains_nothing and f"`method={method}` trains nothing. Use {self.model.path!r}.",
         }
         if self.module is not None:

@@ -66,11 +66,8 @@ def write_record(record: Any, folder: Path) -> None:
 def read_json(kind: type[T], path: Path) -> T:
     """Reads a record of a dataclass and ignores other keys. Raises RecordError if the file is no such record."""
     if not path.is_file():
-        others = path.parent.parent.glob("*") if not path.parent.exists() else ()
-        raise RecordError(
-            f"a {path.stem}'s folder must contain {path.name}, but {str(path.parent)!r} does not. Name another folder."
-            f"{suggest_nearest(str(path.parent), [str(folder) for folder in others if folder.is_dir()])}"
-        )
+        near = suggest_nearest(path.parent.name, [other.name for other in path.parent.parent.glob("*")])
+        raise RecordError(f"a {path.stem}'s folder must contain {path.name}, but {str(path.parent)!r} does not.{near}")
     try:
         with open_inside(path.parent, path) as file:
             record: T = _adapter(kind).validate_json(file.read(), strict=True)  # type: ignore[arg-type]

@@ -22,7 +22,6 @@ from lorasweep.disk import is_running
 from lorasweep.errors import RecordError
 from lorasweep.record import (
     STATES,
-    SWEEP_FILE,
     ArmRow,
     SweepRecord,
     Trial,
@@ -31,7 +30,7 @@ from lorasweep.record import (
     list_confirm_runs,
     read_sweep,
 )
-from lorasweep.wording import UNKNOWN, format_seconds, format_settings, suggest_nearest
+from lorasweep.wording import UNKNOWN, format_seconds, format_settings
 
 MAX_SHOWN_RUNS = 16
 """Maximum number of running trials that are listed below the table."""
@@ -129,14 +128,6 @@ class SweepStatus:
 
 def read_status(folder: Path) -> SweepStatus:
     """Reads the state of a sweep. Raises `RecordError` if the folder has no sweep, or if its record is damaged."""
-    path = folder / SWEEP_FILE
-    if not path.is_file():
-        others = [str(other.parent) for other in folder.parent.glob(f"*/{SWEEP_FILE}")]
-        raise RecordError(
-            f"`lorasweep status` must get the folder of a sweep, but {str(folder)!r} "
-            f"{f'has no {SWEEP_FILE}' if folder.is_dir() else 'does not exist'}. A sweep that was just started makes "
-            f"it once the model and the data are loaded.{suggest_nearest(str(folder), others)}"
-        )
     record = read_sweep(folder)
     arms = []
     for row in record.arms:

@@ -23,10 +23,9 @@ def find_files(given: str, *, key: str) -> list[Path]:
             return [path]
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
         if not found:
-            entries = path.parent.iterdir() if path.parent.is_dir() else ()
-            # without suffixes, which make any two names similar
-            names = [str(path.parent / entry.name) for entry in entries if suggest_nearest(path.stem, [entry.stem])]
-            raise ConfigError(f"`{key}` must name an existing file, but got {given!r}.{suggest_nearest(given, names)}")
+            names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+            near = suggest_nearest(path.name, names)
+            raise ConfigError(f"`{key}` must name an existing file, but got {given!r}.{near}")
         return found
     except (OSError, RuntimeError) as error:  # a folder is closed to this user, a name is too long, ~USER is unknown
         raise ConfigError(

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lorasweep.config.build import as_settings
+from lorasweep.config.build import as_settings, build
 from lorasweep.config.compose import SWEEP_GROUPS, compose_run, compose_sweep
 from lorasweep.config.data import DataConfig
 from lorasweep.config.run import RunConfig
@@ -23,10 +23,10 @@ from lorasweep.record import Subject, is_number
 from lorasweep.sweep.definition.overrides import NO_OVERRIDES, ArmSettings, SweepOverrides, fold_sweep
 from lorasweep.sweep.definition.sweep_file import (
     Space,
+    SweepFile,
     describe_space,
     list_corner_values,
     name_in_errors,
-    parse_file,
     read_content,
     require_folder_name,
 )
@@ -147,7 +147,7 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
 
 
 def _define(content: Any, overrides: SweepOverrides, *, source: Path | None) -> Definition:
-    file = parse_file(content)
+    file = build(SweepFile, content)
     common, arms = fold_sweep(file, overrides)
     sweep_config = compose_sweep(common)
     return Definition(

@@ -179,11 +179,9 @@ def fold_sweep(file: SweepFile, overrides: SweepOverrides) -> tuple[dict[str, An
     for override in overrides.settings:
         if not any(override in arm.taken for arm in folded):
             key = override.key if override.scope is None else f"arms.{override.scope}.{override.key}"
-            is_known = ".".join(override.key.split(".")[:2]) in DECLARED_KEYS
             raise ConfigError(
                 f"`{key}` must be a setting of at least one arm ({', '.join(arms)}), but is not."
-                f"{'' if is_known else suggest_nearest(key, DECLARED_KEYS)} Write `arms.ARM.KEY=VALUE` for one arm "
-                "only."
+                f"{suggest_nearest(key, DECLARED_KEYS)} Write `arms.ARM.KEY=VALUE` for one arm only."
             )
     return common, folded
 
@@ -231,10 +229,10 @@ def _fold_arm(name: str, arm: ArmConfig, file: SweepFile, overrides: SweepOverri
     if each and not (isinstance(range_, CategoricalDistribution) and len(range_.choices) > 1):
         with name_in_errors(f"arm `{name}`"):  # a wrong value of the key is the first cause
             compose_run({k: v for k, v in settings.items() if k.split(".")[0] not in SWEEP_GROUPS}, require_all=False)
-        near = "" if range_ else suggest_nearest(each, space)
         raise ConfigError(
             f"`arms.{name}.confirm_each` must be a swept key with a list of at least two choices, but got {each!r}."
-            f"{near} Write it in `space`, such as `method.rank: [1, 4, 16]`, or set `arms.{name}.confirm_each=null`."
+            f"{suggest_nearest(each, space)} Write it in `space`, such as `method.rank: [1, 4, 16]`, or set "
+            f"`arms.{name}.confirm_each=null`."
         )
     taken = [*(override for override in for_all if override.key not in lacking), *own]
     return ArmSettings(

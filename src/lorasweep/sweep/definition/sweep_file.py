@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic.dataclasses import dataclass
 
-from lorasweep.config.build import Positive, Settings, build
+from lorasweep.config.build import Positive, Settings
 from lorasweep.config.compose import packaged_folder
 from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES
 from lorasweep.errors import ConfigError, first_line
@@ -63,6 +63,8 @@ class SweepFile(Settings):
 
     def __post_init__(self) -> None:
         require_folder_name("`name`", self.name)
+        if not 1 <= len(self.arms) <= MAX_ARMS:
+            raise ConfigError(f"`arms` must have 1 to {MAX_ARMS} arms, but has {len(self.arms):,}.")
 
 
 def find_sweep_file(name: str) -> Path:
@@ -79,15 +81,12 @@ def find_sweep_file(name: str) -> Path:
             f"a sweep must be a name or a file, but {name!r} is the folder of one. To resume it, or to add to it, type "
             f"`lorasweep sweep --resume {shlex.quote(name)}`."
         )
-    if name.endswith((".yaml", ".yml")) or "/" in name:
-        path = Path(name)
-        if not path.is_file():
-            others = map(str, path.parent.glob("*.y*ml"))
-            raise ConfigError(f"a sweep file must exist, but {name!r} does not.{suggest_nearest(name, others)}")
+    path = Path(name)
+    if path.is_file() and (path.suffix in (".yaml", ".yml") or "/" in name):
         return path
     raise ConfigError(
         f"a sweep must be one of {', '.join(sorted(files))} or a YAML file, but got {name!r}."
-        f"{suggest_nearest(name, [*(path.name for path in Path.cwd().glob('*.y*ml')), *files])}"
+        f"{suggest_nearest(path.name, [*(other.name for other in path.parent.glob('*.y*ml')), *files])}"
         f"{f' Name data by `data.train={name}`.' if Path(name).is_file() else ''}"
     )
 
@@ -109,6 +108,8 @@ def read_content(source: Path | Mapping[str, Any]) -> Any:
     try:
         loaded = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else OmegaConf.load(source)
         content = OmegaConf.to_container(loaded, resolve=True)
+        if not isinstance(content, dict):
+            raise TypeError("it has no mapping with `arms`")
         json.dumps(content)  # the record keeps the content; YAML also has bytes and paths
         return make_paths_absolute(content)
     except Exception as error:  # PyYAML and OmegaConf raise errors of many classes
@@ -125,22 +126,6 @@ def make_paths_absolute(value: Any, key: str = "") -> Any:
     may_be_split = key.endswith(PATH_KEYS) and not (isinstance(value, str) and ("/" in value or "." in value))
     is_path = isinstance(value, str) and key.endswith(PATH_KEYS) and not may_be_split
     return os.path.abspath(value) if is_path and any(glob.iglob(value, recursive=True)) else value
-
-
-def parse_file(content: Any) -> SweepFile:
-    """Returns a sweep file from its content.
-
-    Raises:
-        ConfigError: A key is unknown or a value has the wrong type.
-    """
-    arms = content.get("arms") if isinstance(content, Mapping) else None
-    if not isinstance(arms, Mapping) or not arms:
-        keys = content if isinstance(content, Mapping) else ()
-        near = next(filter(None, (suggest_nearest(str(key), ["arms"]) for key in keys if key != "arms")), "")
-        raise ConfigError(f"a sweep file must be a mapping with at least one arm in `arms`, but has no arm.{near}")
-    if len(arms) > MAX_ARMS:
-        raise ConfigError(f"`arms` must have at most {MAX_ARMS} arms, but has {len(arms):,}. Sweep a key in `space`.")
-    return build(SweepFile, content)
 
 
 @contextmanager
@@ -171,10 +156,9 @@ def parse_range(key: str, value: Any, *, is_whole: bool) -> BaseDistribution:
     names = value.keys() if isinstance(value, Mapping) else set()
     log = value.get("log", False) if isinstance(value, Mapping) else None
     if not {"low", "high"} <= names <= set(RANGE_KEYS) or not isinstance(log, bool):
-        near = "".join(suggest_nearest(str(name), RANGE_KEYS) for name in names if name not in RANGE_KEYS)
         raise ConfigError(
             f"the range of `{key}` must be a list of choices, or a mapping with `low`, `high`, and perhaps `log: true` "
-            f"or `step`, but got {value!r}.{near}"
+            f"or `step`, but got {value!r}."
         )
     numbers = {name: number for name, number in value.items() if name != "log" and (name, number) != ("step", None)}
     for name, number in numbers.items():
