@@ -118,10 +118,7 @@ def test_each_process_holds_its_share_and_the_first_alone_writes(trained, alone)
     assert not list(trained.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.smoke] * (name in ("lora-ddp-1", "full-fsdp-3"))) for name in VARIANTS],
-)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_two_processes_learn_what_one_does(trained, alone, name):
     method, _, accumulate = name.split("-")
     two, one = trained / name, alone(f"{method}-{accumulate}", **VARIANTS[name])
@@ -177,6 +174,7 @@ def typed(*words):
     return ["train", *(f"{key}={value}" for key, value in settings.items()), *words]
 
 
+@pytest.mark.smoke
 def test_the_command_starts_processes_and_resumes(tmp_path, alone):
     done = start(tmp_path, "-m", "lorasweep", *typed("output=run", "trainer.strategy=fsdp", "trainer.max_steps=4"))
     assert done.returncode == 0, done.stderr
@@ -185,6 +183,7 @@ def test_the_command_starts_processes_and_resumes(tmp_path, alone):
     assert_equal_runs(tmp_path / "run", alone())
 
 
+@pytest.mark.smoke
 def test_a_step_of_srun_is_joined(tmp_path, alone):
     """Two processes with Slurm's variables, as srun starts them."""
     words = [sys.executable, "-m", "lorasweep", *typed("output=run", "trainer.strategy=ddp")]
