@@ -110,7 +110,7 @@ def test_trls_mixture_of_one_data_set_is_read(read):
     assert data_of(recipe) == {"data.path": "org/data", "data.subset": "en", "data.train": "test"}
 
 
-@pytest.mark.parametrize("described", ["[", "[]", '{"mine": 3}', '{"mine": {"columns": 3}}', "[" * 100_000])
+@pytest.mark.parametrize("described", ["[", "[]", '{"mine": 3}', '{"mine": {"columns": 3}}'])
 def test_damaged_descriptions_are_one_sentence(read, tmp_path, described):
     (tmp_path / "dataset_info.json").write_text(described)
     values = {"model_name_or_path": "org/base", "stage": "sft", "dataset": "mine", "dataset_dir": "."}
