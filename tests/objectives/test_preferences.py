@@ -30,7 +30,6 @@ from lorasweep.objectives.preferences import Preferences
 from lorasweep.sweep.cost import estimate_cost
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.measure import scale_up, train_briefly
-from lorasweep.training import reference as reference_file
 from lorasweep.training.evaluation import evaluate_model, score_split
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.module import check_run, prepare_model
@@ -241,48 +240,13 @@ def calls(monkeypatch):
     return seen
 
 
-def test_a_killed_computation_continues(tmp_path, calls, monkeypatch):
-    monkeypatch.setattr(reference_file, "SAVE_INTERVAL_S", 0.0)
-    config, true = make_config(), Preferences.compute_reference
-
-    def die(objective, model, batch):
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return true(objective, model, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Preferences, "compute_reference", die)
-        with pytest.raises(KeyboardInterrupt):
-            make_inputs(config, folder=tmp_path, number=40)
-    before = list(calls)
-    assert (len(before), len(read_files(tmp_path))) == (3, 1)
-    inputs = make_inputs(config, folder=tmp_path, number=40)
-    assert sum(calls) == 2 * 40
-    calls.clear()
-    whole = make_inputs(config, number=40)
-    assert sum(calls) == 2 * 40
-    for name in ("train", "validation"):
-        assert torch.equal(getattr(inputs.data, name).reference, getattr(whole.data, name).reference)
-    calls.clear()
-    make_inputs(config, folder=tmp_path, number=40)
-    assert calls == []
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "other rows", "positive"])
-def test_a_damaged_file_is_computed_again(tmp_path, calls, damage, capsys):
+def test_a_second_process_reads_the_numbers_of_the_first(tmp_path, calls):
     config = make_config()
-    inputs = make_inputs(config, folder=tmp_path)
-    train_file, validation_file = read_files(tmp_path)
-    content = train_file.read_bytes()
-    other = validation_file.read_bytes()
-    positive = content[:-8] + torch.tensor([3.0], dtype=torch.float64).numpy().tobytes()
-    train_file.write_bytes({"cut": content[:-5], "empty": b"", "other rows": other, "positive": positive}[damage])
+    first = make_inputs(config, folder=tmp_path)
     calls.clear()
-    again = make_inputs(config, folder=tmp_path)
-    assert sum(calls) == len(inputs.data.train)
-    assert "train" in capsys.readouterr().err
-    assert torch.equal(again.data.train.reference, inputs.data.train.reference)
-    assert train_file.read_bytes() == content
+    second = make_inputs(config, folder=tmp_path)
+    assert calls == []
+    assert torch.equal(second.data.train.reference, first.data.train.reference)
 
 
 def test_another_base_or_precision_has_its_own_numbers(tmp_path, calls):

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-from lorasweep.config.data import DataConfig
 from lorasweep.errors import ConfigError
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -140,8 +139,6 @@ class DataSource:
     """Returns the test split. The first call reads it, and later calls return the same object."""
     notes: tuple[str, ...] = ()
     """Notes for the user, for example the number of duplicates, or how a missing split was taken from train."""
-    split_again: Callable[[DataConfig], DataSource] | None = None
-    """Returns the same examples with other shares or limits of the splits. None if no setting changes these."""
 
 
 def collect_examples(name: str, items: list[Example], notes: tuple[str, ...] = ()) -> Examples[Example]:
@@ -191,13 +188,6 @@ def build_source(
     the same key count as duplicates; `shared` names what they share, for notes. `describe` returns notes about the
     training and validation examples.
     """
-    read = functools.cache(read)  # a table is freed when it has been parsed, and `split_again` needs its examples
-    again = functools.partial(build_source, train, read, kind=kind, key=key, describe=describe, split_off=split_off)
-    again = functools.partial(again, label_names=label_names, shared=shared)
-
-    def split_again(config: Any) -> DataSource:
-        return again(missing=config.split_percents, max_examples=getattr(config, "max_examples", {}))
-
     parts: dict[str, list[Example]] = {"train": train[0]}
     notes = list(train[1])
     if missing:
@@ -243,7 +233,6 @@ def build_source(
             *count_duplicates("validation", validation_items, others=["train"]),
             *describe(train_items, validation_items),
         ),
-        split_again=split_again,
     )
 
 

@@ -7,7 +7,6 @@ of its trials.
 from lorasweep.record.json_file import MAX_NUMBER, dump_row, is_number, write_record
 from lorasweep.record.run import (
     ANSWERS_FILE,
-    PATCH_FILE,
     RETAINED_SCORES_FILE,
     RUN_FILE,
     STEPS_FILE,

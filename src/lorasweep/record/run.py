@@ -25,7 +25,6 @@ ANSWERS_FILE = "{}_answers.csv"
 """Generated answers with their scores, of the split whose name replaces `{}`; `base` in a sweep's folder."""
 RETAINED_SCORES_FILE = "retained-{}.csv"
 """As `TEST_SCORES_FILE`, for a retained data set, whose name replaces `{}`."""
-PATCH_FILE = "code.patch"
 
 RunStatus = Literal["running", "complete", "stopped", "failed", "infeasible", "interrupted"]
 """`stopped`: the sweep ended the run at an evaluation. `infeasible`: the run does not fit in memory."""
@@ -57,8 +56,7 @@ class RunRecord:
     command: dict[str, Any] = field(default_factory=dict)
     """`arguments` of the command line, and the current `folder`, where relative paths start."""
     code: dict[str, Any] = field(default_factory=dict)
-    """`version` of lorasweep. A git checkout also has `commit` and `modified`; a modified one has `patch` (`file`
-    and `sha256`)."""
+    """`version` of lorasweep. A git checkout also has `commit` and `modified`."""
     packages: dict[str, str] = field(default_factory=dict)
     platform: dict[str, Any] = field(default_factory=dict)
     """`python`, `os`, `processor`, `instructions`, `cores`, `threads`, `device`, `gpu`, `cuda`, `cudnn`, `precision`,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import platform
 import resource
@@ -19,10 +18,9 @@ from typing import Any, Literal
 
 import torch
 
-from lorasweep.config.redaction import is_secret_name, redact
+from lorasweep.config.redaction import is_secret_name
 from lorasweep.config.run import TrainerConfig
 from lorasweep.errors import ConfigError
-from lorasweep.record import PATCH_FILE
 
 RECORDED_PACKAGES = (
     *("torch", "lightning", "transformers", "tokenizers", "safetensors", "torchmetrics", "numpy"),
@@ -36,8 +34,6 @@ NUMERIC_VARIABLES = (
     "PYTHONHASHSEED",
 )
 """Prefixes of environment variables that can change a run's results. No other variable is recorded."""
-CODE_FOLDERS = ("src", "conf", "sweeps", "pyproject.toml", "constraints.txt")
-"""Files and folders of a git checkout that can change a run's results."""
 Precision = Literal["bf16", "fp32"]
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -86,22 +82,14 @@ def has_cpu_bf16() -> bool:
 
 @cache
 def describe_code() -> dict[str, Any]:
-    """Returns lorasweep's version and, in a git checkout, its commit and the checksum of `code_patch`.
+    """Returns lorasweep's version and, in a git checkout, its commit and whether files differ from it.
 
     Cached, so that edits during a sweep do not change the records of its later runs.
     """
     described: dict[str, Any] = {"version": _get_version("lorasweep")}
     if commit := _run_git("rev-parse", "HEAD").strip():
         described |= {"commit": commit, "modified": bool(_run_git("status", "--porcelain", "-uno").strip())}
-    if patch := code_patch():
-        described["patch"] = {"file": PATCH_FILE, "sha256": hashlib.sha256(patch.encode()).hexdigest()}
     return described
-
-
-@cache
-def code_patch() -> str:
-    """Returns a patch for `git apply` from the recorded commit to the running code; "" if nothing was modified."""
-    return str(redact(_run_git("diff", "--no-ext-diff", "--no-color", "HEAD", "--", *CODE_FOLDERS)))
 
 
 def describe_command() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Keeps the base models and data sets that a process has loaded, for runs that cut or split the data differently."""
+"""Keeps the base models and data sets that a process has loaded, for runs that cut the data differently."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ TOKENISING_SETTINGS = frozenset(
     )
 )
 """Settings of data that are applied to its examples after they were read and assigned to splits."""
-SPLITTING_SETTINGS = frozenset(("test_fraction", "max_train_examples", "max_validation_examples", "max_test_examples"))
-"""Settings of data that assign its examples to splits after they were read."""
 
 
 class LoadedParts:
@@ -42,15 +40,10 @@ class LoadedParts:
 
     def read_source(self, config: DataConfig) -> DataSource:
         """Returns the examples of a data set. Errors as in `data.reading.read_source`."""
-
-        def list_differences(known: DataConfig) -> set[str]:
-            return {name for name, value in vars(config).items() if vars(known).get(name) != value}
-
         for known, source in self._sources:
-            if list_differences(known) <= TOKENISING_SETTINGS:
+            differences = {name for name, value in vars(config).items() if vars(known).get(name) != value}
+            if differences <= TOKENISING_SETTINGS:
                 return source
-        splitting = TOKENISING_SETTINGS | SPLITTING_SETTINGS
-        again = (source.split_again for known, source in self._sources if list_differences(known) <= splitting)
-        source = (next(again, None) or read_source)(config)
+        source = read_source(config)
         self._sources.append((config, source))
         return source

@@ -15,9 +15,7 @@ import lightning
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.method import LoraConfig
@@ -144,7 +142,7 @@ class TrainingModule(lightning.LightningModule):
         config, steps = self.config, self.trainer.max_steps
         if steps > 0:  # otherwise the Trainer has no `max_steps`, and the schedule has the length `trainer.max_steps`
             config = replace(config, trainer=replace(config.trainer, max_steps=steps))
-        return configure_optimizers(config, self.model, monitor="validation/loss")
+        return configure_optimizers(config, self.model)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self._step_began = time.perf_counter()
@@ -203,11 +201,7 @@ class TrainingModule(lightning.LightningModule):
         self.evaluation.update(scores.map(lambda values: values[:end]))
 
     def on_validation_epoch_end(self) -> None:
-        values = self._log_evaluation("validation")
-        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
-                if isinstance(scheduler, ReduceLROnPlateau):
-                    scheduler.step(values["loss"])
+        self._log_evaluation("validation")
 
     def on_test_epoch_start(self) -> None:
         # the metric bits per byte needs the bytes of the test text, not of the validation text
@@ -229,13 +223,12 @@ class TrainingModule(lightning.LightningModule):
     def _score(self, batch: Batch) -> ExampleScores:
         return self.objective.score(self.model, add_slot_settings(batch, [self.config], self.objective))
 
-    def _log_evaluation(self, split: str) -> dict[str, Tensor]:
+    def _log_evaluation(self, split: str) -> None:
         values = self.evaluation.compute()
         self.evaluation.reset()
         # The values are equal on all processes. Lightning demands a reduction, and `max` leaves equal values unchanged.
         named = {f"{split}/{name}": value for name, value in values.items()}
         self.log_dict(named, sync_dist=True, reduce_fx="max")
-        return values
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the trained parameters without the base, and the random state of every process."""

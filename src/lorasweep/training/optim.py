@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lorasweep.config.components import Component, instantiate, list_argument_names
 from lorasweep.config.run import OptimConfig, OptimizerComponent, RunConfig, ScheduleConfig
@@ -105,22 +103,9 @@ def build_schedule(config: RunConfig, optimizer: torch.optim.Optimizer) -> torch
     )
 
 
-def configure_optimizers(config: RunConfig, model: nn.Module, *, monitor: str | None = None) -> dict[str, Any]:
-    """Returns what Lightning's `configure_optimizers` returns, for a prepared model.
-
-    `monitor` is the metric of `ReduceLROnPlateau`; None refuses this schedule.
-    """
+def configure_optimizers(config: RunConfig, model: nn.Module) -> dict[str, Any]:
+    """Returns what Lightning's `configure_optimizers` returns, for a prepared model."""
     groups = METHODS[config.method.name].trainable_groups(model, lr_ratio_b=config.optim.lr_ratio_b)
     optimizer = build_optimizer(config.optim, groups)
     schedule = build_schedule(config, optimizer)
-    stepped: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
-    if isinstance(schedule, ReduceLROnPlateau):
-        if monitor is None:
-            raise ConfigError(
-                "`schedule._target_` must not be ReduceLROnPlateau with `module._target_`. Return it from the module's "
-                "`configure_optimizers`."
-            )
-        # Lightning would step it after `LightningRun` has written the checkpoint of the evaluation, so that a
-        # resumed run would miss the step. So Lightning never steps it, and `TrainingModule` does.
-        stepped |= {"monitor": monitor, "frequency": sys.maxsize}
-    return {"optimizer": optimizer, "lr_scheduler": stepped}
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -22,7 +22,6 @@ from lorasweep.disk import remove_leftovers, write_atomically
 from lorasweep.errors import Diverged
 from lorasweep.record import (
     ANSWERS_FILE,
-    PATCH_FILE,
     STEPS_FILE,
     RunRecord,
     RunStatus,
@@ -35,7 +34,6 @@ from lorasweep.record import (
 )
 from lorasweep.training.checkpoint import get_step, remove_checkpoints
 from lorasweep.training.environment import (
-    code_patch,
     describe_code,
     describe_command,
     describe_environment,
@@ -105,8 +103,6 @@ class RunLog:
             rows = read_steps(folder) if state else ()  # from step 0 not even an evaluation at step 0 is kept
             kept = [dump_row(row) + "\n" for row in rows if row["step"] <= get_step(state)]
             write_atomically(folder / STEPS_FILE, "".join(kept))
-        if "patch" in record.code and not (folder / PATCH_FILE).exists():
-            write_atomically(folder / PATCH_FILE, code_patch())
         write_record(record, folder)
 
     def note_trained(self, num_params: int) -> None:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from lorasweep.config.build import as_settings
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import choose_part
 from lorasweep.disk import write_atomically
-from lorasweep.errors import RecordError
 from lorasweep.methods import copy_sharing_weights
-from lorasweep.methods.base_weights import find_output_layer
 from lorasweep.objectives.data_splits import DataSplits
 from lorasweep.record import (
     ANSWERS_FILE,
     RETAINED_SCORES_FILE,
-    RUN_FILE,
     TEST_SCORES_FILE,
     RunRecord,
     compute_sha256,
@@ -35,7 +28,7 @@ from lorasweep.training.generation import score_answers
 from lorasweep.training.inputs import get_workload
 from lorasweep.training.restore import restore_model
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.training.run_log import RunFolder, check_score
+from lorasweep.training.run_log import check_score
 
 
 def score_run(
@@ -121,30 +114,3 @@ def write_base_answers(folder: Path, config: RunConfig, *, inputs: RunInputs) ->
         lines = score_answers(model, inputs.splits.test(), config=config, inputs=inputs).lines
         model.cpu()
         write_atomically(file, lines or "")  # also without answers, so that they are not tried again
-
-
-def copy_base_run(config: RunConfig, run_folder: RunFolder, *, inputs: RunInputs) -> RunRecord | None:
-    """Returns the record of a run of the unchanged base, copied from a run of the arm that differs in the seeds alone.
-
-    Returns None if there is no such run with the same base, data and precision, or if the seed makes a difference,
-    because the method trains or the base has a new random head.
-    """
-    if not config.method.trains_nothing:
-        return None
-    if inputs.base.new_head_names and find_output_layer(inputs.base.model, inputs.base) is None:
-        return None
-    splits, path = inputs.splits, run_folder.path
-    wanted = inputs.precision, inputs.base.fingerprint, splits.train.fingerprint, splits.validation.fingerprint
-    for folder in sorted(path.parent.glob(f"{run_folder.arm}-*")):
-        with suppress(RecordError):  # it has not begun, or is damaged
-            record = read_run(folder)
-            parts = (record.base, record.data["train"], record.data["validation"])
-            found = record.platform["precision"], *(part["fingerprint"] for part in parts)
-            with_seeds = replace(restore_config(record), seed=config.seed, seeds=config.seeds)
-            if (record.status, with_seeds, found) == ("complete", config, wanted):
-                shutil.copytree(folder, path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(RUN_FILE))
-                record.config, record.trial, record.wall_s = as_settings(config), run_folder.trial, 0.0
-                record.notes.append(f"The base is the one of {folder.name}, so its scores are that run's.")
-                write_record(record, path)  # last, because a record that is complete does not run again
-                return record
-    return None

@@ -27,7 +27,7 @@ from lorasweep.training.inputs import InputsCache
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.size import PackSize, choose_pack_size
 from lorasweep.training.run import train_run
-from lorasweep.training.score import copy_base_run, score_run, write_base_answers
+from lorasweep.training.score import score_run, write_base_answers
 
 POLL_INTERVAL_S = 2.0
 """Seconds until a worker asks again after it got no trial, while other workers train."""
@@ -118,9 +118,6 @@ class Worker:
     def _train_alone(self, assignment: Assignment) -> RunRecord:
         config, folder = assignment.config, assignment.run_folder
         inputs = self.inputs_cache.load(config)
-        if (record := copy_base_run(config, folder, inputs=inputs)) is not None:
-            self.controller.report([(assignment, record.steps_done, record.last)])
-            return record
         return (self.train_alone or train_run)(
             config,
             folder,
