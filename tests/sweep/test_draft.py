@@ -161,35 +161,16 @@ def write_table(path, names, rows=120):
     path.write_text("\n".join(lines) + "\n")
 
 
-def test_both_columns_of_a_pair_are_read_and_columns_that_are_not_used_are_named(here, capsys):
-    write_table(here / "pairs.txt", ["Quality", "#1 ID", "#1 String", "#2 String"])
-    settings = draft(MODEL, "data.train=pairs.txt")["settings"]
-    # the second text is the longer one, but the first one comes first
-    assert (settings["data.text"], settings["data.text_pair"]) == ("#1 String", "#2 String")
-    unused = "Columns that are not used: ['#1 ID']."
-    assert unused in capsys.readouterr().out
-    assert unused in (here / "mine.yaml").read_text()
-
-
-def test_a_sweep_without_a_file_names_columns_that_are_not_used_too(here, capsys):
-    write_table(here / "pairs.txt", ["Quality", "#1 ID", "#1 String", "#2 String"])
-    overrides = SweepOverrides.parse([MODEL, "data.train=pairs.txt"])
-    assert draft_definition(overrides, InputsCache()).arms[0].base.data.text_pair == "#2 String"
-    assert "Columns that are not used: ['#1 ID']." in capsys.readouterr().err
-
-
-def test_two_texts_that_may_be_no_pair_are_a_question(here, capsys):
+def test_columns_that_are_not_used_are_named(here, capsys):
     write_table(here / "texts.tsv", ["label", "id", "summary", "remark"])
     settings = draft(MODEL, "data.train=texts.tsv")["settings"]
     assert settings["data.text"] == "remark"
     assert "data.text_pair" not in settings
-    question = "Is 'summary' the second text of a pair? Then set `data.text_pair` to it."
-    assert question in capsys.readouterr().out
-    assert question in (here / "mine.yaml").read_text()
-    (here / "mine.yaml").unlink()
-    settings = draft(MODEL, "data.train=texts.tsv", "data.text=summary", "data.text_pair=remark")["settings"]
-    assert (settings["data.text"], settings["data.text_pair"]) == ("summary", "remark")
-    assert "second text" not in capsys.readouterr().out
+    unused = "Columns that are not used: ['id', 'summary']."
+    assert unused in capsys.readouterr().out
+    assert unused in (here / "mine.yaml").read_text()
+    draft_definition(SweepOverrides.parse([MODEL, "data.train=texts.tsv"]), InputsCache())
+    assert unused in capsys.readouterr().err
 
 
 def test_a_question_and_an_answer_with_a_named_label_are_a_pair_and_without_one_a_chat(here, capsys):

@@ -53,8 +53,6 @@ TEXT_COLUMNS: Mapping[str, str | None] = {
     **dict.fromkeys(("review", "content", "body")),
 }
 """Usual names of the column of texts, in the order in which they are tried, each with the column of second texts."""
-PAIR_MARKS = (("1", "2"), ("a", "b"), ("A", "B"))
-"""Marks by which the names of the two columns of a pair differ, as in `#1 String` and `#2 String`."""
 CHAT_COLUMNS = ("prompt", "input", "completion", "messages")
 COLUMN_KEYS = frozenset((*CHAT_COLUMNS, "chosen", "rejected"))
 """Settings that name columns of conversations and of pairs of answers."""
@@ -62,8 +60,6 @@ DATA_KEYS = frozenset(("data", "data.train", "data.path"))
 SOURCE_KEYS = ("data.path", "data.train", "data.subset", "data.revision")
 ROW_KEYS = frozenset(field.name for field in fields(RowSettings))
 """Settings that say how rows are read, whatever they hold."""
-MIN_TEXT_SHARE = 0.5
-"""Share of the values of a column that must have several words, so that the column may hold second texts."""
 RANKS = (1, 4, 16, 64)
 EPOCHS = 3
 MAX_VALIDATION_EXAMPLES = 1000
@@ -279,7 +275,7 @@ def _choose_data(
         )
     used = {**guessed, **settings}
     of_table = [used.get(f"data.{key}") for key in ("label", "text", "text_pair", "group")]
-    return {"data": "table", **guessed}, _describe_unused(columns, of_table, asks="data.text_pair" not in used)
+    return {"data": "table", **guessed}, _describe_unused(columns, of_table)
 
 
 def _choose_texts(
@@ -290,19 +286,10 @@ def _choose_texts(
     return texts if all(isinstance(value, str) for value in found) else {}
 
 
-def _describe_unused(
-    columns: Mapping[str, Sequence[Any]], used: Sequence[str | None], *, asks: bool = False
-) -> list[str]:
-    """Returns a sentence that names the columns that are not used; if it `asks`, also whether one has second texts."""
-    if not (unused := [name for name in columns if name not in used]):
-        return []
-    texts = [name for name in unused if _is_text(columns[name])]
-    ask = f" Is {texts[0]!r} the second text of a pair? Then set `data.text_pair` to it." if texts and asks else ""
-    return [f"Columns that are not used: {shorten(unused, 400)}.{ask}"]
-
-
-def _is_text(values: Sequence[Any]) -> bool:
-    return sum(isinstance(value, str) and " " in value.strip() for value in values) > MIN_TEXT_SHARE * len(values)
+def _describe_unused(columns: Iterable[str], used: Sequence[str | None]) -> list[str]:
+    """Returns a sentence that names the columns that are not used."""
+    unused = [name for name in columns if name not in used]
+    return [f"Columns that are not used: {shorten(unused, 400)}."] if unused else []
 
 
 def _guess_columns(columns: Mapping[str, Sequence[Any]], settings: Mapping[str, Any]) -> dict[str, str]:
@@ -327,23 +314,9 @@ def _guess_columns(columns: Mapping[str, Sequence[Any]], settings: Mapping[str, 
         free = [name for name in free if columns[name] and all(isinstance(value, str) for value in columns[name])]
         lengths = {name: fmean(map(len, columns[name])) for name in free}
         text = guess("data.text", "texts", TEXT_COLUMNS, sorted(free, key=lengths.__getitem__, reverse=True))
-        if "data.text_pair" not in settings and (pair := _find_pair(text, free)):
-            first, second = (name for name in columns if name in (text, pair))
-            guessed |= {"data.text": first, "data.text_pair": second}
+        if "data.text_pair" not in settings and TEXT_COLUMNS.get(text) in free:
+            guess("data.text_pair", "second texts", [str(TEXT_COLUMNS[text])], ())
     return guessed
-
-
-def _find_pair(text: str, others: Sequence[str]) -> str | None:
-    """Returns the column of second texts by its name: `#2 String` for `#1 String`. None if none or several fit."""
-    marked = {
-        text[:place] + new + text[place + 1 :]
-        for marks in PAIR_MARKS
-        for old, new in (marks, marks[::-1])
-        for place, character in enumerate(text)
-        if character == old
-    }
-    found = [name for name in others if name in marked or name == TEXT_COLUMNS.get(text)]
-    return found[0] if len(found) == 1 else None
 
 
 def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any], recipe: Recipe | None) -> dict[str, Any]:
