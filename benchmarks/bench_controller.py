@@ -70,15 +70,13 @@ class TrainingWorker:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.requests = 0
         self.assignment: Assignment | None = None
         self.steps: list[int] = []
 
     def advance(self, controller: Any, timed: Callable[..., Any]) -> None:
         """Makes one call."""
         if self.assignment is None:
-            self.requests += 1
-            self.assignment = timed("take", controller.take, worker=self.name, request=self.requests)
+            self.assignment = timed("take", controller.take, worker=self.name)
             if self.assignment is not None:
                 trainer = self.assignment.config.trainer
                 self.steps = list(range(trainer.eval_every_steps, trainer.max_steps + 1, trainer.eval_every_steps))
@@ -102,7 +100,7 @@ class TrainingWorker:
 
 def simulate(sweep: SweepFolder, num_workers: int) -> None:
     """Simulates a whole sweep and prints the durations of its calls."""
-    controller = Controller(sweep, session="bench")
+    controller = Controller(sweep)
     workers = [TrainingWorker(f"bench-{number}") for number in range(num_workers)]
     drawn, seconds, cpu_s = random.Random(0), {name: list[float]() for name in CALLS}, 0.0
 
@@ -133,11 +131,11 @@ def describe_ms(seconds: Sequence[float]) -> str:
 
 
 def measure_restart(path: Path) -> None:
-    """Prints the seconds that a restarted controller needs to read the journal."""
+    """Prints the seconds that the controller of a resumed sweep needs to read the journal."""
     began = time.perf_counter()
     sweep = reopen_sweep(path)
     read = time.perf_counter()
-    Controller(sweep, session="bench")
+    Controller(sweep)
     ended = time.perf_counter()
     size = (path / "journal.log").stat().st_size / 2**20
     print(

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -40,7 +41,7 @@ STEPS = 80
 """Optimizer steps of a trial whose processes are killed."""
 EVALUATIONS = "trainer.eval_every_steps=8"
 NUM_KILLS = (pytest.param(1, marks=pytest.mark.smoke), pytest.param(4, marks=pytest.mark.soak))
-"""How often a worker is killed, and the controller."""
+"""How often a worker is killed."""
 
 
 @pytest.fixture(scope="module")
@@ -60,43 +61,41 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize("num_kills", NUM_KILLS)
-def test_workers_and_controllers_that_are_killed_lose_nothing_and_all_of_ray_ends_with_the_sweep(
-    start, tmp_path, alone, num_kills
-):
+def test_workers_that_are_killed_lose_nothing_and_all_of_ray_ends_with_the_sweep(start, tmp_path, alone, num_kills):
     sweep = start("worker.num=2", "worker.pack_size=1", "sweep.output=out", f"trainer.max_steps={STEPS}", EVALUATIONS)
     wait_for(lambda: len(sweep.find("ray::WorkerActor")) == 2, sweep)
     check_listens_here_only(psutil.Process(sweep.process.pid).children(recursive=True))
     chance, folder, seen = random.Random(0), tmp_path / "out", 0
-    victims = ["ray::WorkerActor", "ray::ControllerActor"] * num_kills
-    while sweep.process.poll() is None and victims:
-        found = sweep.find(victims[0])
+    kills = 0
+    while sweep.process.poll() is None and kills < num_kills:
+        found = sweep.find("ray::WorkerActor")
         if not found or count_evaluations(folder) <= seen:
             time.sleep(0.05)
             continue
         time.sleep(chance.uniform(0, 3))
         with suppress(psutil.NoSuchProcess):
             chance.choice(found).kill()
-            victims.pop(0)
+            kills += 1
             seen = count_evaluations(folder)
     started = psutil.Process(sweep.process.pid).children(recursive=True) if sweep.process.poll() is None else []
     sweep.wait()
-    print(f"{2 * num_kills - len(victims)} of {2 * num_kills} killed")
-    assert len(victims) < 2 * num_kills - 1  # one of each at least: the sweep may be over before the last
+    assert kills  # the sweep may be over before the last
     check_whole(folder, steps=STEPS)
     # a trial that was continued repeats the steps after its checkpoint to the same bits
     for run, state in state_of(folder).items():
         assert state[:6] == alone[run][:6], run
     _, left = psutil.wait_procs(started, timeout=TIMEOUT_S)
     assert left == []
-    assert not list(folder.glob("pack-*.json"))
+    assert not list(folder.glob("pack-*.ckpt"))
 
 
-def test_a_sweep_whose_head_died_is_resumed(start, tmp_path):
+@pytest.mark.parametrize("victim", ["gcs_server", "ray::ControllerActor"])
+def test_a_sweep_whose_head_or_controller_died_is_resumed(start, tmp_path, victim):
     folder, steps = tmp_path / "out", 200  # so many that the sweep is not over before the kill
     sweep = start("worker.num=2", "sweep.output=out", f"trainer.max_steps={steps}", "trainer.eval_every_steps=20")
     wait_for(lambda: count_evaluations(folder), sweep)
-    kill_head(sweep, "gcs_server")
-    assert "`lorasweep sweep --resume out`" in sweep.wait(code=1)
+    kill_head(sweep, victim)
+    assert re.search(r"`lorasweep sweep --resume (\S*/)?out`", sweep.wait(code=1))
     start("--resume", "out").wait()
     check_whole(folder, steps=steps)
 

@@ -94,10 +94,6 @@ class Trial:
     """Position in the order in which a stage hands out new trials, from 0.
 
     If the trial's worker is gone and the trial is handed out again, the position stays the same."""
-    worker: str = ""
-    """Name of the worker that last received the trial; empty for the worker of the controller's process."""
-    request: Count = 0
-    """Number of the worker's request that was answered with this trial."""
     sampler_state: dict[str, Any] = field(default_factory=dict)
     """Values that a sampler set by `_target_` stores with a trial, such as the generation of a genetic algorithm."""
     record: RunRecord | None = field(default=None, init=False, repr=False, compare=False)

@@ -20,7 +20,7 @@ def read():
     study = optuna.create_study(storage=storage, study_name="lora")
     record = SimpleNamespace(find_run_score=lambda trial: trial.search_score)
     sweep = SimpleNamespace(record=record, storage=storage, open_study=lambda name: study)
-    return lambda: ArmTrials(sweep, ARM, stage="search", planned=ARM.trials, session="s")
+    return lambda: ArmTrials(sweep, ARM, stage="search", planned=ARM.trials)
 
 
 def begin(trials, **fields):
@@ -50,16 +50,15 @@ def test_trials_are_read_again_as_they_were(read):
         ("infeasible", {}),
     ]
     for number, (state, fields) in enumerate(ended):
-        trial = begin(trials, order=number, worker="s-1", request=number)
+        trial = begin(trials, order=number)
         trials.store(trial, 3, 0.25)
         trials.end(trial, state, **fields)
         trials.store(trial, 7, 0.1)  # a resumed process reports once more
         trials.end(trial, "complete", search_score=0.1)
-    held, released = (begin(trials, worker=f"s-{number}") for number in (1, 2))
-    trials.release(released)
+    running = [begin(trials, worker=name) for name in ("1", "2")]
+    assert list(trials.held.values()) == ["1", "2"]
     again = read()
     assert list(again.trials.values()) == list(trials.trials.values())
     assert [(trial.state, trial.values) for trial in again.trials.values()][:4] == [(s, {3: 0.25}) for s, _ in ended]
-    assert again.list_running() == [held, released]
-    assert again.list_held_by("s-1") == [held]
-    assert not again.is_in_training(released)
+    assert again.list_running() == running
+    assert again.held == {}  # their workers have ended

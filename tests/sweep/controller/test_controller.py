@@ -5,10 +5,9 @@ import time
 
 import optuna
 import pytest
-from tests.sweep.controller.conftest import EVERY, Simulation
+from tests.sweep.controller.conftest import Simulation
 
 from lorasweep.sweep.controller.controller import Controller
-from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
 HALF = 6
 
@@ -18,8 +17,8 @@ def open_controller(begin):
     """Opens controllers, and closes them after the test."""
     opened = []
 
-    def make(content, *, session=None, **others):
-        opened.append(Controller(begin(content, **others), session=session))
+    def make(content, **others):
+        opened.append(Controller(begin(content, **others)))
         return opened[-1]
 
     yield make
@@ -56,15 +55,15 @@ def test_neither_workers_nor_their_order_nor_the_clock_change_a_sweep(open_contr
 def test_trials_of_a_language_model_wait_for_the_frozen_base_and_are_stopped_if_no_better(open_controller, content):
     content["settings"] |= {"sampler": "qmc"}
     content["arms"] = {"lora": content["arms"]["lora"], "frozen": {"settings": {"method": "frozen"}}}
-    controller = open_controller(content, session="s")
-    base = controller.take(worker="s-1", request=1)
+    controller = open_controller(content)
+    base = controller.take(worker="1")
     assert base.arm.name == "frozen"
-    assert controller.take(worker="s-2", request=1) is None
+    assert controller.take(worker="2") is None
     simulation = Simulation(controller)
     simulation.score = lambda assignment, step: 5.0
     controller.report([(base, 0, {"bits_per_byte": 5.0})])
     simulation.tell(base, 0, "complete")
-    worse, better = (controller.take(worker="s-2", request=number) for number in (2, 3))
+    worse, better = controller.take(worker="2"), controller.take(worker="2")
     reasons = controller.report(
         [(worse, HALF, {"bits_per_byte": 5.1, "loss": 1.0}), (better, HALF, {"bits_per_byte": 4.9, "loss": 9.0})]
     )
@@ -80,13 +79,10 @@ def test_a_trial_that_somebody_else_added_to_the_study_is_left_out(begin, conten
     sweep.close()
 
 
-def test_a_restarted_controller_leaves_a_trial_to_the_worker_that_trains_it(begin, content):
+def test_the_trials_of_a_dead_worker_are_handed_out_first(open_controller, content):
     content["settings"] |= {"sampler": "qmc"}
-    first = Controller(begin(content), session="s")
-    held = first.take(worker="s-1", request=1)
-    first.sweep.close()
-    second = Controller(reopen_sweep(first.sweep.path), session="s")
-    assert second.take(worker="s-1", request=1).trial == held.trial  # the answer was lost
-    assert second.take(worker="s-2", request=1).trial.number != held.trial.number
-    assert second.report([(held, EVERY, {"bits_per_byte": 3.0})]) == [None]
-    second.sweep.close()
+    controller = open_controller(content)
+    lost, other = controller.take(worker="1"), controller.take(worker="2")
+    controller.release_worker("1")
+    assert controller.take(worker="3").trial.number == lost.trial.number
+    assert controller.take(worker="3").trial.number not in (lost.trial.number, other.trial.number)

@@ -25,7 +25,7 @@ TRIAL_ATTRIBUTE = "lorasweep"
 """User attribute of a study's trial with the fields `KEPT_FIELDS`. Trials that other programs added have none."""
 KEPT_FIELDS = (
     *("state", "search_score", "test_scores", "reason"),
-    *("order", "worker", "request", "sampler_state"),
+    *("order", "sampler_state"),
 )
 """The fields of a trial that Optuna has no place for. They are written together, so that they always fit together."""
 SETTING, SEED = "setting", "seed"
@@ -37,19 +37,17 @@ SETTINGS_ATTRIBUTE = "lorasweep:settings"
 class ArmTrials:
     """The trials of one arm in one stage. Each change is written to the journal before it is made here."""
 
-    def __init__(self, sweep: SweepFolder, arm: Arm, *, stage: Stage, planned: int, session: str | None = None) -> None:
-        """Reads the arm's trials from the study. `planned` counts the trials that have ended too.
-
-        `session` is the prefix of the names of workers that may train trials now; None if no worker trains.
-        """
+    def __init__(self, sweep: SweepFolder, arm: Arm, *, stage: Stage, planned: int) -> None:
+        """Reads the arm's trials from the study. `planned` counts the trials that have ended too."""
         self.arm = arm
         self.stage = stage
         self.study = sweep.open_study(name_study(arm.name, stage))
         self.planned = planned
         self.trials: dict[int, Trial] = {}
         """The trials by number, ascending."""
-        self._in_training: set[int] = set()
-        """Numbers of the running trials that a worker trains now."""
+        self.held: dict[int, str] = {}
+        """The worker that trains each running trial now, by the trial's number. No running trial of a killed process is
+        in it."""
         self._space = arm.space
         if stage == "confirm":
             self._space = {SETTING: IntDistribution(0, 2**32 - 1), SEED: IntDistribution(0, 2**32 - 1)}
@@ -57,7 +55,7 @@ class ArmTrials:
         self._study_id = self._storage.get_study_id_from_name(self.study.study_name)
         for frozen in self.study.get_trials(deepcopy=False):
             if TRIAL_ATTRIBUTE in frozen.user_attrs:
-                self._read(frozen, session=session)
+                self._read(frozen)
 
     @property
     def num_left(self) -> int:
@@ -68,13 +66,6 @@ class ArmTrials:
     def is_over(self) -> bool:
         return self.num_left <= 0 and not self.list_running()
 
-    def is_in_training(self, trial: Trial) -> bool:
-        return trial.number in self._in_training
-
-    def list_held_by(self, worker: str) -> list[Trial]:
-        """Returns the trials that a worker trains now."""
-        return [self.trials[number] for number in sorted(self._in_training) if self.trials[number].worker == worker]
-
     def list_running(self) -> list[Trial]:
         return [trial for trial in self.trials.values() if trial.state == "running"]
 
@@ -83,11 +74,8 @@ class ArmTrials:
         start = find_batch_start(self.arm, len(self.trials)) if self.stage == "search" else 0
         return self.num_left > 0 and all(trial.number >= start for trial in self.list_running())
 
-    def begin(self, params: Mapping[str, Any], **fields: Any) -> Trial:
-        """Writes a new trial into the journal, and returns it.
-
-        `fields` are fields of the trial: `order`, `worker`, `request` and `sampler_state`.
-        """
+    def begin(self, params: Mapping[str, Any], *, worker: str = "", **fields: Any) -> Trial:
+        """Writes a new trial into the journal, and returns it. `fields`: `order` and `sampler_state` of the trial."""
         trial = self._build(self._storage.get_n_trials(self._study_id), params)
         for name, value in fields.items():
             setattr(trial, name, value)
@@ -100,19 +88,8 @@ class ArmTrials:
         )
         self._storage.create_new_trial(self._study_id, template_trial=template)
         self.trials[trial.number] = trial
-        self._in_training.add(trial.number)
+        self.held[trial.number] = worker
         return trial
-
-    def hand_out_again(self, trial: Trial, *, worker: str = "", request: int = 0) -> None:
-        # The order stays, so that a process that was killed twice gets its trials in the same order again.
-        self._write(trial, worker=worker, request=request)
-        self._in_training.add(trial.number)
-
-    def release(self, trial: Trial) -> None:
-        """Notes that no worker trains this running trial any more, so that it is handed out again."""
-        # without a name, because a restarted controller would take the trial for held by the worker
-        self._write(trial, worker="", request=0)
-        self._in_training.discard(trial.number)
 
     def store(self, trial: Trial, step: int, value: float) -> None:
         """Writes the metric of an evaluation. A resumed run may report an evaluation again."""
@@ -125,7 +102,7 @@ class ArmTrials:
         if trial.state == "running":
             self._write(trial, **fields, state=state)
             self._tell(trial)
-        self._in_training.discard(trial.number)
+        self.held.pop(trial.number, None)
 
     def _build(self, number: int, params: Mapping[str, Any]) -> Trial:
         """Returns a trial from its number and its parameters in the study."""
@@ -144,16 +121,14 @@ class ArmTrials:
             run=name_run(stage, arm.name, number),
         )
 
-    def _read(self, frozen: FrozenTrial, *, session: str | None) -> None:
+    def _read(self, frozen: FrozenTrial) -> None:
         trial = self._build(frozen.number, frozen.params)
-        for name, value in frozen.user_attrs[TRIAL_ATTRIBUTE].items():
-            setattr(trial, name, value)
+        for name in KEPT_FIELDS:
+            setattr(trial, name, frozen.user_attrs[TRIAL_ATTRIBUTE][name])
         trial.values = dict(frozen.intermediate_values)
         self.trials[trial.number] = trial
         if trial.state != "running" and not frozen.state.is_finished():  # a process was killed inside `end`
             self._tell(trial)
-        if trial.state == "running" and session is not None and trial.worker.startswith(session):
-            self._in_training.add(trial.number)
 
     def _tell(self, trial: Trial) -> None:
         trial_id = self._find_id(trial)

@@ -47,15 +47,13 @@ class Assignment(RunRequest):
 class Controller:
     """The trials of an open sweep, stage by stage.
 
-    As a Ray actor it serves several workers, one call at a time. A worker may repeat a call whose answer was lost
-    because the actor was restarted. The answer is the same.
+    As a Ray actor it serves several workers, one call at a time.
     """
 
-    def __init__(self, sweep: SweepFolder, *, session: str | None = None) -> None:
-        """Reads the journal, and resumes the current stage. Names of workers that train now begin with `session`."""
+    def __init__(self, sweep: SweepFolder) -> None:
+        """Reads the journal, and resumes the current stage."""
         self.sweep = sweep
-        self.session = session
-        self.search = Search(sweep, session=session)
+        self.search = Search(sweep)
         self.confirm: Confirmation | None = None
         self._is_over = False
         self._failures_in_a_row = 0
@@ -68,27 +66,20 @@ class Controller:
         """The stage whose trials are handed out now."""
         return self.confirm or self.search
 
-    def take(self, arms: Collection[str] | None = None, *, worker: str = "", request: int = 0) -> Assignment | None:
+    def take(self, arms: Collection[str] | None = None, *, worker: str = "") -> Assignment | None:
         """Hands out the next trial, of all arms or of `arms`, or None if no trial can be trained now.
 
-        `worker` is empty for the worker of this process. A second call with a `request` number returns the same trial.
+        `worker` is empty for the worker of this process.
         """
-        if worker:
-            for trials in self.stage.arms.values():
-                for trial in trials.list_held_by(worker):
-                    if trial.request == request:  # the answer was lost
-                        return self._assign(trials, trial)
-        else:
-            request = 0  # a call within a process is never repeated, and a resumed sweep must write the same journal
         if arms is None:
             self._advance_stage()
         candidates = [trials for name, trials in self.stage.arms.items() if arms is None or name in arms]
         # First the trials of workers that are gone, in the order in which they were handed out.
         running = [(trials, trial) for trials in candidates for trial in trials.list_running()]
-        abandoned = [(trials, trial) for trials, trial in running if not trials.is_in_training(trial)]
+        abandoned = [(trials, trial) for trials, trial in running if trial.number not in trials.held]
         if abandoned:
             trials, trial = min(abandoned, key=lambda pair: pair[1].order)
-            trials.hand_out_again(trial, worker=worker, request=request)
+            trials.held[trial.number] = worker
             return self._assign(trials, trial)
         # Then arms without a space, then the arm that has begun the smallest fraction of its trials; of equal arms, the
         # first of the sweep file.
@@ -96,21 +87,13 @@ class Controller:
             if trials.may_begin() and not (self.confirm is None and self.search.awaits_base(trials.arm)):
                 params, state = self.stage.propose(trials)
                 orders = [other.order for others in self.stage.arms.values() for other in others.trials.values()]
-                handout = {"order": 1 + max(orders, default=-1), "worker": worker, "request": request}
-                return self._assign(trials, trials.begin(params, **handout, sampler_state=state))
+                order = 1 + max(orders, default=-1)
+                return self._assign(trials, trials.begin(params, worker=worker, order=order, sampler_state=state))
         return None
 
     def report(self, evaluations: Sequence[tuple[Assignment, int, Mapping[str, float]]]) -> list[str | None]:
-        """Takes evaluations (trial, optimizer step, every metric). Returns for each trial why it must stop, or None.
-
-        Raises WorkerError if a trial is held by another worker.
-        """
+        """Takes evaluations (trial, optimizer step, every metric). Returns for each trial why it must stop, or None."""
         self._deaths_in_a_row = 0
-        if gone := [assignment for assignment, _, _ in evaluations if not self._holds(assignment)]:
-            raise WorkerError(
-                f"a worker must hold the trial that it reports, but trial {gone[0].trial.number} of arm "
-                f"`{gone[0].arm.name}` is held by another worker."
-            )
         metric = self.sweep.record.search_metric
         reasons = []
         for assignment, step, scores in evaluations:
@@ -123,8 +106,6 @@ class Controller:
 
     def tell(self, assignment: Assignment, record: RunRecord) -> None:
         """Takes the record of a run that is complete or was stopped."""
-        if not self._holds(assignment):  # this call was repeated, because its answer was lost
-            return
         trials, trial = self._find(assignment)
         state: TrialState = "stopped" if record.status == "stopped" else "complete"
         test_scores = record.test if assignment.reads_test else {}
@@ -138,8 +119,6 @@ class Controller:
         Raises WorkerError if `sweep.max_failures` trials in a row failed, or the disk can't be written.
         """
         check_writable(self.sweep.path, error)
-        if not self._holds(assignment):
-            return
         state: Literal["infeasible", "failed"] = "infeasible" if isinstance(error, OutOfMemory) else "failed"
         reason = str(error) if isinstance(error, RunError) else traceback.format_exception_only(error)[-1].strip()
         trials, trial = self._find(assignment)
@@ -163,7 +142,7 @@ class Controller:
             for trial in trials.trials.values():
                 if trial.run == f"{RUNS_FOLDER}/{folder_name}":
                     if trial.state == "running":
-                        trials.hand_out_again(trial)
+                        trials.held[trial.number] = ""
                     return self._assign(trials, trial)
         return None
 
@@ -171,7 +150,7 @@ class Controller:
         """Releases the trials of a pack that broke up. They are handed out again before any other trial."""
         for assignment in assignments:
             trials, trial = self._find(assignment)
-            trials.release(trial)
+            trials.held.pop(trial.number, None)
 
     def release_worker(self, worker: str) -> None:
         """Releases the trials of a worker that died. They are handed out again before any other trial.
@@ -179,8 +158,7 @@ class Controller:
         Raises WorkerError if `MAX_DEATHS_IN_A_ROW` workers died in a row.
         """
         for trials in self.stage.arms.values():
-            for trial in trials.list_held_by(worker):
-                trials.release(trial)
+            trials.held = {number: holder for number, holder in trials.held.items() if holder != worker}
         split_pack(self.sweep.path / f"pack-{worker}.ckpt", runs=self.sweep.path / RUNS_FOLDER)
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row >= MAX_DEATHS_IN_A_ROW:
@@ -229,7 +207,7 @@ class Controller:
             if looks and self.confirm is None:
                 settings = choose_settings(self.search, sweep=self.sweep)
                 self.sweep.record.settings = settings
-                self.confirm = Confirmation(self.sweep, settings, looks=looks, session=self.session)
+                self.confirm = Confirmation(self.sweep, settings, looks=looks)
             elif self.confirm is None or not self.confirm.has_next_look or not self.confirm.begin_next_look():
                 self._is_over = True
 
@@ -246,15 +224,6 @@ class Controller:
         )
         self._save_if_due()
         return assignment
-
-    def _holds(self, assignment: Assignment) -> bool:
-        """Returns whether an assignment's worker still holds the trial. The worker of this process always does."""
-        if not assignment.trial.worker:
-            return True
-        if assignment.trial.stage != self.stage.name:
-            return False
-        trials, trial = self._find(assignment)
-        return trials.is_in_training(trial) and trial.worker == assignment.trial.worker
 
     def _find(self, assignment: Assignment) -> tuple[ArmTrials, Trial]:
         trials = self.stage.arms[assignment.arm.name]

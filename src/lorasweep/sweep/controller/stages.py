@@ -28,13 +28,13 @@ class Search:
 
     name: Literal["search"] = "search"
 
-    def __init__(self, sweep: SweepFolder, *, session: str | None = None) -> None:
+    def __init__(self, sweep: SweepFolder) -> None:
         """Reads the trials that have begun."""
         self._sweep = sweep
         self.arms: dict[str, ArmTrials] = {}
         self._histories: dict[str, History] = {}
         for arm in sweep.definition.arms:
-            self.arms[arm.name] = ArmTrials(sweep, arm, stage=self.name, planned=arm.trials, session=session)
+            self.arms[arm.name] = ArmTrials(sweep, arm, stage=self.name, planned=arm.trials)
             self._histories[arm.name] = History(arm, metric=sweep.record.search_metric)
         self._base_scores: dict[str, Mapping[str, float]] = {}
         """Every metric of the frozen base, by name of its arm."""
@@ -89,9 +89,7 @@ class Confirmation:
 
     name: Literal["confirm"] = "confirm"
 
-    def __init__(
-        self, sweep: SweepFolder, settings: Sequence[SettingRow], *, looks: Sequence[int], session: str | None = None
-    ) -> None:
+    def __init__(self, sweep: SweepFolder, settings: Sequence[SettingRow], *, looks: Sequence[int]) -> None:
         """Reads the runs that have begun, and plans those of the first look."""
         self._sweep = sweep
         self._settings = {(row.arm, row.setting): row for row in settings}
@@ -101,7 +99,7 @@ class Confirmation:
         self.looks_done: list[LookRow] = []
         chosen = {row.arm for row in settings}
         arms = [arm for arm in sweep.definition.arms if arm.name in chosen]
-        self.arms = {arm.name: ArmTrials(sweep, arm, stage=self.name, planned=0, session=session) for arm in arms}
+        self.arms = {arm.name: ArmTrials(sweep, arm, stage=self.name, planned=0) for arm in arms}
         self._plan_runs()
 
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -3,9 +3,8 @@
 A sweep has three kinds of processes:
 
 - The process of `lorasweep sweep` asks Ray for workers, and replaces workers that died (`WorkerPool`).
-- The controller is an actor. It begins by reading the sweep's journal, so Ray can restart it at any time.
-- Each worker is an actor that runs the loop of `worker.py`. While the controller restarts, the worker's calls wait and
-  Ray repeats them.
+- The controller is an actor. If it dies, the sweep ends, and can be resumed.
+- Each worker is an actor that runs the loop of `worker.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import secrets
 import socket
 import sys
 import threading
@@ -51,8 +49,6 @@ PEER_TIMEOUT_S = 10.0
 """Seconds that the other ranks have to end a run after one rank has ended it. Then all ranks are restarted."""
 STOP_TIMEOUT_S = 10.0
 """Seconds that a worker has to answer a stop request."""
-RESTART_FOREVER = {"max_restarts": -1, "max_task_retries": -1}
-"""Options with which Ray restarts an actor that died and repeats the calls whose answers were lost."""
 
 
 class WorkerRefused(WorkerError):  # noqa: N818 (named by what happened)
@@ -110,20 +106,20 @@ def _get_results(calls: Any, *, timeout_s: float | None = None) -> Any:
 class ControllerActor(Controller):
     """The controller of a sweep as a Ray actor."""
 
-    def __init__(self, context: WorkerContext, *, session: str) -> None:
+    def __init__(self, context: WorkerContext) -> None:
         context.enter()
-        super().__init__(reopen_sweep(context.sweep_path), session=session)  # after a restart this reads the journal
+        super().__init__(reopen_sweep(context.sweep_path))
         self.save("running")
 
     def close(self) -> None:
         self.sweep.close()
 
 
-class ControllerClient:
+class RemoteController:
     """Calls the methods of the controller, which runs in another process."""
 
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
+    def __init__(self, actor: Any, *, sweep: Path) -> None:
+        self._actor, self._sweep = actor, sweep
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         """Returns a method that waits for the controller's answer, and raises the controller's errors."""
@@ -135,7 +131,8 @@ class ControllerClient:
                 if isinstance(cause := error.__cause__, LoraSweepError):
                     raise cause from None
                 raise WorkerError(
-                    f"a sweep's controller must run as long as its workers, but Ray gave it up: {first_line(error)}"
+                    f"a sweep's controller must run as long as its workers, but it ended: {first_line(error)}. Type "
+                    f"`lorasweep sweep --resume {self._sweep}`."
                 ) from error
 
         return call
@@ -154,7 +151,8 @@ class WorkerActor:
 
     def run(self, controller: Any, *, name: str, num_workers: int, peers: Sequence[Any]) -> None:
         self.enter()
-        client, path = ControllerClient(controller), self._context.sweep_path
+        path = self._context.sweep_path
+        client = RemoteController(controller, sweep=path)
         definition, record = read_saved_definition(path), read_sweep(path)
         try:
             compute_fingerprints(definition, self._inputs_cache, recorded=record.fingerprints)
@@ -282,16 +280,14 @@ class WorkerPool:
         self._num = num
         self._needs = needs
         self._context = WorkerContext(current_folder=Path.cwd(), sweep_path=path.resolve(), code=code_versions())
-        # The journal has the names of dead workers, so the names of a resumed sweep's workers must be new.
-        self._session = secrets.token_hex(4)
         self._members: dict[Any, _PoolMember] = {}  # the key is the running call of the worker's loop
         self._numbers = itertools.count(1)
         self._nodes: set[str] = set()
         self._num_refused = 0  # refused workers are not replaced until the cluster has other nodes
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        actor_class = ray.remote(ControllerActor).options(num_cpus=0, scheduling_strategy=here, **RESTART_FOREVER)
-        self._actor = actor_class.remote(self._context, session=self._session)
-        self._controller = ControllerClient(self._actor)
+        actor_class = ray.remote(ControllerActor).options(num_cpus=0, scheduling_strategy=here)
+        self._actor = actor_class.remote(self._context)
+        self._controller = RemoteController(self._actor, sweep=path)
 
     def train(self, *, stop_requested: Callable[[], bool], require_nodes: Callable[[], None] = lambda: None) -> bool:
         """Trains the remaining trials, and returns whether the sweep is complete.
@@ -311,7 +307,8 @@ class WorkerPool:
         finally:
             for member in self._members.values():
                 member.kill()
-            self._controller.close()
+            with suppress(WorkerError):  # the controller has ended
+                self._controller.close()
             ray.kill(self._actor)
 
     def _start_missing(self) -> None:
@@ -331,7 +328,7 @@ class WorkerPool:
                 strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
                 options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "scheduling_strategy": strategy}
                 actors.append(actor_class.options(**options).remote(self._context, threads=needs.cpus))
-            name = f"{self._session}-{next(self._numbers)}"
+            name = str(next(self._numbers))
             run = actors[0].run.remote(self._actor, name=name, num_workers=wanted, peers=actors[1:])
             self._members[run] = _PoolMember(name=name, actors=actors, group=group)
 

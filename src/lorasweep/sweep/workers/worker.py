@@ -5,7 +5,6 @@ A worker runs in the controller's process, or as a Ray actor in its own process 
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -42,7 +41,7 @@ class Worker:
     path: Path
     definition: Definition
     controller: Controller
-    """The sweep's controller, or a `ControllerClient` for a controller in another process."""
+    """The sweep's controller, or a `RemoteController` for a controller in another process."""
     test_metric: str
     """The metric on test data of a complete confirm run."""
     inputs_cache: InputsCache
@@ -59,7 +58,6 @@ class Worker:
     def __post_init__(self) -> None:
         self.inputs_cache.folder = self.path
         self._pack_file = self.path / (f"pack-{self.name}.ckpt" if self.name else PACK_FILE)
-        self._requests = itertools.count(1)  # Ray may repeat a call. The controller knows it by its number.
         self._plans = plan_packing(self.definition)
         self._max_slots: dict[Any, int | None] = {}  # by `ArmPacking.key`; None if each trial trains alone
         self._is_interrupted = False
@@ -86,7 +84,7 @@ class Worker:
         """Returns the next trial to train, of the given arms or of all arms. None if no trial can train now."""
         names = None if arms is None else [arm.name for arm in arms]
         # A killed process may have ended the run without telling the controller. Such a run must not train again.
-        while assignment := self.controller.take(names, worker=self.name, request=next(self._requests)):
+        while assignment := self.controller.take(names, worker=self.name):
             record = None
             with suppress(RecordError):
                 record = read_run(assignment.run_folder.path)
