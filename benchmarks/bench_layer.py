@@ -23,6 +23,7 @@ import peft
 import torch
 import transformers
 from machine import measure_machine
+from saved_bytes import count_saved_bytes
 from side_by_side import compute_ratios, print_head, print_row, time_in_turn
 from torch import Tensor, nn
 
@@ -30,7 +31,6 @@ from lorasweep.lora import LoraConfig, inject_lora
 from lorasweep.lora.inject import freeze
 from lorasweep.lora.layer_kinds import is_linear
 from lorasweep.training.environment import DTYPES
-from lorasweep.training.memory import count_saved_bytes
 
 WAYS = ("floor", "ours", "PEFT")
 RANKS = (4, 8, 64)

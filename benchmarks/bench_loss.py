@@ -5,7 +5,7 @@
 
 Each row is a new process: a model of random weights, one slot for each run, rank 8 in all linear layers but the head,
 2 × 256 tokens a slot without padding. `added` is the highest resident memory in the steps (forward, loss, backward)
-over that before the first, and `counted` what `plan` counts for it (the gradients, and `count_saved_bytes`). `no head`
+over that before the first, and `counted` what is counted for it (the gradients, and `count_saved_bytes`). `no head`
 sums the hidden states instead of a loss, so it is the floor. `recomputed` is activation checkpointing. `qwen3` has 4 of
 the 28 layers of Qwen3-0.6B. Seconds are valid only if nothing else runs.
 """
@@ -24,6 +24,7 @@ from pathlib import Path
 import psutil
 import torch
 import transformers
+from saved_bytes import count_saved_bytes
 from torch import Tensor, nn
 
 from lorasweep.data.split import IGNORED, Batch
@@ -33,7 +34,6 @@ from lorasweep.objectives.next_tokens import NextTokens
 from lorasweep.objectives.scored_tokens import can_score_by_chunk
 from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
 from lorasweep.training.environment import DTYPES
-from lorasweep.training.memory import count_saved_bytes
 
 ROWS, LENGTH = 2, 256
 SHAPES = {

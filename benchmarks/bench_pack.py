@@ -38,6 +38,7 @@ import torch
 import transformers
 from machine import measure_machine
 from real_weights import minilm_folder, smollm_folder
+from saved_bytes import count_saved_bytes
 from sentences import add_data_argument, load_sentences, write_sentences
 from side_by_side import print_head, print_row, time_in_turn
 from torch import Tensor, nn
@@ -52,7 +53,6 @@ from lorasweep.objectives.objective import Objective
 from lorasweep.record import RunRecord
 from lorasweep.training.environment import DTYPES
 from lorasweep.training.inputs import build_inputs
-from lorasweep.training.memory import count_saved_bytes
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slot_run import SlotOptimizer, step_slots
 from lorasweep.training.run_inputs import RunInputs

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from saved_bytes import count_saved_bytes
 from torch import nn
 
 from lorasweep.data.split import IGNORED, repeat_batch
@@ -13,7 +14,6 @@ from lorasweep.lora.inject import replace_dropout
 from lorasweep.lora.packed.inject import find_slots
 from lorasweep.objectives import scored_tokens
 from lorasweep.objectives.scored_tokens import can_score_by_chunk, compute_logits, score_tokens
-from lorasweep.training.memory import count_saved_bytes
 
 VOCABULARY = 50
 SIZES = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

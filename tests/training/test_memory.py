@@ -1,16 +1,15 @@
-"""The memory that a machine has and that a forward pass keeps is counted."""
+"""The memory that a machine has free is read."""
 
 from dataclasses import replace
 
 import pytest
-import torch
 
 import lorasweep.training.inputs as inputs_file
 from lorasweep.errors import ConfigError
 from lorasweep.models.attention import AttentionChoice
 from lorasweep.record import read_run
 from lorasweep.training.inputs import InputsCache, check_batch_memory
-from lorasweep.training.memory import cgroup_limits, count_saved_bytes, machine_memory_bytes
+from lorasweep.training.memory import list_cgroup_free_bytes
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
@@ -28,13 +27,15 @@ GIB = 2**30
         ("0::/job\n", {}, []),
     ],
 )
-def test_limits_of_control_groups_and_of_those_above_them_are_read(tmp_path, memberships, files, expected):
+def test_what_is_left_of_control_groups_and_of_those_above_them_is_read(tmp_path, memberships, files, expected):
     (tmp_path / "cgroup").write_text(memberships)
     for name, text in files.items():
         (tmp_path / "mount" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mount" / name).write_text(text)
-    assert list(cgroup_limits(memberships=tmp_path / "cgroup", mount=tmp_path / "mount")) == expected
-    assert list(cgroup_limits(memberships=tmp_path / "missing", mount=tmp_path)) == []
+        for used in ("memory.current", "memory.usage_in_bytes", "memory.stat"):
+            (tmp_path / "mount" / name).with_name(used).write_text("0")
+    assert list(list_cgroup_free_bytes(memberships=tmp_path / "cgroup", mount=tmp_path / "mount")) == expected
+    assert list(list_cgroup_free_bytes(memberships=tmp_path / "missing", mount=tmp_path)) == []
 
 
 @pytest.mark.parametrize(
@@ -51,26 +52,7 @@ def test_what_a_control_group_uses_is_not_free_but_cached_files_are(tmp_path, li
     (tmp_path / used).write_text("700")
     (tmp_path / limit).with_name("memory.stat").write_text(f"anon 5\n{cached} 300\n")
     given = {"memberships": tmp_path / "cgroup", "mount": tmp_path}
-    assert list(cgroup_limits(**given, is_free=True)) == [600]
-    assert list(cgroup_limits(**given)) == [1000]
-
-
-def test_the_smaller_of_machine_and_control_group_counts(monkeypatch):
-    whole = machine_memory_bytes(torch.device("cpu"))
-    assert whole > 0
-    monkeypatch.setattr("lorasweep.training.memory.cgroup_limits", lambda: iter([2 * whole, whole // 3]))
-    assert machine_memory_bytes(torch.device("cpu")) == whole // 3
-
-
-def test_each_storage_that_is_kept_counts_once_and_weights_do_not():
-    layer = torch.nn.Linear(8, 8)
-    x = torch.randn(4, 8)
-
-    def compute():
-        y = layer(x)  # keeps x, (4, 8)
-        return (y * y[:, :4].repeat(1, 2)).sum() + (y * y).sum()  # keeps y and the repeated half, (4, 8) each
-
-    assert count_saved_bytes(compute, model=layer) == 3 * x.nbytes
+    assert list(list_cgroup_free_bytes(**given)) == [600]
 
 
 def test_inputs_are_loaded_once_for_all_runs_that_can_share_them(make_config, monkeypatch):

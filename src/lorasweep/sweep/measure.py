@@ -94,7 +94,7 @@ def measure(
         on_progress(f"measuring {', '.join(each.name for each in arms)}: {phrase}")
         try:
             training = train_briefly(largest, inputs, slots=size.slots, is_pack=size.slots > 1)
-        except OutOfMemory:
+        except (OutOfMemory, ValueError):  # some settings can't train in slots, such as tied modules that train in full
             if size.slots == 1:
                 raise
             size = size._replace(slots=size.slots // 2)  # as in the sweep

@@ -48,7 +48,16 @@ def test_a_pack_that_breaks_goes_on_in_smaller_ones_and_loses_no_trial(begin, wo
     assert [(row.number, row.state) for row in lora_rows(folder)] == [(n, "complete") for n in range(6)]
     warnings = read_sweep(folder.path).warnings
     is_bug = isinstance(errors[0], KeyError)
-    assert any("KeyError" in said and "packs of one slot" in said for said in warnings) is is_bug
+    assert any("KeyError" in said and "packs of at most 1 slots" in said for said in warnings) is is_bug
+
+
+def test_a_trial_that_breaks_a_pack_of_one_slot_trains_alone(begin, work, lora_only, runs, packs):
+    packs.errors = [OutOfMemory("no memory")] * 3
+    folder = begin(lora_only)
+    assert work(folder)
+    assert packs.sizes == [4, 2, 1]
+    assert {arm for arm, _ in runs.begun} == {"lora"}
+    assert [row.state for row in lora_rows(folder)] == ["complete"] * 6
 
 
 def test_a_trial_of_a_pack_that_is_stopped_frees_its_slot_for_the_next(begin, work, lora_only, runs, packs):

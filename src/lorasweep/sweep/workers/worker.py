@@ -202,11 +202,12 @@ class Worker:
         except Exception as error:
             check_writable(self.path, error)
             # The trials resume from their last evaluation: in smaller packs if memory ran out, after any other error in
-            # packs of one slot. There only the trial that causes the error fails.
-            smaller = len(running) // 2 if isinstance(error, OutOfMemory) else 1
-            self._max_slots[key] = slots = max(1, smaller)
-            size = f"packs of at most {slots} slots" if slots > 1 else "packs of one slot"
-            self.controller.warn(f"A pack broke, so its trials continue in {size}. {describe_error(error)}.")
+            # packs of one slot. A trial that also breaks such a pack begins again alone, with smaller micro-batches if
+            # memory runs out again. There only the trial that causes the error fails.
+            smaller = len(running) // 2 if isinstance(error, OutOfMemory) else min(1, len(running) - 1)
+            self._max_slots[key] = smaller or None
+            size = f"continue in packs of at most {smaller} slots" if smaller else "train alone"
+            self.controller.warn(f"A pack broke, so its trials {size}. {describe_error(error)}.")
             self.controller.release(running)
             is_done = True
         self._is_interrupted = not is_done
