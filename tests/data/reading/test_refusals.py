@@ -66,7 +66,6 @@ ROWS = [
     ([f"a{n},{n}" for n in range(30)], {}, [LABEL, "30 different values", "`data.task`"]),
     (["a,x", "b,y"], {}, ["`data.train`", "at least 3 different examples", "has 2"]),
 ]
-NO_TABLES = [".", "a.xlsx", "*.*", "[bc].*", "sms"]
 NO_FILES = ["*.parquet", "no/a.csv", "x" * 5000, "~nobody-here/a.csv"]
 CHATS = [
     (jsonl({"prompt": "", "completion": "b"}), ["row 1 of 'train.jsonl'", "`prompt` ''", "`completion` 'b'"]),
