@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lorasweep.disk import claim_folder, explain_unwritable, numbered_folders, write_atomically
-from lorasweep.errors import ConfigError
+from lorasweep.disk import claim_folder, explain_os_error, lock_run, numbered_folders, write_atomically
+from lorasweep.errors import ConfigError, RecordError
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
@@ -40,10 +40,11 @@ def test_a_full_disk_is_known_by_its_number_its_words_and_as_a_cause(tmp_path):
     wrapped.__cause__ = full
     rust = ValueError('I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }')
     for error in (full, wrapped, rust):
-        assert explain_unwritable(tmp_path, error) == "No space left on device"
-    # an error of a run's own is no matter of the disk
-    assert explain_unwritable(tmp_path, FileNotFoundError(errno.ENOENT, "no such file", "my.csv")) is None
-    assert explain_unwritable(tmp_path, RuntimeError("shapes differ")) is None
+        assert explain_os_error(error) == "No space left on device"
+    assert explain_os_error(RuntimeError("shapes differ")) is None
+    ours = ConfigError("`data.train` must name a file")
+    ours.__cause__ = full
+    assert explain_os_error(ours) is None  # it says more
     assert list(tmp_path.iterdir()) == []
 
 
@@ -57,13 +58,12 @@ def test_claims_at_the_same_time_get_different_folders(tmp_path):
     assert set(claimed) == {"run", *(f"run-{number}" for number in range(2, 101))}
 
 
-def test_a_claimed_folder_is_refused_until_its_owner_ends(tmp_path):
-    path = tmp_path / "run"
-    with claim_folder(path, otherwise=(), key="output"):
-        refuse_to_claim(path, r"`output` must be a folder that no other process writes to.* is in use")
-        assert path.is_dir()
-    with claim_folder(path, otherwise=(), key="output") as again:  # still empty
-        assert again == path
+def test_a_locked_run_is_refused_until_its_owner_ends(tmp_path):
+    with lock_run(tmp_path), pytest.raises(RecordError, match=r"another one has .* open"), lock_run(tmp_path):
+        raise AssertionError("it was locked twice")
+    with lock_run(tmp_path) as path:
+        assert path == tmp_path
+    assert list(tmp_path.iterdir()) == []
 
 
 def refuse_to_claim(path, message):

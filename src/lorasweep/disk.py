@@ -18,12 +18,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lorasweep.errors import ConfigError, RecordError
+from lorasweep.errors import ConfigError, LoraSweepError, RecordError, first_line
 
 LOCK_FILE = ".lock"
-"""The file in a sweep's folder that is locked while a process runs the sweep."""
-DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
-"""Error numbers that mean a problem of the whole disk, not of one file."""
+"""The file in a sweep's or run's folder that is locked while a process trains."""
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
@@ -86,11 +84,10 @@ def open_inside(folder: Path, path: Path) -> BinaryIO:
 
 @contextmanager
 def claim_folder(wanted: Path | None, *, otherwise: Iterable[Path], key: str) -> Iterator[Path]:
-    """Creates a folder and yields it. Inside the block it belongs to this process alone.
+    """Creates a folder and yields it. It is removed again if the block raises before it has written anything.
 
-    The folder is `wanted`, new or empty, or else the first path of `otherwise` that does not exist yet. It is removed
-    again if the block raises before it has written anything. Raises ConfigError if `wanted` is not empty, can't be
-    created, or another process has it.
+    The folder is `wanted`, new or empty, or else the first path of `otherwise` that does not exist yet. Raises
+    ConfigError if `wanted` is not empty or can't be created.
     """
     created: list[Path] = []
     for path in otherwise if wanted is None else [wanted]:
@@ -107,33 +104,12 @@ def claim_folder(wanted: Path | None, *, otherwise: Iterable[Path], key: str) ->
                 f"`{key}` must be a folder that can be created, but {str(path)!r} can't: {error.strerror}."
             ) from error
     try:
-        with lock_folder(path, key=key):
-            yield require_new_folder(path, key=key)  # a folder that exists may be taken if it is empty
+        yield require_new_folder(path, key=key)  # a folder that exists may be taken if it is empty
     except BaseException:
         with suppress(OSError):  # raised by the first folder that is not empty
             for folder in created:
                 folder.rmdir()
         raise
-
-
-@contextmanager
-def lock_folder(path: Path, *, key: str) -> Iterator[Path]:
-    """Yields a folder that no other process can lock inside the block. A killed process loses its lock.
-
-    Raises ConfigError if another process has locked the folder.
-    """
-    handle, is_free = os.open(path, os.O_RDONLY), True
-    try:
-        with suppress(OSError):  # a network file system without locks
-            is_free = _try_lock(handle)
-        if not is_free:
-            raise ConfigError(
-                f"`{key}` must be a folder that no other process writes to, but {str(path)!r} is in use. "
-                "Name another folder."
-            )
-        yield path
-    finally:
-        os.close(handle)
 
 
 def is_running(path: Path) -> bool:
@@ -144,7 +120,7 @@ def is_running(path: Path) -> bool:
 
 
 def take_lock(path: Path, undo: ExitStack) -> int:
-    """Takes the lock of a sweep's folder, which the system releases when the process ends. Returns its descriptor.
+    """Takes the lock of a folder of results, which the system releases when the process ends. Returns its descriptor.
 
     Raises RecordError if another process holds the lock, or the folder's file system has no locks.
     """
@@ -154,15 +130,24 @@ def take_lock(path: Path, undo: ExitStack) -> int:
         is_free = _try_lock(handle)
     except OSError as error:
         raise RecordError(
-            f"a sweep's folder must be writable and on a file system with locks, but {str(path)!r} is not: "
+            f"a folder of results must be writable and on a file system with locks, but {str(path)!r} is not: "
             f"{error.strerror}. Use a local disk."
         ) from error
     if not is_free:
         raise RecordError(
-            f"a sweep must be run by one process, but another one has {str(path)!r} open. Wait for it, or look with "
-            f"`lorasweep status {path}`."
+            f"a folder of results must be written by one process, but another one has {str(path)!r} open. Wait for it, "
+            f"or look with `lorasweep status {path}`."
         )
     return handle
+
+
+@contextmanager
+def lock_run(path: Path) -> Iterator[Path]:
+    """Yields a run's folder, which no other process can lock inside the block. Errors as in `take_lock`."""
+    with ExitStack() as undo:
+        take_lock(path, undo)
+        undo.callback((path / LOCK_FILE).unlink, missing_ok=True)
+        yield path
 
 
 def _try_lock(handle: int, *, shared: bool = False) -> bool:
@@ -185,16 +170,17 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
-def explain_unwritable(folder: Path, error: BaseException) -> str | None:
-    """Returns why results can't be written into a folder, or None if the disk did not cause the error."""
+def explain_os_error(error: BaseException) -> str | None:
+    """Returns what the system refused if an OSError caused the error; None for other errors and lorasweep's own."""
     cause: BaseException | None = error
-    while cause is not None:  # libraries wrap the system's errors
-        if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
-            return os.strerror(cause.errno or 0)
-        if os.strerror(errno.ENOSPC) in str(cause):
+    while cause is not None and not isinstance(cause, LoraSweepError):
+        if isinstance(cause, OSError):
+            reason = cause.strerror or first_line(cause)
+            return f"{reason} ({str(cause.filename)!r})" if cause.filename else reason
+        if os.strerror(errno.ENOSPC) in str(cause):  # safetensors has an error of its own
             return os.strerror(errno.ENOSPC)
         cause = cause.__cause__ or cause.__context__
-    return None if folder.is_dir() else os.strerror(errno.ENOENT)
+    return None
 
 
 def _flush(path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 from lorasweep.config.run import RunConfig
 from lorasweep.console import EscapingConsole, say
-from lorasweep.disk import claim_folder, lock_folder, numbered_folders, require_new_folder
+from lorasweep.disk import claim_folder, lock_run, numbered_folders, require_new_folder
 from lorasweep.errors import ConfigError
 from lorasweep.record import RUN_FILE, read_run
 from lorasweep.report.write import write_report
@@ -136,7 +136,7 @@ def run_config(
         for note in (*used, *inputs.list_notes(config)) if group.is_global_zero else ():
             say(f"• {note}", file=sys.stderr)
         # after the checks, so that a wrong request creates no folder
-        folder = run_on_first(group, lambda: claim.enter_context(_claim_run_folder(path, resume=resume)))
+        folder = run_on_first(group, lambda: _claim_run_folder(path, claim, resume=resume))
         with StopSignal(f"To resume add `output={folder} resume=true` to the same command") as stop:
             run_folder = RunFolder(path=folder, origin=origin)
             inputs = inputs.prepare(config, folder=folder)
@@ -158,11 +158,12 @@ def _check_run_folder(path: Path | None, config: RunConfig, *, resume: bool) -> 
     return RunResult(folder=path, record=record) if record.status == "complete" else None
 
 
-def _claim_run_folder(path: Path | None, *, resume: bool) -> AbstractContextManager[Path]:
-    if resume and path is not None and (path / RUN_FILE).is_file():
-        return lock_folder(path, key="output")
-    numbers = (Path("outputs") / "train" / f"{number:04d}" for number in itertools.count(1))
-    return claim_folder(path, otherwise=numbers, key="output")
+def _claim_run_folder(path: Path | None, claim: ExitStack, *, resume: bool) -> Path:
+    """Returns the folder of a run, new or to be resumed, which is locked until the end of `claim`."""
+    if not (resume and path is not None and (path / RUN_FILE).is_file()):
+        numbers = (Path("outputs") / "train" / f"{number:04d}" for number in itertools.count(1))
+        path = claim.enter_context(claim_folder(path, otherwise=numbers, key="output"))
+    return claim.enter_context(lock_run(path))
 
 
 def reproduce(run: Path, *, output: Path | None, tolerance: float | None, steps: int | None) -> Reproduction:

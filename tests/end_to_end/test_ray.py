@@ -215,16 +215,13 @@ def suspend_workers(pid):
             worker.resume()
 
 
-def test_nodes_join_and_leave_and_one_with_other_code_or_another_base_is_refused(start, tmp_path, nodes):
-    folder, other, same_code = tmp_path / "out", tmp_path / "other", tmp_path / "same_code"
-    for copied in (other, same_code):
-        package = copied / "lorasweep"
-        shutil.copytree(Path(lorasweep.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copytree(packaged_folder("conf"), package / "conf", dirs_exist_ok=True)
+def test_nodes_join_and_leave_and_one_with_other_code_is_refused(start, tmp_path, nodes):
+    folder, other = tmp_path / "out", tmp_path / "other"
+    package = other / "lorasweep"
+    shutil.copytree(Path(lorasweep.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(packaged_folder("conf"), package / "conf", dirs_exist_ok=True)
     with (other / "lorasweep" / "errors.py").open("a") as file:
         file.write("# changed\n")
-    weights = same_code / "lorasweep" / "models" / "tiny" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     cluster = nodes(1)
     words = (f"worker.address={cluster.address}", "worker.pack_size=1", "trainer.max_steps=48")
     sweep = start(*words, "sweep.output=out", environment=cluster.environment)
@@ -233,9 +230,6 @@ def test_nodes_join_and_leave_and_one_with_other_code_or_another_base_is_refused
         before = count_evaluations(folder)
         cluster.tell(f"add {other}")
         wait_for(lambda: "must have the same code and packages" in str(read_sweep(folder).warnings), sweep)
-        cluster.tell("remove")
-        cluster.tell(f"add {same_code}")
-        wait_for(lambda: "must read the same data and model" in str(read_sweep(folder).warnings), sweep)
         cluster.tell("remove")
         cluster.tell("add")
         wait_for(lambda: count_evaluations(folder) > before, sweep)  # by the worker on the new node

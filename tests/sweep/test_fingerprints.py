@@ -13,7 +13,6 @@ from lorasweep.config.compose import compose_run
 from lorasweep.config.run import ModelConfig
 from lorasweep.errors import ConfigError
 from lorasweep.models.load import find_model_folder
-from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
@@ -86,15 +85,3 @@ def test_a_run_goes_on_only_with_the_data_and_the_code_it_began_with(own, here):
         (here / name).write_bytes(content)
     record = train_run(config, RunFolder(path=here / "run"), inputs=build_inputs(config), resume=True)
     assert record.status == "complete"
-
-
-def test_the_report_says_which_runs_had_other_data(here):
-    lorasweep.run_sweep(MINI, output="sweep", progress=None)
-    run = here / "sweep/runs/lora-0001/run.json"
-    assert load_sweep_data(here / "sweep").problems == ()
-    edit_json(run, lambda raw: raw["platform"].update(precision="bf16"))
-    edit_json(run, lambda raw: raw["fingerprints"].update({"model.path": "0123456789abcdef"}))
-    assert load_sweep_data(here / "sweep").problems == ()  # another precision gives the same base another fingerprint
-    edit_json(run, lambda raw: raw["platform"].update(precision="fp32"))
-    (problem,) = load_sweep_data(here / "sweep").problems
-    assert all(word in problem for word in ("lora-0000", "lora-0001", "`model.path`", "'0123456789abcdef'"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasweep.disk import explain_unwritable
+from lorasweep.disk import explain_os_error
 from lorasweep.errors import RecordError
 from lorasweep.training.checkpoint import (
     PackCheckpoint,
@@ -79,7 +79,7 @@ def test_a_stream_continues_where_it_was_read():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_checkpoint_on_a_full_disk_fails_with_the_reason(tmp_path):
+def test_a_checkpoint_on_a_full_disk_fails_with_the_reason():
     with pytest.raises((OSError, RuntimeError)) as caught:
         write_tensors({"w": torch.zeros(100_000)}, Path("/dev/full"))
-    assert explain_unwritable(tmp_path, caught.value) == "No space left on device"
+    assert explain_os_error(caught.value) == "No space left on device"

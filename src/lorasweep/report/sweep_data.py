@@ -37,7 +37,6 @@ from lorasweep.report.evidence.evidence import (
     read_confirm_scores,
 )
 from lorasweep.report.evidence.verdicts import Answer
-from lorasweep.wording import shorten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +230,7 @@ def load_sweep_data(folder: Path, record: SweepRecord | None = None) -> SweepDat
     record = record or read_sweep(folder)
     # copies, because each trial gets its run's record
     record = replace(record, trials=[*map(replace, record.trials)], confirm=[*map(replace, record.confirm)])
-    problems = [*_read_runs(record, folder), *_find_mixed_inputs(record)]
+    problems = [*_read_runs(record, folder)]
     subjects = [_build_subject(subject, row, record) for row in record.arms for subject in row.subjects]
     for one in subjects if record.confirm else ():
         missing, total = sum(not run.is_complete for run in one.confirm_runs), len(one.confirm_runs)
@@ -273,26 +272,6 @@ def _read_runs(record: SweepRecord, folder: Path) -> Iterator[str]:
             if trial.state != "running":  # a run that begins has no record yet
                 yield f"The run `{trial.run}` can't be read: {error}"
         trial.reason = trial.reason or (trial.record.reason if trial.record else None)
-
-
-def _find_mixed_inputs(record: SweepRecord) -> Iterator[str]:
-    """Yields a sentence for the first two runs of an arm that read different data, bases or code of the user."""
-    first_runs: dict[tuple[str, ...], tuple[str, str]] = {}
-    told = set()
-    for trial in (*record.trials, *record.confirm):
-        # these swept settings, and the precision of the machine, are reasons for other fingerprints
-        swept = {key: value for key, value in trial.params.items() if key.startswith(("data", "model", "module"))}
-        if (record_of_run := trial.record) is None:
-            continue
-        for key, value in record_of_run.fingerprints.items():
-            place = trial.arm, key, repr(swept), str(record_of_run.platform.get("precision"))
-            run, before = first_runs.setdefault(place, (trial.run, value))
-            if value != before and place not in told:
-                told.add(place)
-                yield (
-                    f"`{run}` and `{trial.run}` had different `{key}` (fingerprints {shorten(before)} and "
-                    f"{shorten(value)}), so scores of arm `{trial.arm}` can't be compared. Start a new sweep."
-                )
 
 
 def _build_subject(subject: Subject, row: ArmRow, record: SweepRecord) -> SubjectData:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from lorasweep.config.redaction import redact
-from lorasweep.disk import explain_unwritable
+from lorasweep.disk import explain_os_error
 from lorasweep.errors import LoraSweepError, OutOfMemory, RanksLost, WorkerError, first_line
 from lorasweep.record import RunStatus
 
@@ -33,15 +32,15 @@ def convert_memory_errors() -> Iterator[None]:
         raise
 
 
-def status_after(error: BaseException, folder: Path) -> RunStatus:
+def status_after(error: BaseException) -> RunStatus:
     """Returns the status of a run that an error ended.
 
-    `interrupted` means that the run can resume, because a signal, another process or the disk ended it.
+    `interrupted` means that the run can resume, because a signal, another process or the system ended it.
     """
     if isinstance(error, OutOfMemory):
         return "infeasible"
     is_fault = isinstance(error, Exception) and not isinstance(error, WorkerError)
-    return "failed" if is_fault and explain_unwritable(folder, error) is None else "interrupted"
+    return "failed" if is_fault and explain_os_error(error) is None else "interrupted"
 
 
 def describe_failure(error: BaseException) -> str:

@@ -181,7 +181,7 @@ class LightningRun(lightning.Callback):
         except BaseException as caught:
             error = convert_lost_process(caught, num_processes=self.group.world_size)
             if self.run_log is not None:
-                self._close(status_after(error, folder), describe_failure(error))
+                self._close(status_after(error), describe_failure(error))
             if error is caught:
                 raise
             raise error from caught

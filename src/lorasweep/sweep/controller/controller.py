@@ -19,7 +19,7 @@ from lorasweep.disk import remove_leftovers
 from lorasweep.errors import Diverged, OutOfMemory, RunError, WorkerError
 from lorasweep.record import RunRecord, SweepState, Trial, TrialState, add_telemetry
 from lorasweep.sweep.controller.arm_trials import ArmTrials
-from lorasweep.sweep.controller.folder import RUNS_FOLDER, SweepFolder, check_writable
+from lorasweep.sweep.controller.folder import RUNS_FOLDER, SweepFolder, check_disk
 from lorasweep.sweep.controller.stages import Confirmation, Search, Stage, choose_settings
 from lorasweep.sweep.controller.stopping import explain_stop
 from lorasweep.sweep.definition.arms import Arm
@@ -116,9 +116,9 @@ class Controller:
     def tell_failure(self, assignment: Assignment, error: Exception) -> None:
         """Ends a trial whose run raised an error: as infeasible if the run does not fit in memory, else as failed.
 
-        Raises WorkerError if `sweep.max_failures` trials in a row failed, or the disk can't be written.
+        Raises WorkerError if `sweep.max_failures` trials in a row failed, or the system refused a file.
         """
-        check_writable(self.sweep.path, error)
+        check_disk(self.sweep.path, error)
         state: Literal["infeasible", "failed"] = "infeasible" if isinstance(error, OutOfMemory) else "failed"
         reason = str(error) if isinstance(error, RunError) else traceback.format_exception_only(error)[-1].strip()
         trials, trial = self._find(assignment)

@@ -25,7 +25,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from lorasweep.disk import explain_unwritable
+from lorasweep.disk import explain_os_error
 from lorasweep.errors import RecordError, WorkerError, first_line
 from lorasweep.record import SweepRecord, SweepState, add_telemetry, utc_now, write_record
 from lorasweep.sweep.definition.arms import Definition
@@ -38,7 +38,7 @@ MAX_SAVE_FRACTION = 0.1
 
 
 class Journal(JournalFileBackend):
-    """Optuna's journal file. A write that fails leaves no part of itself, and no trial is to blame for it."""
+    """Optuna's journal file. A write that fails leaves no part of itself."""
 
     def __init__(self, path: Path) -> None:
         """Opens or creates the file, and removes what a killed process left: an unfinished line, and Optuna's lock."""
@@ -48,15 +48,12 @@ class Journal(JournalFileBackend):
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Writes all operations. Raises `WorkerError` if the disk is full, or if the file was moved or removed."""
-        require_journal(self._path.parent)  # otherwise Optuna would begin a new journal
-        size = self._path.stat().st_size
+        size = self._path.stat().st_size  # raises if the file was moved; Optuna would begin a new one
         try:
             super().append_logs(logs)
-        except OSError as error:
+        except OSError:
             with suppress(OSError):
                 os.truncate(self._path, size)
-            check_writable(self._path.parent, error)
             raise
 
 
@@ -125,22 +122,15 @@ class SweepFolder:
         return time.monotonic() - self.saved_s >= self.save_duration_s * (1 / MAX_SAVE_FRACTION - 1)
 
     def save(self, *, usage: Mapping[str, float], status: SweepState | None = None) -> None:
-        """Writes the record with the time and memory of all workers of this session, and perhaps a new status.
-
-        Raises WorkerError if the disk is full, or the folder was moved or removed.
-        """
+        """Writes the record with the time and memory of all workers of this session, and perhaps a new status."""
         began = time.monotonic()
         record = self.record
         record.makespan_s = self.makespan_before_s + began - self.opened_s
         record.telemetry = add_telemetry(self.telemetry_before, usage)
         if status is not None:
             record.status, record.ended_at = status, utc_now() if status != "running" else None
-        require_journal(self.path)
-        try:
-            write_record(record, self.path)
-        except OSError as error:
-            check_writable(self.path, error)
-            raise
+        (self.path / JOURNAL_FILE).stat()  # raises if the folder was moved; the write would create it again
+        write_record(record, self.path)
         self.saved_s = time.monotonic()
         self.save_duration_s = self.saved_s - began
 
@@ -158,19 +148,10 @@ class SweepFolder:
         os.close(self.lock)
 
 
-def require_journal(folder: Path) -> None:
-    """Raises `WorkerError` if the folder of a running sweep, or the journal in it, was moved or removed."""
-    if not (folder / JOURNAL_FILE).is_file():
+def check_disk(sweep: Path, error: BaseException) -> None:
+    """Raises `WorkerError` if the system refused a file or a folder: no trial is to blame, and the sweep ends."""
+    if (reason := explain_os_error(error)) is not None:
         raise WorkerError(
-            f"{str(folder / JOURNAL_FILE)!r} must stay while the sweep runs, but it was moved or removed. No finished "
-            "run is lost. Put it back, and resume the sweep."
-        )
-
-
-def check_writable(path: Path, error: BaseException) -> None:
-    """Raises `WorkerError` if an error occurred because a sweep's folder can't be written to: no trial is to blame."""
-    if (reason := explain_unwritable(path, error)) is not None:
-        raise WorkerError(
-            f"a sweep's folder must be writable, but {str(path)!r} can't be written to: {reason}. No finished run is "
-            f"lost. Correct this, then type `lorasweep sweep --resume {path}`."
+            f"a sweep's files must be there, readable and writable, but the system says: {reason}. No finished run is "
+            f"lost. Correct this, then type `lorasweep sweep --resume {sweep}`."
         ) from error

@@ -31,11 +31,10 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from lorasweep.config.run import RunConfig
-from lorasweep.errors import ConfigError, LoraSweepError, OutOfMemory, RanksLost, WorkerError, first_line
+from lorasweep.errors import LoraSweepError, OutOfMemory, RanksLost, WorkerError, first_line
 from lorasweep.record import RunRecord, read_sweep
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.lifecycle import read_saved_definition, reopen_sweep
-from lorasweep.sweep.fingerprints import compute_fingerprints
 from lorasweep.sweep.workers.ray_cluster import WorkerNeeds, count_fitting_workers
 from lorasweep.sweep.workers.worker import Worker
 from lorasweep.training.environment import describe_packages, name_device
@@ -96,11 +95,11 @@ def code_versions() -> dict[str, str]:
 
 
 def _get_results(calls: Any, *, timeout_s: float | None = None) -> Any:
-    """Returns the results of calls. Raises errors of lorasweep without Ray's wrapper, other errors as RayTaskError."""
+    """Returns the results of calls. Raises errors of lorasweep and OSError without Ray's wrapper, others in it."""
     try:
         return ray.get(calls, timeout=timeout_s)
     except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, LoraSweepError) else error) from None
+        raise (error.cause if isinstance(error.cause, LoraSweepError | OSError) else error) from None
 
 
 class ControllerActor(Controller):
@@ -154,12 +153,6 @@ class WorkerActor:
         path = self._context.sweep_path
         client = RemoteController(controller, sweep=path)
         definition, record = read_saved_definition(path), read_sweep(path)
-        try:
-            compute_fingerprints(definition, self._inputs_cache, recorded=record.fingerprints)
-        except ConfigError as error:
-            raise WorkerRefused(
-                f"every node must read the same data and model, but on {_name_node()}, {error}"
-            ) from error
         client.note_worker(device=name_device(), threads=torch.get_num_threads())
         self._peers = list(peers)
         try:

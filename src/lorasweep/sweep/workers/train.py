@@ -12,7 +12,7 @@ from lorasweep.config.sweep import LocalWorker, SlurmWorkers
 from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError, WorkerError
 from lorasweep.sweep.controller.controller import Controller
-from lorasweep.sweep.controller.folder import PACK_FILE, RUNS_FOLDER, SweepFolder
+from lorasweep.sweep.controller.folder import PACK_FILE, RUNS_FOLDER, SweepFolder, check_disk
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.workers.ray_cluster import (
     WorkerNeeds,
@@ -55,7 +55,18 @@ def _count_processes(arm: Arm) -> int:
 
 
 def train_sweep(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested: Callable[[], bool]) -> bool:
-    """Trains the remaining trials of an open sweep, and closes it. Returns False if the sweep was stopped."""
+    """Trains the remaining trials of an open sweep, and closes it. Returns False if the sweep was stopped.
+
+    Raises WorkerError if the system refused a file.
+    """
+    try:
+        return _train(sweep, inputs_cache, stop_requested=stop_requested)
+    except OSError as error:
+        check_disk(sweep.path, error)
+        raise
+
+
+def _train(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested: Callable[[], bool]) -> bool:
     config = sweep.definition.sweep_config.worker
     for path in sweep.path.glob("pack*.ckpt"):  # of killed workers
         if not isinstance(config, LocalWorker) or path.name != PACK_FILE:

@@ -17,7 +17,7 @@ from lorasweep.errors import OutOfMemory, RecordError, RunError, WorkerError, de
 from lorasweep.record import RunRecord, read_run
 from lorasweep.report.findings import MAX_CUT_OFF_SHARE
 from lorasweep.sweep.controller.controller import Assignment, Controller
-from lorasweep.sweep.controller.folder import PACK_FILE, check_writable
+from lorasweep.sweep.controller.folder import PACK_FILE, check_disk
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.confirm import has_fixed_score
 from lorasweep.sweep.definition.packing import plan_packing
@@ -200,7 +200,7 @@ class Worker:
         except WorkerError:
             raise
         except Exception as error:
-            check_writable(self.path, error)
+            check_disk(self.path, error)
             # The trials resume from their last evaluation: in smaller packs if memory ran out, after any other error in
             # packs of one slot. A trial that also breaks such a pack begins again alone, with smaller micro-batches if
             # memory runs out again. There only the trial that causes the error fails.

@@ -125,7 +125,7 @@ def train_pack(
             return pack.run(stop_requested)
     except Exception as error:
         # After a full disk or a killed process, the same pack can resume. Other errors would happen again.
-        if status_after(error, checkpoint_file.parent) != "interrupted":
+        if status_after(error) != "interrupted":
             split_pack(checkpoint_file, runs=requests[0].run_folder.path.parent)
         raise
     finally:
