@@ -1,7 +1,8 @@
 """The examples of a data set: checked and assigned to splits, but not yet tokenised.
 
-Nothing is drawn at random: the content of an example alone decides its split. So an example stays in its split when
-other examples are added or reordered.
+Nothing is drawn at random. A split without a file of its own gets the examples of the training file whose content, or
+group, has a hash in its range. So an example stays in its split when other examples are added or reordered. Only few
+documents are cut at their ends instead, and limits such as `data.max_train_examples` keep evenly spaced examples.
 """
 
 from __future__ import annotations

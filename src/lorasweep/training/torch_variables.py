@@ -1,4 +1,4 @@
-"""Sets variables of OpenMP, oneDNN and malloc before torch is imported, and imports it without garbage collection."""
+"""Sets variables of OpenMP, oneDNN and malloc before torch is imported, and stops garbage collection during imports."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SPIN_COUNT = 4_000
 """Number of times that a waiting thread looks for work before it sleeps, if every thread has its own core. How long a
 look takes depends on the processor: 29 to 50 nanoseconds on a Xeon.
 
-With 0, each operation must wake the threads: a step of a pack took 121 instead of 72 ms on 2 cores. On idle cores of a
-Xeon, a step was as fast from 300 on. On those of an EPYC it took 1.27 times as long with 1,000 as with 4,000. Beside a
-process that spins, a step on the Xeon took 2.1 times as long as on idle cores with 4,000, and 3.3 times with 20,000
+With 0, each operation must wake the threads: on idle cores a step of a pack took 1.1 to 1.2 times as long. On those of
+an EPYC it took 1.27 times as long with 1,000 as with 4,000. Beside a process that spins, a step on the Xeon took 2.1
+times as long as on idle cores with 4,000, and 3.3 times with 20,000
 (docs/benchmarks.md)."""
 
 MAX_CACHED_PRIMITIVES = 256
@@ -34,7 +34,10 @@ begins by giving back all free memory (`environment.reset_peak_memory`)."""
 
 
 def set_torch_variables() -> None:
-    """Sets the variables for this process and its children, unless the user has set them. Torch reads them once."""
+    """Sets the variables for this process and its children, and the limits of malloc for this process.
+
+    Values that the user has set stay. Torch reads the variables once.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
     if mallopt is not None and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         for parameter, value in MALLOC_LIMITS.items():
