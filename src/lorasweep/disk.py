@@ -171,10 +171,13 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def explain_os_error(error: BaseException) -> str | None:
-    """Returns what the system refused if an OSError caused the error; None for other errors and lorasweep's own."""
+    """Returns what the system refused if an OSError caused the error; None for other errors and lorasweep's own.
+
+    An OSError of a library, such as a server that refuses a connection, has no number. It belongs to the trial.
+    """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, LoraSweepError):
-        if isinstance(cause, OSError):
+        if isinstance(cause, OSError) and cause.errno is not None:
             reason = cause.strerror or first_line(cause)
             return f"{reason} ({str(cause.filename)!r})" if cause.filename else reason
         if os.strerror(errno.ENOSPC) in str(cause):  # safetensors has an error of its own
