@@ -44,7 +44,7 @@ class Renderer:
         """Returns a rendering of each answer, given by its index. A template can raise any class of error."""
         renderings: list[Rendering] = []
         for index in answers:
-            told = [*messages[: index + 1]]
+            told = list(messages[: index + 1])
             prompt, _ = self._render_one(told[:-1], tools, has_prompt=True)
             full, marks = self._render_one(told, tools, has_prompt=False)
             kept = full.removesuffix(self.eos_token)

@@ -28,7 +28,7 @@ REMEDIES: Mapping[Blocker, str] = {
     "few seeds": "a larger `confirm.margin`",
     "few examples": "more test examples",
 }
-"""What may settle a question in a new sweep, by the blocker of its answer."""
+"""For each blocker of an answer, a change that may settle the question in a new sweep."""
 
 
 @dataclass(frozen=True)

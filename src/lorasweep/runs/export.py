@@ -57,7 +57,7 @@ class Export:
     """Name of the type of the written weights: `fp32`, `bf16` or `fp16`."""
     num_bytes: int
     notes: tuple[str, ...]
-    """What a server must know about an adapter: its highest rank, and the scale of an rsLoRA. Empty for a model."""
+    """Facts for a server about an adapter: its highest rank, and the scale of an rsLoRA. Empty for a model."""
 
 
 def export_run(run: Path, *, format: ExportFormat, out: Path, trust: bool = False) -> Export:

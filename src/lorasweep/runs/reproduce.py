@@ -49,7 +49,7 @@ class Reproduction:
     """Folder of the repetition."""
     verdict: Verdict
     description: str
-    """What was compared and the first difference; a line for each other difference of the records."""
+    """The first line names the compared values and their first difference. Others name differences of the records."""
 
     @property
     def holds(self) -> bool:
