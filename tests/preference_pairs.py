@@ -52,7 +52,7 @@ def make_preference_inputs(config, *, number=24, **settings):
     objective = Preferences(by_chunk=True, **settings)
     metric = replace(inputs.splits.score_metric, name="preference_accuracy", direction="maximize")
     splits = DataSplits(train=train, validation=validation, test=lambda: test, score_metric=metric, objective=objective)
-    return replace(inputs, splits=splits, can_unpad=True)
+    return replace(inputs, splits=splits)
 
 
 SPLITS = ("train", "validation", "test")

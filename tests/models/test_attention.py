@@ -21,19 +21,24 @@ def make_model(*, head_size=32, dropout=0.0, attention="sdpa"):
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "dropout", "name"),
+    ("device", "dtype", "dropout", "max_tokens", "has_cpu_bf16", "name"),
     [
-        ("cuda", "bf16", 0.1, "sdpa"),
-        ("cpu", "fp32", 0.1, "eager"),
-        ("cpu", "bf16", 0.1, "eager"),
-        ("cpu", "fp32", 0.0, "sdpa"),
-        ("cpu", "bf16", 0.0, "sdpa_fp32"),
+        ("cuda", "bf16", 0.1, 64, True, "sdpa"),
+        ("cpu", "fp32", 0.1, 4096, True, "eager"),
+        ("cpu", "bf16", 0.1, 4096, False, "eager"),
+        ("cpu", "fp32", 0.0, 64, True, "sdpa"),
+        ("cpu", "bf16", 0.0, 64, True, "eager"),
+        ("cpu", "bf16", 0.0, 64, False, "sdpa_fp32"),
+        ("cpu", "bf16", 0.0, 4096, True, "sdpa_fp32"),
     ],
 )
 @pytest.mark.parametrize("before", IMPLEMENTATIONS)
-def test_the_rule_depends_on_device_dtype_and_dropout(device, dtype, dropout, name, before):
+def test_the_rule_depends_on_device_dtype_dropout_and_length(
+    device, dtype, dropout, max_tokens, has_cpu_bf16, name, before
+):
     model = make_model(dropout=dropout, attention=before)
     arguments = {"device": torch.device(device), "dtype": DTYPES[dtype]}
+    arguments |= {"max_tokens": max_tokens, "has_cpu_bf16": has_cpu_bf16}
     choice = choose_attention(model, **arguments)
     assert choice.name == model.config._attn_implementation == name
     assert choose_attention(model, **arguments) == choice
@@ -47,7 +52,7 @@ def test_model_with_one_implementation_keeps_it(monkeypatch):
             raise ValueError("does not support sdpa")
 
     monkeypatch.setattr(model, "set_attn_implementation", refuse)
-    choice = choose_attention(model, device=torch.device("cpu"), dtype=torch.float32)
+    choice = choose_attention(model, device=torch.device("cpu"), dtype=torch.float32, max_tokens=8, has_cpu_bf16=False)
     assert choice == ("eager", "the model has no other implementation")
 
 

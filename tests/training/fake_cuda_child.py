@@ -245,7 +245,7 @@ def run_case(gpu, folder, settings):
         if record.status == "interrupted":
             record = train_run(config, run_folder, inputs=inputs, resume=True)
     notes["alone"] = take_notes(gpu)
-    return {"notes": notes, "unpadded": inputs.can_unpad, "steps": record.steps_done, "ended": sorted(ended)}
+    return {"notes": notes, "steps": record.steps_done, "ended": sorted(ended)}
 
 
 def take_notes(gpu):

@@ -8,13 +8,13 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorasweep.errors import ConfigError
 from lorasweep.lora import LoraConfig, inject_packed_lora, set_dropout_streams, slot_model
 from lorasweep.lora.dropout import FunctionalDropout
 from lorasweep.lora.packed.inject import find_slots
 from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
-from lorasweep.training.unpadded import can_unpad, find_layers, lay_out, unpadded
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
 DECODER = SIZES | {"intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8, "attention_dropout": 0.2}
@@ -38,7 +38,6 @@ def make_pack(name):
     settings = {"experts_implementation": "eager"} if name == "mixtral" else {}  # the default one knows no fp64
     config = copy.deepcopy(CONFIGS[name])
     model = model_class.from_config(config, attn_implementation="eager", **settings).double()
-    assert can_unpad(model.eval(), make_batch())
     inject_packed_lora(model, SLOTS)
     for slot in range(len(SLOTS)):
         for parameter in slot_model(model, slot).parameters():
@@ -57,10 +56,10 @@ def make_batch(lengths=(7, 3, 9, 8)):
 def train_step(model, batch):
     """Returns the losses of two micro-batches and all gradients. The first backward pass runs after the contexts of the
     forward pass in another thread, as on a GPU, and the second inside the contexts."""
-    slots, layout, losses = find_slots(model), lay_out(batch, slots=len(SLOTS)), []
+    slots, losses = find_slots(model), []
     with slots.stacks.share():
         for is_second in (False, True):
-            with FunctionalDropout(slots.drop), unpadded(model, layout, note_lengths=slots.note_lengths):
+            with FunctionalDropout(slots.drop):
                 losses.append(model(**batch).logits.square().mean())
                 if is_second:
                     losses[-1].backward()
@@ -77,8 +76,8 @@ def test_a_pack_that_drops_gets_the_losses_and_gradients_of_kept_activations(nam
     expected = train_step(kept, batch)
     checkpoint_activations(again, save_block_contexts(find_slots(again)))
     calls = []
-    find_layers(again)[0].register_forward_pre_hook(lambda *_: calls.append("block"))
-    next(iter(find_layers(again)[0].children())).register_forward_pre_hook(lambda *_: calls.append("part"))
+    block = next(module for module in again.modules() if isinstance(module, GradientCheckpointingLayer))
+    next(block.children()).register_forward_pre_hook(lambda *_: calls.append("part"))
     found = train_step(again, batch)
     assert calls.count("part") == 4  # twice in each of two micro-batches
     assert len(found[1]) == len(expected[1]) > 8

@@ -115,6 +115,11 @@ class DataSettings(Settings):
         """Settings of the answers that a model must generate; None if it must generate none."""
         return None
 
+    @property
+    def groups_by_length(self) -> bool:
+        """Whether a training batch has rows of similar lengths. Blocks of running text have one length."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSettings(DataSettings):
@@ -189,6 +194,12 @@ class RowSettings(SplitSettings):
     """As `max_train_examples`."""
     max_test_examples: Positive | None
     """As `max_train_examples`."""
+    group_by_length: bool
+    """Whether a training batch has rows of similar lengths, which saves padding. False: random batches."""
+
+    @property
+    def groups_by_length(self) -> bool:
+        return self.group_by_length
 
     @property
     def max_examples(self) -> dict[str, int | None]:

@@ -212,7 +212,6 @@ class ModuleComponent(Component):
 
     cannot: ClassVar[Mapping[str, str]] = {
         "packs": "A LightningModule of your own (`module._target_`) has its own steps, which slots can't share.",
-        "unpads": "Your own LightningModule gets the batches of its data module as they are.",
         "retains": "Your own LightningModule scores its own data alone.",
         "exports": "Your own LightningModule is no model of transformers. Use the weights in `best/` of the run.",
     }
@@ -279,12 +278,11 @@ Capability: TypeAlias = Literal[True] | str
 class Capabilities(NamedTuple):
     """Capabilities of runs with these settings. A loaded model may lack some of them.
 
-    They train together on one frozen base (`packs`), train without padding (`unpads`), are scored on `retain.data`
-    (`retains`), and become a model of transformers or an adapter of PEFT (`exports`).
+    They train together on one frozen base (`packs`), are scored on `retain.data` (`retains`), and become a model of
+    transformers or an adapter of PEFT (`exports`).
     """
 
     packs: Capability
-    unpads: Capability
     retains: Capability
     exports: Capability
 
@@ -347,12 +345,10 @@ class RunConfig(Settings):
 
     @property
     def capabilities(self) -> Capabilities:
-        """The capabilities of the run. Packing, `retain.data`, export and unpadding read them."""
-        trainer, method = self.trainer, self.method.name
+        """The capabilities of the run. Packing, `retain.data` and export read them."""
+        method = self.method.name
         cannot: dict[str, Any] = {
             "packs": self._explain_packs(),
-            "unpads": (trainer.compile or trainer.is_sharded)  # both have hooks of their own
-            and "`trainer.compile` must be false and the strategy ddp.",
             "exports": self.method.trains_nothing and f"`method={method}` trains nothing. Use {self.model.path!r}.",
         }
         if self.module is not None:

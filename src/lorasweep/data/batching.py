@@ -25,6 +25,12 @@ BYTES_PER_POSITION = 16
 MIN_PART_EXAMPLES = 128
 """Minimum number of examples in an evaluation on a part of a split. In replays, sweeps that compared
 trials on 32 of 96 blocks of text answered the first question wrongly in 17 instead of 3 of 100."""
+MAX_BUCKETS = 8
+"""Maximum number of buckets of similar lengths in a training split."""
+MIN_BUCKET_BATCHES = 4
+"""Minimum number of batches in a bucket. With fewer, the same few rows would always meet in a batch."""
+LENGTH_MULTIPLE = 8
+"""Rows are padded to a multiple of this length, which suits the kernels of GPUs and gives few shapes."""
 BYTES_PER_DRAWN_EXAMPLE = 100
 """Bytes for the index of an example in lists and tensors, while a step is drawn, sorted and cut."""
 
@@ -35,6 +41,8 @@ class MicroBatch(NamedTuple):
     indices: list[int]
     step_weight: float
     """Sum of the weights of all examples of the step, not only of this micro-batch. The loss is divided by it."""
+    length: int = 0
+    """Number of positions to which each row is padded; 0: as many as the longest row has."""
 
 
 class ProcessShare(NamedTuple):
@@ -48,8 +56,8 @@ class ProcessShare(NamedTuple):
     def select(self, micro: MicroBatch) -> MicroBatch:
         """Returns this process's examples of a micro-batch.
 
-        It takes every `size`-th example, because the examples are sorted by length: so all processes get similar
-        lengths.
+        It takes every `size`-th example, because those of an evaluation are sorted by length: so all processes get
+        similar lengths.
         """
         if self.size == 1:
             return micro
@@ -57,8 +65,8 @@ class ProcessShare(NamedTuple):
         if not indices:
             # All processes must call the model equally often. So a process without examples repeats the first example,
             # and its loss is divided by infinity, which makes it 0.
-            return MicroBatch(micro.indices[:1], math.inf)
-        return MicroBatch(indices, micro.step_weight)
+            return micro._replace(indices=micro.indices[:1], step_weight=math.inf)
+        return micro._replace(indices=indices)
 
 
 SINGLE_PROCESS = ProcessShare()
@@ -76,12 +84,67 @@ class MicroBatchSampler(DistributedSampler[MicroBatch]):
         self.share = share
 
 
+class LengthBuckets:
+    """Cuts examples into buckets of similar lengths, and chooses the bucket of each step without a seed.
+
+    The examples are sorted by length and cut into buckets of whole batches, as equal in size as possible; what is left
+    of the last batch belongs to the bucket of the longest. In an epoch, each example comes once. The steps of an epoch
+    are rounds, in each of which every bucket comes once, in a shuffled order. So long batches are spread evenly.
+    With one bucket, batches are random, and each is padded to its own longest row.
+
+    Attributes:
+        members: The indices of the examples of each bucket.
+        lengths: The number of positions to which the rows of each bucket are padded.
+    """
+
+    def __init__(self, row_lengths: Int[Tensor, " examples"], *, batch_size: int, group_by_length: bool) -> None:
+        """Cuts the examples, whose longest rows have these lengths, into buckets; or into one, for random batches."""
+        self.batch_size = batch_size
+        num_batches = len(row_lengths) // batch_size
+        longest = int(row_lengths.max())
+        number = min(MAX_BUCKETS, num_batches // MIN_BUCKET_BATCHES) if group_by_length else 1
+        if number <= 1 or int(row_lengths.min()) == longest:
+            self.members, self.lengths = [list(range(len(row_lengths)))], [longest]
+        else:
+            order = row_lengths.argsort(stable=True)
+            limits = [batch_size * (num_batches * n // number) for n in range(1, number)]
+            self.members = [part.tolist() for part in order.tensor_split(limits)]
+            longest_rows = [int(row_lengths[part[-1]]) for part in self.members]
+            rounded = [-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE for length in longest_rows]
+            self.lengths = [min(length, longest) for length in rounded]
+        self._num_examples = len(row_lengths)
+        self._plan_epoch = functools.lru_cache(maxsize=1)(self._plan)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def choose(self, step: int) -> tuple[int, int]:
+        """Returns the bucket of a step, and how many steps before it had the same bucket."""
+        if len(self) == 1:
+            return 0, step
+        epoch = ((step + 1) * self.batch_size - 1) // self._num_examples
+        first_step = epoch * self._num_examples // self.batch_size
+        return self._plan_epoch(epoch)[step - first_step]
+
+    def _plan(self, epoch: int) -> list[tuple[int, int]]:
+        """Returns what `choose` returns for each step of an epoch."""
+        uses = [
+            range(epoch * len(part) // self.batch_size, (epoch + 1) * len(part) // self.batch_size)
+            for part in self.members
+        ]
+        plan: list[tuple[int, int]] = []
+        for number in range(max(map(len, uses))):
+            due = [(bucket, steps[number]) for bucket, steps in enumerate(uses) if number < len(steps)]
+            plan += [due[place] for place in draw_permutation(len(due), f"buckets/{epoch}/{number}")]
+        return plan
+
+
 class StepBatchSampler(MicroBatchSampler):
     """Yields the micro-batches of each training step.
 
-    Each epoch is a permutation of all examples, which depends only on the seed and the number of the epoch. A batch may
-    contain the end of one epoch and the start of the next. Within a step, examples are sorted by length
-    before they are cut into micro-batches. This leaves the gradient as it is and saves padding.
+    The rows of a step come from one bucket of similar lengths (`LengthBuckets`), and are padded to the bucket's longest
+    row. Which bucket a step has depends on the lengths and the step alone, and which rows of it on the seed. So slots
+    of a pack at the same step have one shape, which is also the shape of a run alone.
 
     The split may have fewer examples than a step. `num_steps` includes the steps before `start_step`, the first one of
     a resumed run. The `accumulate` micro-batches of a step together hold `batch_size` examples.
@@ -94,6 +157,7 @@ class StepBatchSampler(MicroBatchSampler):
         batch_size: int,
         num_steps: int,
         seed: int,
+        group_by_length: bool = True,
         start_step: int = 0,
         accumulate: int = 1,
         share: ProcessShare = SINGLE_PROCESS,
@@ -103,12 +167,12 @@ class StepBatchSampler(MicroBatchSampler):
         assert 1 <= accumulate <= batch_size
         super().__init__(share)
         self.split = split
-        self.batch_size = batch_size
         self.num_steps = num_steps
         self.start_step = start_step
         self.accumulate = accumulate
         self.sizes = [batch_size // accumulate + (n < batch_size % accumulate) for n in range(accumulate)]
-        self._draw_epoch = functools.lru_cache(maxsize=1)(functools.partial(draw_order, len(split), seed=seed))
+        self.buckets = LengthBuckets(split.row_lengths, batch_size=batch_size, group_by_length=group_by_length)
+        self._draw_order = functools.lru_cache(maxsize=len(self.buckets))(functools.partial(draw_order, seed=seed))
 
     def __len__(self) -> int:
         """Returns the number of micro-batches of the whole run.
@@ -123,20 +187,34 @@ class StepBatchSampler(MicroBatchSampler):
 
     def get_step(self, step: int) -> list[MicroBatch]:
         """Returns the micro-batches of one step, with the examples of all processes."""
-        indices = self.get_step_indices(step)
+        bucket, indices = self._draw_step(step)
         weight = float(self.split.weights.numpy()[indices].sum(dtype="float64"))
-        if self.accumulate > 1:
-            indices.sort(key=lambda index: int(self.split.padded_lengths[index]))  # equal lengths keep their order
         remaining = iter(indices)
-        return [MicroBatch(list(itertools.islice(remaining, size)), weight) for size in self.sizes]
+        parts = [list(itertools.islice(remaining, size)) for size in self.sizes]
+        if len(self.buckets) > 1:
+            lengths = [self.buckets.lengths[bucket]] * len(parts)
+        else:
+            lengths = [int(self.split.row_lengths[part].max()) for part in parts]
+        return [MicroBatch(part, weight, length) for part, length in zip(parts, lengths, strict=True)]
 
     def get_step_indices(self, step: int) -> list[int]:
-        """Returns the indices of one step's examples, in the order of the epoch."""
+        """Returns the indices of one step's examples, in the order in which they were drawn."""
+        return self._draw_step(step)[1]
+
+    def _draw_step(self, step: int) -> tuple[int, list[int]]:
+        """Returns the bucket of a step, and the indices of its examples.
+
+        The examples of a bucket come in one permutation after another. A batch may contain the end of one and the start
+        of the next.
+        """
+        bucket, number = self.buckets.choose(step)
+        members, batch_size = self.buckets.members[bucket], self.buckets.batch_size
         indices: list[int] = []
-        while len(indices) < self.batch_size:
-            epoch, offset = divmod(step * self.batch_size + len(indices), len(self.split))
-            indices += self._draw_epoch(epoch=epoch)[offset : offset + self.batch_size - len(indices)]
-        return indices
+        while len(indices) < batch_size:
+            epoch, offset = divmod(number * batch_size + len(indices), len(members))
+            order = self._draw_order(len(members), epoch=epoch, bucket=bucket)
+            indices += [members[place] for place in order[offset : offset + batch_size - len(indices)]]
+        return bucket, indices
 
 
 class EvaluationSampler(MicroBatchSampler):
@@ -182,7 +260,7 @@ class BatchDataset(Dataset[Batch]):
 
     def __getitem__(self, micro: MicroBatch) -> Batch:
         """Returns the examples, `step_weight`, and the number of tokens without padding as `num_tokens`."""
-        batch = self.split.batch(micro.indices)
+        batch = self.split.batch(micro.indices, length=micro.length)
         lengths = self.split.lengths[torch.tensor(micro.indices)]
         # An infinite weight marks the repeated example of a process without examples (`ProcessShare.select`).
         num_tokens = lengths.sum() if math.isfinite(micro.step_weight) else torch.zeros_like(lengths[0])
@@ -244,8 +322,14 @@ def choose_part(num_examples: int, fraction: float) -> list[int]:
     return sorted(draw_order(num_examples, seed=0, epoch=0)[:size])
 
 
-def draw_order(num_examples: int, *, seed: int, epoch: int) -> list[int]:
-    """Returns the order of the examples in one epoch: a permutation drawn from a hash of seed and epoch."""
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+def draw_order(num_examples: int, *, seed: int, epoch: int, bucket: int = 0) -> list[int]:
+    """Returns the order of a bucket's examples in one epoch: a permutation drawn from a hash of the arguments."""
+    stream = f"{seed}/{epoch}/{bucket}" if bucket else f"{seed}/{epoch}"
+    return draw_permutation(num_examples, stream)
+
+
+def draw_permutation(size: int, stream: str) -> list[int]:
+    """Returns a permutation of the numbers below `size`, drawn from a hash of the stream's name."""
+    digest = hashlib.sha256(stream.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return torch.randperm(num_examples, generator=generator).tolist()
+    return torch.randperm(size, generator=generator).tolist()

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from lorasweep.config.data import ScoreMetric
@@ -22,7 +21,7 @@ IGNORED = -100
 """Target at positions that are not scored. It is the `ignore_index` of torch's cross-entropy."""
 MODEL_KEYS = ("input_ids", "attention_mask", "token_type_ids")
 """Keys of a batch that are arguments of the model. An objective may read any other key."""
-HOST_KEYS = ("num_tokens", "num_scored", "row_lengths")
+HOST_KEYS = ("num_tokens", "num_scored", "slot_lengths")
 """Keys of a batch whose values stay on the CPU, which reads them. Reading them from a GPU would wait for it."""
 
 Batch = dict[str, Tensor]
@@ -35,7 +34,7 @@ Batch = dict[str, Tensor]
 - `step_weight`: the number that divides the step's loss, a scalar, or in a pack one for each slot. Only in training.
 - `num_tokens`: number of positions without padding, a scalar. Only in batches of a loader.
 - `num_scored`: number of scored tokens of each row. Only in moved batches of text.
-- `row_lengths`: number of tokens of each row. Only in moved batches with an `attention_mask`.
+- `slot_lengths`: length of the rows of each slot before padding to the longest slot. Only in packs whose slots differ.
 """
 
 
@@ -57,6 +56,11 @@ class SplitFacts(ABC):
     @abstractmethod
     def lengths(self) -> Int[Tensor, " examples"]:
         """Number of tokens of each example."""
+
+    @property
+    def row_lengths(self) -> Int[Tensor, " examples"]:
+        """Number of tokens of the longest row of each example."""
+        return self.lengths
 
     @property
     def padded_lengths(self) -> Int[Tensor, " examples"]:
@@ -84,8 +88,8 @@ class Split(SplitFacts):
     """Tokenised examples, which make batches of any choice."""
 
     @abstractmethod
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """Returns the examples at these indices, padded to the longest."""
+    def batch(self, indices: Sequence[int], *, length: int = 0) -> Batch:
+        """Returns the examples at these indices, padded to `length` positions, or to the longest if it is 0."""
 
     @property
     def sequences(self) -> ExampleSplit | None:
@@ -126,9 +130,17 @@ class Ragged:
         values = self.values[mask.repeat_interleave(self.lengths)]
         return Ragged(values=values, ends=self.lengths[mask].cumsum(0))
 
-    def padded(self, indices: Sequence[int], *, fill: int) -> Tensor:
-        """Returns the sequences at these indices, padded on the right to the longest: (sequences, longest)."""
-        return pad_sequence([self[index] for index in indices], batch_first=True, padding_value=fill)
+    def padded(self, indices: Sequence[int], *, fill: int, length: int = 0) -> Tensor:
+        """Returns the sequences at these indices, padded on the right to `length`, or to the longest if it is 0.
+
+        The shape is (sequences, length).
+        """
+        rows = torch.tensor(indices)
+        lengths, ends = self.lengths[rows], self.ends[rows]
+        positions = torch.arange(length or int(lengths.max()))
+        is_real = positions < lengths[:, None]  # (sequences, length)
+        places = (ends - lengths)[:, None] + positions
+        return torch.where(is_real, self.values[places.clamp_(max=len(self.values) - 1)], fill)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -161,9 +173,9 @@ class ExampleSplit(Split):
             **self.facts,
         }
 
-    def _inputs(self, indices: Sequence[int]) -> Batch:
+    def _inputs(self, indices: Sequence[int], *, length: int) -> Batch:
         """Returns padded token ids. Adds a mask only if an example is padded: attention is faster without."""
-        input_ids = self.tokens.padded(indices, fill=self.pad_token)
+        input_ids = self.tokens.padded(indices, fill=self.pad_token, length=length)
         lengths = self.lengths[torch.tensor(indices)]
         if int(lengths.min()) == input_ids.shape[1]:
             return {"input_ids": input_ids}
@@ -186,11 +198,11 @@ class LabelledSplit(ExampleSplit):
     def weights(self) -> Tensor:
         return torch.ones(len(self.labels)) if self.class_weights is None else self.class_weights[self.labels]
 
-    def batch(self, indices: Sequence[int]) -> Batch:
+    def batch(self, indices: Sequence[int], *, length: int = 0) -> Batch:
         rows = torch.tensor(indices)
-        batch = {**self._inputs(indices), "targets": self.labels[rows]}
+        batch = {**self._inputs(indices, length=length), "targets": self.labels[rows]}
         if self.token_types is not None:
-            batch["token_type_ids"] = self.token_types.padded(indices, fill=0)
+            batch["token_type_ids"] = self.token_types.padded(indices, fill=0, length=length)
         if self.class_weights is not None:
             batch["weights"] = self.weights[rows]
         return batch
@@ -252,8 +264,9 @@ class CompletionSplit(ExampleSplit):
         ids, start = torch.cat([self.tokens[index], self.targets[index][-1:]]), int(self.answer_starts[index])
         return ids[:start], ids[start:]
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        return {**self._inputs(indices), "targets": self.targets.padded(indices, fill=IGNORED)}
+    def batch(self, indices: Sequence[int], *, length: int = 0) -> Batch:
+        targets = self.targets.padded(indices, fill=IGNORED, length=length)
+        return {**self._inputs(indices, length=length), "targets": targets}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -280,8 +293,12 @@ class PreferenceSplit(Split):
         return self.completions.lengths.view(-1, 2).sum(1)
 
     @functools.cached_property
+    def row_lengths(self) -> Tensor:
+        return self.completions.lengths.view(-1, 2).amax(1)
+
+    @property
     def padded_lengths(self) -> Tensor:
-        return 2 * self.completions.lengths.view(-1, 2).amax(1)
+        return 2 * self.row_lengths
 
     @functools.cached_property
     def weights(self) -> Tensor:
@@ -297,12 +314,12 @@ class PreferenceSplit(Split):
             "longer_accuracy": float((1 + (chosen - rejected).sign()).mean() / 2),
         }
 
-    def batch(self, indices: Sequence[int]) -> Batch:
+    def batch(self, indices: Sequence[int], *, length: int = 0) -> Batch:
         """Returns both rows of each pair, one after the other. A `reference` that is not known is NaN."""
         rows = self.list_rows(indices)
         unknown = torch.full(rows.shape, math.nan, dtype=torch.float64)
         reference = unknown if self.reference is None else self.reference[rows]
-        return {**self.completions.batch(rows.tolist()), "reference": reference}
+        return {**self.completions.batch(rows.tolist(), length=length), "reference": reference}
 
     def list_rows(self, indices: Sequence[int]) -> Int[Tensor, " rows"]:
         """Returns the indices of both rows of each pair, one after the other."""
@@ -336,8 +353,8 @@ class BlockSplit(Split):
     def weights(self) -> Tensor:
         return self.lengths.float()
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """Returns the blocks at these indices. The target at each position is the next token."""
+    def batch(self, indices: Sequence[int], *, length: int = 0) -> Batch:
+        """Returns the blocks at these indices, which have one length. The target is the next token at each position."""
         blocks = self.tokens[torch.tensor(indices)]  # (batch, block + 1)
         return {"input_ids": blocks[:, :-1].contiguous(), "targets": blocks[:, 1:].contiguous()}
 
@@ -436,8 +453,6 @@ def move_batch(batch: Batch, device: torch.device) -> Batch:
     counted = dict(batch)
     if batch["targets"].dim() == 2:
         counted["num_scored"] = (batch["targets"] != IGNORED).sum(1)
-    if "attention_mask" in batch:
-        counted["row_lengths"] = batch["attention_mask"].sum(1)
     return {name: value if name in HOST_KEYS else move_tensor(value, device) for name, value in counted.items()}
 
 

@@ -18,6 +18,14 @@ IMPLEMENTATIONS = ("sdpa", SDPA_FP32, "eager")
 """The implementations that `choose_attention` may choose."""
 
 
+MAX_EAGER_TOKENS = 256
+"""Maximum number of tokens of a row at which eager attention computes in bf16 on a CPU.
+
+It keeps the probabilities of all pairs of tokens. Where the processor multiplies bf16, forward and backward take 0.3 to
+1.1 of the time of sdpa in fp32 up to this length (an EPYC and a Xeon, docs/benchmarks.md); at 512 tokens it depends on
+the processor."""
+
+
 class AttentionChoice(NamedTuple):
     """The attention implementation of a model, with the reason."""
 
@@ -27,11 +35,19 @@ class AttentionChoice(NamedTuple):
     """The end of the sentence "Attention is eager: ..."."""
 
 
-def choose_attention(model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
-    """Sets the attention implementation that suits device and dtype. Returns its name and the reason.
+def choose_attention(
+    model: nn.Module, *, device: torch.device, dtype: torch.dtype, max_tokens: int, has_cpu_bf16: bool
+) -> AttentionChoice:
+    """Sets the attention implementation that suits the model, the device and the data. Returns its name and the reason.
 
-    Nothing is measured, so the same model and kind of device always get the same implementation. `dtype` is that of the
-    model's products.
+    Nothing is measured, so the same model, data and kind of device always get the same implementation.
+
+    Args:
+        model: A model of transformers; others keep the implementation that they have.
+        device: Where it trains.
+        dtype: That of the model's products.
+        max_tokens: Number of tokens of the longest row of the data.
+        has_cpu_bf16: Whether the processor multiplies bf16 in hardware.
     """
     assert isinstance(model, PreTrainedModel)
     usable = [name for name in ("sdpa", "eager") if _set_attention(model, name)]
@@ -44,8 +60,11 @@ def choose_attention(model: nn.Module, *, device: torch.device, dtype: torch.dty
         # sdpa on a CPU would compute the same steps, with slower random numbers that slots of a pack share
         name, reason = "eager", "the model drops attention probabilities, on a CPU"
     elif dtype == torch.bfloat16:
-        # Sdpa's backward pass is slow in bf16, and eager's products are slow without the processor's own bf16.
-        name, reason = SDPA_FP32, "the model computes in bf16 on a CPU"
+        # Sdpa's backward pass is slow in bf16. Eager's products are slow without the processor's own bf16.
+        if has_cpu_bf16 and max_tokens <= MAX_EAGER_TOKENS:
+            name, reason = "eager", f"rows have at most {MAX_EAGER_TOKENS} tokens, and the CPU multiplies bf16"
+        else:
+            name, reason = SDPA_FP32, "the model computes in bf16 on a CPU"
     _set_attention(model, name)
     return AttentionChoice(name, reason)
 

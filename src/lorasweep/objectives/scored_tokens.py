@@ -8,7 +8,7 @@ a bias and an adapter of the head are the model's own. Logits are not kept for t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -35,9 +35,6 @@ class RowGroups(Protocol):
     @property
     def num_groups(self) -> int: ...
 
-    def note_lengths(self, lengths: Sequence[int]) -> None:
-        """Takes the length of each group's rows before padding, for the masks of dropout."""
-
 
 def score_tokens(
     model: nn.Module, batch: Batch, *, by_chunk: bool, with_predicted: bool = False
@@ -50,10 +47,12 @@ def score_tokens(
     targets = batch["targets"]
     # calling the decoder alone would skip the compiled code, and FSDP would not gather the weights of the head
     must_call_whole = getattr(model, "_compiled_call_impl", None) is not None or isinstance(model, FSDPModule)
-    if not by_chunk or must_call_whole:
+    head = _list_head(model) if by_chunk else []
+    # a mask must have the shape of the batch: the number of scored tokens is another one in each slot
+    drops = model.training and any(_get_dropout(module) for module in head)
+    if not by_chunk or must_call_whole or drops:
         logits = compute_logits(model, batch)
         return _compute_losses(logits, targets), logits.argmax(-1) if with_predicted else None
-    head = [module for _, module in model.named_modules(memo={model.get_decoder()})]  # type: ignore[operator]
     groups = next((module for module in head if isinstance(module, RowGroups)), None)
     num_groups = 1 if groups is None else groups.num_groups
     # each group's scored positions; groups with fewer are filled up with others, whose loss is 0
@@ -67,10 +66,6 @@ def score_tokens(
     states, project = _compute_states(model, batch)
     hidden, targets_at_places = states[places], targets.flatten()[places]  # (groups, width, size), (groups, width)
     size = max(1, MAX_CHUNK_BYTES[hidden.device.type] // (4 * num_groups * _get_vocabulary_size(model)))
-    if model.training and any(_get_dropout(module) for module in head):
-        size = width  # masks are drawn once, and for the same tokens as in a run alone
-        if groups is not None:
-            groups.note_lengths(counts)
     is_trained = any(parameter.requires_grad for module in head for parameter in module.parameters(recurse=False))
     chunks = list(zip(torch.split(hidden, size, 1), torch.split(targets_at_places, size, 1), strict=True))
     losses, predicted = [], []
@@ -137,6 +132,11 @@ def _compute_states(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "toke
                 decoder.forward = own
 
     return output.last_hidden_state.flatten(0, 1), project
+
+
+def _list_head(model: nn.Module) -> list[nn.Module]:
+    """Returns the modules that are not part of the decoder."""
+    return [module for _, module in model.named_modules(memo={model.get_decoder()})]  # type: ignore[operator]
 
 
 def _get_vocabulary_size(model: Any) -> int:

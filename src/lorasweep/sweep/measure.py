@@ -7,6 +7,7 @@ scaled by tokens.
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from lorasweep.activity import doing
 from lorasweep.config.build import as_settings
 from lorasweep.config.data import ConversationSettings
 from lorasweep.config.run import RunConfig
-from lorasweep.data.batching import StepBatchSampler, choose_part
+from lorasweep.data.batching import LengthBuckets, choose_part
 from lorasweep.data.split import SplitFacts
 from lorasweep.errors import OutOfMemory, RunError
 from lorasweep.methods import copy_sharing_weights
@@ -112,7 +113,6 @@ def scale_up(
     inputs = inputs_cache.load(config)
     train, validation = inputs.splits.train, inputs.splits.validation
     step_tokens = _mean_step_tokens(config, train)
-    counted_tokens = sum(_count_step_tokens(config, train, num_steps=NUM_STEPS)[1:])
     # seconds in which one run is evaluated on a token, and all slots on the validation split
     measured = choose_part(len(validation), _choose_eval_fraction(config, inputs))
     token_s = training.evaluating_s / size.slots / int(validation.lengths[torch.tensor(measured)].sum())
@@ -132,7 +132,7 @@ def scale_up(
         reason=size.reason,
         reference_s=token_s * reference_tokens if needs_reference else 0.0,
         loading_s=training.loading_s,
-        step_s=training.training_s * step_tokens / counted_tokens,
+        step_s=training.training_s / (NUM_STEPS - 1) * _compare_steps(config, train, num_steps=NUM_STEPS),
         step_tokens=step_tokens,
         evaluation_s=evaluated_share * whole_s,
         saving_s=training.saving_s,
@@ -231,11 +231,13 @@ def _mean_step_tokens(config: RunConfig, split: SplitFacts) -> float:
     return float(split.lengths.double().mean()) * config.trainer.batch_size
 
 
-def _count_step_tokens(config: RunConfig, split: SplitFacts, *, num_steps: int) -> list[int]:
-    """Returns the number of tokens of each of the first steps of a run."""
-    batch_size, seed = config.trainer.batch_size, config.seeds.data_order
-    steps = StepBatchSampler(split, batch_size=batch_size, num_steps=num_steps, seed=seed)
-    return [int(split.lengths[torch.tensor(steps.get_step_indices(n))].sum()) for n in range(num_steps)]
+def _compare_steps(config: RunConfig, split: SplitFacts, *, num_steps: int) -> float:
+    """Returns the mean length of a step's rows in a whole run, divided by that in the steps after the first."""
+    group, batch_size = config.data.groups_by_length, config.trainer.batch_size
+    buckets = LengthBuckets(split.row_lengths, batch_size=batch_size, group_by_length=group)
+    mean = sum(len(part) * length for part, length in zip(buckets.members, buckets.lengths, strict=True)) / len(split)
+    measured = [buckets.lengths[buckets.choose(step)[0]] for step in range(1, num_steps)]
+    return mean / statistics.fmean(measured)
 
 
 def _count_trained(config: RunConfig, measured: RunRecord, *, inputs: RunInputs) -> int:

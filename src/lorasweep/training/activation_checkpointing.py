@@ -2,13 +2,13 @@
 
 transformers wraps each block in torch's `checkpoint`. The backward pass computes a block after the forward pass has
 left its contexts, on a GPU in another thread. So what a block depends on is saved when the forward pass reaches it:
-the slots' dropout streams, the kind of dropout, and the layout of the batch without padding.
+the slots' dropout streams, and the kind of dropout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -18,7 +18,6 @@ from lorasweep.errors import ConfigError
 from lorasweep.lora.dropout import FunctionalDropout, drop_from_default_stream
 from lorasweep.lora.packed.layers import packed_trained_modules
 from lorasweep.lora.packed.slots import Slots
-from lorasweep.training.unpadded import save_layout
 
 BlockContexts: TypeAlias = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 """Called before each block. Returns the contexts in which the block is computed first, and again."""
@@ -47,20 +46,18 @@ def checkpoint_activations(model: nn.Module, block_contexts: BlockContexts | Non
 
 
 def save_block_contexts(slots: Slots | None = None) -> BlockContexts:
-    """Returns the contexts of blocks that train inside `FunctionalDropout` and `unpadded`, alone or in slots."""
+    """Returns the contexts of blocks that train inside `FunctionalDropout`, alone or in slots."""
 
     # a function without `self`, because copies of a pack's model must not copy the slots with it
     def save() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         if slots is None:  # torch sets back its default stream
-            return nullcontext(), _enter_all(FunctionalDropout(drop_from_default_stream), save_layout())
-        return nullcontext(), _enter_all(FunctionalDropout(slots.drop), save_layout(), slots.save_streams())
+            return nullcontext(), FunctionalDropout(drop_from_default_stream)
+        return nullcontext(), _enter_both(FunctionalDropout(slots.drop), slots.save_streams())
 
     return save
 
 
 @contextmanager
-def _enter_all(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
+def _enter_both(first: AbstractContextManager[Any], second: AbstractContextManager[Any]) -> Iterator[None]:
+    with first, second:
         yield

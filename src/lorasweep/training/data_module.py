@@ -83,6 +83,7 @@ class DataModule(lightning.LightningDataModule):
             batch_size=settings.batch_size,
             num_steps=-(-num_steps * per_step // self.accumulate),
             seed=self.config.seeds.data_order,
+            group_by_length=self.config.data.groups_by_length,
             start_step=start_step * per_step // self.accumulate,
             accumulate=self.accumulate,
             share=self.share,

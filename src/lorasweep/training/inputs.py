@@ -8,7 +8,7 @@ from typing import Any
 
 from lorasweep.config.data import DataConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
-from lorasweep.data.batching import EvaluationSampler, count_batch_bytes
+from lorasweep.data.batching import EvaluationSampler, LengthBuckets, count_batch_bytes
 from lorasweep.data.split import SplitFacts
 from lorasweep.data.split import padding_fraction as measure_padding
 from lorasweep.errors import ConfigError
@@ -103,10 +103,18 @@ def check_batch_memory(config: TrainerConfig, split: SplitFacts) -> None:
         )
 
 
-def describe_batching(inputs: RunInputs, config: TrainerConfig, *, accumulate: int) -> dict[str, Any]:
-    split = inputs.splits.validation
-    batches = EvaluationSampler(split, batch_size=config.eval_batch_size).batches
+def describe_batching(inputs: RunInputs, config: RunConfig, *, accumulate: int) -> dict[str, Any]:
+    """Returns how the examples of a run become batches, for its record."""
+    split, trainer = inputs.splits.validation, config.trainer
+    batches = EvaluationSampler(split, batch_size=trainer.eval_batch_size).batches
     # `TrainingProgress.write_to` later replaces the 0
     padding = {"train": 0.0, "validation": round(measure_padding(split, batches), 4)}
     attention = None if inputs.attention is None else inputs.attention._asdict()
-    return {"micro_batches": accumulate, "padding_fraction": padding, "attention": attention}
+    lengths, group = inputs.splits.train.row_lengths, config.data.groups_by_length
+    buckets = LengthBuckets(lengths, batch_size=trainer.batch_size, group_by_length=group)
+    return {
+        "micro_batches": accumulate,
+        "bucket_lengths": buckets.lengths,
+        "padding_fraction": padding,
+        "attention": attention,
+    }

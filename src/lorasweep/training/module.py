@@ -148,11 +148,10 @@ class TrainingModule(lightning.LightningModule):
         self._step_began = time.perf_counter()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        losses, num_positions = compute_losses(self.model, batch, inputs=self.inputs, configs=[self.config])
-        share = losses[0]
+        share: Tensor = compute_losses(self.model, batch, inputs=self.inputs, configs=[self.config])[0]
         self._micro_losses.append(share.detach())
         self._micro_tokens += int(batch["num_tokens"])
-        self._micro_positions += num_positions
+        self._micro_positions += batch["input_ids"].numel()
         # Each share is already divided by the weight of the whole step, so shares must be added up. Lightning averages
         # over micro-batches, and its strategies average over processes, which this factor reverses.
         return share * self.accumulate * self.trainer.world_size

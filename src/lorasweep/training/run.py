@@ -204,7 +204,7 @@ class LightningRun(lightning.Callback):
         else:
             check_batch_memory(config.trainer, inputs.splits.train)
             accumulate = config.trainer.accumulate
-        record.batching = describe_batching(inputs, config.trainer, accumulate=accumulate)
+        record.batching = describe_batching(inputs, config, accumulate=accumulate)
         if too_large:
             record.batching["too_large"] = list(too_large)
         self.run_log = RunLog(record, folder, state=state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, Literal, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
-from torch import nn
 
 from lorasweep.activity import doing
 from lorasweep.config.build import as_settings, build
@@ -18,7 +16,7 @@ from lorasweep.config.components import find_own_files
 from lorasweep.config.data import SplitSettings
 from lorasweep.config.run import RunConfig, refuse_code
 from lorasweep.data.source import DataSource
-from lorasweep.data.split import Batch, Splits
+from lorasweep.data.split import Splits
 from lorasweep.errors import ConfigError
 from lorasweep.lora.targets import Coverage
 from lorasweep.methods import METHODS
@@ -26,11 +24,10 @@ from lorasweep.models.attention import AttentionChoice, choose_attention
 from lorasweep.models.load import BaseModel, Labels
 from lorasweep.objectives.data_splits import DataSplits, build_data_splits, drop_slot_settings
 from lorasweep.record import compute_sha256
-from lorasweep.training.environment import DTYPES, Precision, get_device, resolve_precision
+from lorasweep.training.environment import DTYPES, Precision, get_device, has_cpu_bf16, resolve_precision
 from lorasweep.training.loaded_parts import LoadedParts
 from lorasweep.training.reference import add_reference
 from lorasweep.training.telemetry import Telemetry
-from lorasweep.training.unpadded import Layout, can_unpad, drops_attention, find_layers, lay_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +41,6 @@ class RunInputs:
     """Whether a run in bf16 computes by autocast whatever its method, because the base stays in fp32."""
     attention: AttentionChoice | None = None
     """The choice of `model.attention=auto`; None if `model.attention` names an implementation."""
-    can_unpad: bool = False
-    """Whether the model can train these examples without padding."""
     telemetry: Telemetry = field(default_factory=Telemetry, compare=False)
     """Counts the seconds and tokens of this process."""
 
@@ -74,12 +69,6 @@ class RunInputs:
     def autocast(self, config: RunConfig) -> torch.autocast:
         """Returns a context in which a forward pass computes as in training."""
         return torch.autocast(get_device(config.trainer).type, torch.bfloat16, enabled=self.needs_autocast(config))
-
-    def lay_out(self, batch: Batch, config: RunConfig, *, model: nn.Module, slots: int = 1) -> Layout | None:
-        """Returns the layout in which `model` trains a batch without padding; None if it trains with padding."""
-        # a block that trains in full (`modules_to_save`) is no longer a layer of the stack
-        can_unpad = self.can_unpad and config.capabilities.unpads is True and find_layers(model) is not None
-        return lay_out(batch, slots=slots, in_chunks=drops_attention(model)) if can_unpad else None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -185,17 +174,18 @@ def load_model_inputs(config: RunConfig, *, telemetry: Telemetry, parts: LoadedP
         base = replace(base, labels=replace(base.labels, constant=tuple(constant.tolist())))
     attention = None
     if config.model.attention == "auto":
-        attention = choose_attention(base.model, device=get_device(config.trainer), dtype=DTYPES[precision])
-    # the shortest example, and the shortest of the longer ones if there are any
-    lengths = splits.train.lengths
-    shortest = int(lengths.argmin())
-    longer = lengths.double().masked_fill(lengths == lengths.min(), math.inf)
+        attention = choose_attention(
+            base.model,
+            device=get_device(config.trainer),
+            dtype=DTYPES[precision],
+            max_tokens=max(int(split.row_lengths.max()) for split in (splits.train, splits.validation)),
+            has_cpu_bf16=has_cpu_bf16(),
+        )
     return RunInputs(
         base=base,
         splits=splits,
         precision=precision,
         attention=attention,
-        can_unpad=can_unpad(base.model, splits.train.batch([shortest, int(longer.argmin())])),
         telemetry=telemetry,
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,40 +16,25 @@ from lorasweep.lora.packed.slots import Slots
 from lorasweep.objectives.data_splits import read_slot_settings
 from lorasweep.objectives.objective import Objective
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.training.unpadded import ignore_lengths, unpadded
-
-
-class StepLosses(NamedTuple):
-    """The forward pass of a micro-batch."""
-
-    losses: Float[Tensor, " slots"]
-    """Each slot's sum of losses divided by the weight of its whole step, in fp32."""
-    num_positions: int
-    """Number of positions that the model computed, with padding."""
 
 
 def compute_losses(
     model: nn.Module, batch: Batch, *, inputs: RunInputs, configs: Sequence[RunConfig], slots: Slots | None = None
-) -> StepLosses:
-    """Computes a micro-batch of one run, or of a pack if `slots` are given. `configs` are the runs' settings.
+) -> Float[Tensor, " slots"]:
+    """Returns each slot's sum of losses of a micro-batch, divided by the weight of its whole step, in fp32.
 
-    Two things differ. Dropout draws from torch's default stream, or from the streams of the slots. And the padding to
-    the longest slot, which a run alone does not have, draws no masks.
+    The micro-batch belongs to one run, or to a pack if `slots` are given. `configs` are the runs' settings. One thing
+    differs: dropout draws from torch's default stream, or from the streams of the slots, which draw no masks for the
+    padding to a longer slot.
     """
-    num_slots = len(configs)
-    layout = inputs.lay_out(batch, configs[0], model=model, slots=num_slots)
-    drop, note_lengths = drop_from_default_stream, ignore_lengths
     if slots is not None:
-        drop, note_lengths = slots.drop, slots.note_lengths
-        longest = batch["row_lengths"].view(num_slots, -1).amax(1).tolist() if "row_lengths" in batch else [0]
-        slots.note_lengths(longest if len(set(longest)) > 1 else None)
+        slots.sequence_lengths = tuple(batch["slot_lengths"].tolist()) if "slot_lengths" in batch else None
+    drop = drop_from_default_stream if slots is None else slots.drop
     # a compiled model keeps torch's functional dropout; no pack has one
-    dropout = nullcontext() if configs[0].trainer.compile else FunctionalDropout(drop)
-    with dropout, unpadded(model, layout, note_lengths=note_lengths):
+    with nullcontext() if configs[0].trainer.compile else FunctionalDropout(drop):
         objective = inputs.data.objective
         losses = objective.losses(model, add_slot_settings(batch, configs, objective))
-    positions = batch["input_ids"].numel() if layout is None else layout.num_positions
-    return StepLosses(losses.view(num_slots, -1).sum(1) / batch["step_weight"], positions)
+    return losses.view(len(configs), -1).sum(1) / batch["step_weight"]
 
 
 def add_slot_settings(batch: Batch, configs: Sequence[RunConfig], objective: Objective) -> Batch:

@@ -118,7 +118,6 @@ def fill_slot(
     _check_slots_do_not_overlap(model, [solo])
     # nothing below can fail; the slice also adds a slot after the last
     slots.models[slot : slot + 1], slots.generators[slot : slot + 1] = [solo], [None]
-    slots.sequence_lengths = None
     _update_layers(model, slots)
     return coverage
 
@@ -141,7 +140,6 @@ def compact_slots(model: nn.Module, keep: Sequence[int]) -> None:
     # the object stays, because all layers and dropout modules of the pack refer to it
     slots.models = [slots.models[slot] for slot in keep]
     slots.generators = [slots.generators[slot] for slot in keep]
-    slots.sequence_lengths = None
     _update_layers(model, slots)
 
 
@@ -150,7 +148,7 @@ def set_dropout_streams(model: nn.Module, streams: Sequence[torch.Generator | No
 
     A slot draws the same masks as a solo run if its stream has the seed that the solo run gives to torch. This holds
     for LoRA layers on any device, and for the base's `nn.Dropout` on a CPU. The slot's batches must have the same shape
-    as the solo run's batches. If the pack pads the batches, call `Slots.note_lengths` too.
+    as the solo run's batches.
     """
     find_slots(model).generators[:] = streams
 

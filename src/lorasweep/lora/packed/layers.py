@@ -32,9 +32,6 @@ class SlotRows:
     def num_groups(self) -> int:
         return self.slots.num_slots
 
-    def note_lengths(self, lengths: Sequence[int]) -> None:
-        self.slots.note_lengths(lengths)
-
 
 class PackedLoraLayer(SlotRows, AdaptedLayer):
     """A frozen layer and one weight update per slot, which applies to the rows of the slot only.

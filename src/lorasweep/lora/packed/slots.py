@@ -41,14 +41,6 @@ class Slots:
     def num_slots(self) -> int:
         return len(self.models)
 
-    def note_lengths(self, lengths: Sequence[int] | None) -> None:
-        """Sets `sequence_lengths` for the modules that are called next.
-
-        For inputs of shape (rows, length, ...) and probabilities of shape (rows, heads, length, length), dropout then
-        draws a mask only for a slot's unpadded length, so that the mask equals the solo run's.
-        """
-        self.sequence_lengths = None if lengths is None else tuple(lengths)
-
     def share_factors(
         self, values: tuple[float, ...], *, dtype: torch.dtype, device: torch.device
     ) -> Float[Tensor, "slots 1 1"]:
@@ -119,19 +111,25 @@ class Slots:
         # So a solo run draws the same, and slots may join, leave and move.
         if rate == 0:
             return torch.ones(shape, dtype=torch.bool, device=device)
-        unpadded = shape
-        if self.sequence_lengths is not None:
-            length, padded = self.sequence_lengths[slot], max(self.sequence_lengths)
-            if len(shape) == 4 and shape[2] == shape[3] == padded:  # probabilities (rows, heads, length, length)
-                unpadded = torch.Size((*shape[:2], length, length))
-            elif len(shape) >= 3 and shape[1] == padded:  # inputs (rows, length, ...)
-                unpadded = torch.Size((shape[0], length, *shape[2:]))
-        drawn = draw_keep_mask(unpadded, rate=rate, device=device, generator=self.generators[slot])
-        if unpadded == shape:
+        own = self._find_own_shape(shape, slot)
+        drawn = draw_keep_mask(own, rate=rate, device=device, generator=self.generators[slot])
+        if own == shape:
             return drawn
         keep = torch.ones(shape, dtype=torch.bool, device=device)
-        keep[tuple(slice(size) for size in unpadded)] = drawn
+        keep[tuple(slice(size) for size in own)] = drawn
         return keep
+
+    def _find_own_shape(self, shape: torch.Size, slot: int) -> torch.Size:
+        """Returns the shape of a slot's part in its solo run.
+
+        The part are inputs (rows, length, ...) or probabilities (rows, heads, length, length).
+        """
+        if self.sequence_lengths is None:
+            return shape
+        length, padded = self.sequence_lengths[slot], max(self.sequence_lengths)
+        if len(shape) == 4 and shape[2] == shape[3] == padded:
+            return torch.Size((*shape[:2], length, length))
+        return torch.Size((shape[0], length, *shape[2:])) if len(shape) >= 3 and shape[1] == padded else shape
 
 
 class SlotDropout(nn.Dropout):

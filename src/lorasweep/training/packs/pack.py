@@ -211,14 +211,12 @@ class PackTrainer:
         with slots.stacks.share():
             for micros in zip(*(run.sampler.get_step(run.step) for run in self.runs), strict=True):
                 batch = move_batch(build_pack_batch(self.inputs.data.train, micros), self.device)
-                losses, positions = compute_losses(
-                    self.model, batch, inputs=self.inputs, configs=self.configs, slots=slots
-                )
+                losses = compute_losses(self.model, batch, inputs=self.inputs, configs=self.configs, slots=slots)
                 # no parameter belongs to two slots, so the gradient of the sum is each slot's gradient
                 losses.sum().backward()  # type: ignore[no-untyped-call]
                 micro_losses.append(losses.detach())
                 for run, micro in zip(self.runs, micros, strict=True):
-                    tokens += run.add_tokens(micro, positions=positions // len(micros))
+                    tokens += run.add_tokens(micro, positions=batch["input_ids"].numel() // len(micros))
         if rng_state_before is not None:
             self.has_shared_draws = rng_state_before != read_rng_state(self.device)
         rates = step_slots([run.optimizer for run in self.runs])
@@ -240,7 +238,6 @@ class PackTrainer:
         # The batch size depends only on the number of current slots. A resumed pack does not know earlier numbers.
         batch_size = max(1, self.settings.eval_batch_size // len(self.runs))
         batches = EvaluationSampler(data.validation, batch_size=batch_size, fraction=self.configs[0].eval_fraction)
-        slots.note_lengths(None)  # every slot evaluates the same rows
         with slots.stacks.share():
             evaluations = evaluate_slots(
                 self.model, data.validation, batches, objective=data.objective, configs=self.configs
@@ -402,6 +399,12 @@ def _build_head_init(inputs: RunInputs) -> functools.partial[None]:
 
 
 def build_pack_batch(split: Split, micros: Sequence[MicroBatch]) -> Batch:
-    """Returns a slot-major batch of all slots' examples."""
-    batch = split.batch([index for micro in micros for index in micro.indices])
+    """Returns a slot-major batch of all slots' examples, padded to the longest slot.
+
+    At one step all slots have one length. A run that joined later is at another step.
+    """
+    lengths = [micro.length for micro in micros]
+    batch = split.batch([index for micro in micros for index in micro.indices], length=max(lengths))
+    if len(set(lengths)) > 1:
+        batch["slot_lengths"] = torch.tensor(lengths)
     return {**batch, "step_weight": torch.tensor([micro.step_weight for micro in micros])}

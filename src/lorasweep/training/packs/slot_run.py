@@ -70,7 +70,7 @@ class SlotRun:
         self.wall_s = 0.0
         self.record = open_record(config, request.run_folder, inputs, state=state)
         self.record.pack = pack
-        self.record.batching = describe_batching(inputs, config.trainer, accumulate=config.trainer.accumulate)
+        self.record.batching = describe_batching(inputs, config, accumulate=config.trainer.accumulate)
         self.log = RunLog(self.record, folder, state=state)
         self.loggers = start_loggers(config, folder)
         # Dropout masks come from a stream of this slot, so that they do not depend on the other slots. The stream has
@@ -83,6 +83,7 @@ class SlotRun:
             batch_size=config.trainer.batch_size,
             num_steps=config.trainer.max_steps,
             seed=config.seeds.data_order,
+            group_by_length=config.data.groups_by_length,
             accumulate=config.trainer.accumulate,
         )
 
