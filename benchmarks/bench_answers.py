@@ -43,7 +43,6 @@ from typing import Any
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from scipy.interpolate import Akima1DInterpolator
 
 from lorasweep.config.compose import compose_run, compose_sweep
@@ -57,6 +56,7 @@ from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.controller.proposals import find_batch_start, propose
 from lorasweep.sweep.controller.stopping import explain_stop
 from lorasweep.sweep.definition.arms import DEFAULT_TRIALS, Arm
+from lorasweep.sweep.definition.ranges import Range
 
 FOLDER = Path(__file__).parent / "answers"
 RANKS = (1, 4, 16, 64)
@@ -202,9 +202,9 @@ def build_arms(table: Table) -> dict[str, Arm]:
 
 def _build_arm(table: Table, method: str, *, trials: int) -> Arm:
     rates = table.rates[RANKS[0] if method == "lora" else 0]
-    space: dict[str, BaseDistribution] = {LR: FloatDistribution(rates[0], rates[-1], log=True)}
+    space = {LR: Range(low=rates[0], high=rates[-1], log=True)}
     if method == "lora":
-        space[RANK] = CategoricalDistribution(RANKS)
+        space[RANK] = Range(choices=RANKS)
     settings = {
         "method": method,
         "trainer.max_steps": table.num_steps,

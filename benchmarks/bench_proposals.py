@@ -32,7 +32,6 @@ from unittest import mock
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.distributions import CategoricalDistribution, FloatDistribution
 from side_by_side import print_head, print_row
 
 from lorasweep.config.compose import compose_run, compose_sweep
@@ -42,6 +41,7 @@ from lorasweep.sweep.controller import proposals
 from lorasweep.sweep.controller.encoding import History, RateLaw
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.definition.arms import Arm
+from lorasweep.sweep.definition.ranges import Range
 
 LOSS = ScoreMetric(name="loss", direction="minimize")
 GRID = Path(__file__).parent / "answers" / "grid_stdlib_docs_seed0.csv"
@@ -157,9 +157,9 @@ def measure(table: Table, way: Way, *, n: int, draws: int) -> tuple[float, float
         settings=settings,
         corner_configs=(base_config,),
         space={
-            RANK: CategoricalDistribution(table.ranks),
-            RATIO: CategoricalDistribution(sorted({ratio for _, ratio in table.lines})),
-            LR: FloatDistribution(math.exp(rates[0]), math.exp(rates[-1]), log=True),
+            RANK: Range(choices=table.ranks),
+            RATIO: Range(choices=sorted({ratio for _, ratio in table.lines})),
+            LR: Range(low=math.exp(rates[0]), high=math.exp(rates[-1]), log=True),
         },
         trials=n,
         sweep_config=compose_sweep({"sampler": way.sampler}),

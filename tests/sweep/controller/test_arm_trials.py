@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import optuna
 import pytest
-from optuna.distributions import FloatDistribution
 from tests.sweep.controller.conftest import make_arm
 
 from lorasweep.config.sweep import NamedSampler
 from lorasweep.sweep.controller.arm_trials import ArmTrials
+from lorasweep.sweep.definition.ranges import Range
 
-ARM = make_arm({"optim.lr": FloatDistribution(0, 1)}, NamedSampler(name="tpe"), trials=6)
+ARM = make_arm({"optim.lr": Range(low=0, high=1)}, NamedSampler(name="tpe"), trials=6)
 
 
 @pytest.fixture

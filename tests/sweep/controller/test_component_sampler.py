@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial
 
 from lorasweep.config.components import Component
@@ -12,11 +11,12 @@ from lorasweep.config.data import ScoreMetric
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.proposals import propose
+from lorasweep.sweep.definition.ranges import Range
 
 SPACE = {
-    "method.rank": CategoricalDistribution([16, 1, 4]),
-    "optim.lr": FloatDistribution(1e-4, 1e-2, log=True),
-    "trainer.max_steps": IntDistribution(1, 50),
+    "method.rank": Range(choices=[16, 1, 4]),
+    "optim.lr": Range(low=1e-4, high=1e-2, log=True),
+    "trainer.max_steps": Range(low=1, high=50, is_whole=True),
 }
 
 

@@ -7,21 +7,21 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution
 from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial, number_trials
 
 from lorasweep.config.data import ScoreMetric
 from lorasweep.config.sweep import NamedSampler
 from lorasweep.sweep.controller.predictions import fit_surrogate, predict_best
+from lorasweep.sweep.definition.ranges import Range
 
 RANKS = [1, 4, 16, 64]
 GP = NamedSampler(name="gp")
 BEST_U = 4e-3
-LR = FloatDistribution(1e-4, 1e-2, log=True)
-SPACE = {"method.rank": CategoricalDistribution(RANKS), "optim.lr": LR}
+LR = Range(low=1e-4, high=1e-2, log=True)
+SPACE = {"method.rank": Range(choices=RANKS), "optim.lr": LR}
 WITH_ALPHA = SPACE | {
-    "method.alpha": CategoricalDistribution([0.5, 1, 2]),
-    "method.scaling": CategoricalDistribution(["alpha"]),
+    "method.alpha": Range(choices=[0.5, 1, 2]),
+    "method.scaling": Range(choices=["alpha"]),
 }
 BASE = 2.4
 """The score of the frozen base, at which trials are stopped."""
@@ -164,7 +164,7 @@ def test_trials_that_begin_together_differ():
 
 
 def test_values_that_are_no_numbers_are_searched_too():
-    space = {"method.targets": CategoricalDistribution(["mlp", "attention", "all-linear"]), "optim.lr": LR}
+    space = {"method.targets": Range(choices=["mlp", "attention", "all-linear"]), "optim.lr": LR}
     arm = make_arm(space, GP, trials=9, confirm_each="method.targets")
     history, targets = [], [subject.value for subject in arm.subjects]
     for number in range(9):

@@ -9,7 +9,6 @@ import numpy as np
 import optuna
 import pytest
 import torch
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import create_trial
 from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial
@@ -19,13 +18,14 @@ from lorasweep.config.sweep import NamedSampler
 from lorasweep.sweep.controller import encoding as encoding_file
 from lorasweep.sweep.controller import proposals
 from lorasweep.sweep.controller.encoding import SpaceEncoding, draw_sobol_point
+from lorasweep.sweep.definition.ranges import Range
 
 RANKS = [1, 2, 4, 8, 16, 32]
 SPACE = {
-    "method.rank": CategoricalDistribution(RANKS),
-    "method.alpha": CategoricalDistribution([1, 2, 4]),
-    "method.scaling": CategoricalDistribution(["alpha"]),
-    "optim.lr": FloatDistribution(1e-4, 1e-2, log=True),
+    "method.rank": Range(choices=RANKS),
+    "method.alpha": Range(choices=[1, 2, 4]),
+    "method.scaling": Range(choices=["alpha"]),
+    "optim.lr": Range(low=1e-4, high=1e-2, log=True),
 }
 AT_ONE_ALPHA = {key: SPACE[key] for key in ("method.rank", "optim.lr")}
 SAMPLERS = {
@@ -110,13 +110,13 @@ def test_a_model_goes_where_results_are_good(sampler, direction):
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
 def test_proposals_are_of_the_user_s_own_choices_and_ranges(sampler):
     space = {
-        "a": CategoricalDistribution([True, 1, 1.0, None, "1"]),
-        "b": CategoricalDistribution([16, 2.5, 4]),
-        "c": CategoricalDistribution(["only"]),
-        "d": IntDistribution(1, 64, log=True),
-        "e": IntDistribution(0, 100, step=25),
-        "f": FloatDistribution(0, 1, step=0.25),
-        "g": IntDistribution(7, 7),
+        "a": Range(choices=[True, 1, 1.0, None, "1"]),
+        "b": Range(choices=[16, 2.5, 4]),
+        "c": Range(choices=["only"]),
+        "d": Range(low=1, high=64, log=True, is_whole=True),
+        "e": Range(low=0, high=100, step=25, is_whole=True),
+        "f": Range(low=0, high=1, step=0.25),
+        "g": Range(low=7, high=7, is_whole=True),
         "rate": SPACE["optim.lr"],
     }
     history = []
@@ -147,7 +147,7 @@ def test_a_repeated_proposal_is_replaced_by_the_next_point_of_the_sequence():
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_grid_is_each_combination_once(seed):
-    space = {"method.rank": CategoricalDistribution([1, 2, 4]), "optim.lr": FloatDistribution(0.1, 0.3, step=0.1)}
+    space = {"method.rank": Range(choices=[1, 2, 4]), "optim.lr": Range(low=0.1, high=0.3, step=0.1)}
     history = []
     for state in ("failed", "running", "complete") * 3:
         history.append(make(ask(history, space=space, sampler="grid", seed=seed), state=state))
@@ -158,11 +158,8 @@ def test_a_grid_is_each_combination_once(seed):
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
 def test_the_order_of_keys_and_choices_in_the_file_changes_nothing(sampler):
-    space = SPACE | {"method.targets": CategoricalDistribution(["all-linear", "up_proj"])}
-    turned = {
-        key: CategoricalDistribution(d.choices[::-1]) if isinstance(d, CategoricalDistribution) else d
-        for key, d in reversed(space.items())
-    }
+    space = SPACE | {"method.targets": Range(choices=["all-linear", "up_proj"])}
+    turned = {key: Range(choices=d.choices[::-1]) if d.choices else d for key, d in reversed(space.items())}
     assert search(sampler, num=7, trials=8, space=space) == search(sampler, num=7, trials=8, space=turned)
 
 
@@ -204,20 +201,24 @@ def test_of_a_long_history_a_model_sees_the_best_results(monkeypatch, direction)
 
 def test_sobol_points_are_those_of_optunas_sampler():
     ranges = {
-        "a": FloatDistribution(1e-4, 1e-1, log=True),
-        "b": FloatDistribution(-1, 2.5),
-        "c": FloatDistribution(0.1, 0.7, step=0.2),
-        "d": IntDistribution(1, 64, log=True),
-        "e": IntDistribution(3, 87, step=7),
-        "f": IntDistribution(0, 2**32 - 1),
+        "a": Range(low=1e-4, high=1e-1, log=True),
+        "b": Range(low=-1, high=2.5),
+        "c": Range(low=0.1, high=0.7, step=0.2),
+        "d": Range(low=1, high=64, log=True, is_whole=True),
+        "e": Range(low=3, high=87, step=7, is_whole=True),
+        "f": Range(low=0, high=2**32 - 1, is_whole=True),
     }
     with pytest.warns(ExperimentalWarning):
         sampler = optuna.samplers.QMCSampler(scramble=True, seed=7, warn_independent_sampling=False)
     study = optuna.create_study(sampler=sampler)
-    lows = {key: range_.low for key, range_ in ranges.items()}
-    study.add_trial(create_trial(value=0.0, params=lows, distributions=ranges))  # it learns the space from a trial
+    encoding, lows = SpaceEncoding(ranges), {key: range_.low for key, range_ in ranges.items()}
+    study.add_trial(
+        create_trial(value=0.0, params=lows, distributions=encoding.distributions)
+    )  # it learns the space from a trial
+    # it learns the space from a trial
+    study.add_trial(create_trial(value=0.0, params=lows, distributions=encoding.distributions))
     for index in range(300):
-        theirs, ours = study.ask(ranges).params, draw_sobol_point(SpaceEncoding(ranges), index, seed=7)
+        theirs, ours = study.ask(encoding.distributions).params, draw_sobol_point(encoding, index, seed=7)
         assert ours == theirs
         assert [type(value) for value in ours.values()] == [type(value) for value in theirs.values()]
 

@@ -4,16 +4,16 @@ import math
 from collections import Counter
 
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial
 
 from lorasweep.config.sweep import NamedSampler
 from lorasweep.sweep.controller.encoding import SpaceEncoding, build_rate_law, draw_sobol_point
 from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.ranges import Range
 
 RANKS = [1, 4, 16, 64]
-LR = FloatDistribution(1e-4, 1e-2, log=True)
-RANK_AND_RATE = {"method.rank": CategoricalDistribution(RANKS), "optim.lr": LR}
+LR = Range(low=1e-4, high=1e-2, log=True)
+RANK_AND_RATE = {"method.rank": Range(choices=RANKS), "optim.lr": LR}
 QMC = NamedSampler(name="qmc")
 
 
@@ -56,13 +56,12 @@ def test_u_is_the_rate_times_the_root_of_scaling_rank_and_ratio(build_law, setti
 
 SPACES = {
     "rank": RANK_AND_RATE,
-    "factor": RANK_AND_RATE
-    | {"method.alpha": CategoricalDistribution([0.5, 1, 4]), "method.scaling": CategoricalDistribution(["alpha"])},
-    "alpha": RANK_AND_RATE | {"method.alpha": FloatDistribution(1, 64, log=True)},
-    "rank range": {"method.rank": IntDistribution(1, 64, log=True), "optim.lr": LR},
-    "scaling": RANK_AND_RATE | {"method.scaling": CategoricalDistribution(["alpha_over_rank", "alpha_over_sqrt_rank"])},
-    "ratio": RANK_AND_RATE | {"optim.lr_ratio_b": FloatDistribution(1, 16, log=True)},
-    "choices of rates": {"method.rank": CategoricalDistribution(RANKS), "optim.lr": CategoricalDistribution([0.1, 1])},
+    "factor": RANK_AND_RATE | {"method.alpha": Range(choices=[0.5, 1, 4]), "method.scaling": Range(choices=["alpha"])},
+    "alpha": RANK_AND_RATE | {"method.alpha": Range(low=1, high=64, log=True)},
+    "rank range": {"method.rank": Range(low=1, high=64, log=True, is_whole=True), "optim.lr": LR},
+    "scaling": RANK_AND_RATE | {"method.scaling": Range(choices=["alpha_over_rank", "alpha_over_sqrt_rank"])},
+    "ratio": RANK_AND_RATE | {"optim.lr_ratio_b": Range(low=1, high=16, log=True)},
+    "choices of rates": {"method.rank": Range(choices=RANKS), "optim.lr": Range(choices=[0.1, 1])},
 }
 
 
@@ -99,7 +98,7 @@ def test_no_proposal_leaves_the_range_of_rates(name, sampler):
 
 
 def test_sobol_points_have_every_octave_of_u_and_every_rank_once_per_group():
-    space = {"method.rank": CategoricalDistribution(RANKS), "optim.lr": LR}
+    space = {"method.rank": Range(choices=RANKS), "optim.lr": LR}
     encoding = encode_space(space)
     points = [draw_sobol_point(encoding, index, seed=0) for index in range(64)]
     low, high = encoding.ranges["optim.lr"].low, encoding.ranges["optim.lr"].high

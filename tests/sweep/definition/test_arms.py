@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition, restore_definition
 from lorasweep.sweep.definition.overrides import SweepOverrides
+from lorasweep.sweep.definition.ranges import Range
 
-LR = FloatDistribution(1e-3, 1e-1, log=True)
+LR = Range(low=1e-3, high=1e-1, log=True)
 
 
 def arms_of(definition):
@@ -25,7 +25,7 @@ def test_a_file_becomes_arms_in_its_order_whose_corners_are_the_ends_of_their_ra
     assert definition.name == "made_up"
     assert [(arm.name, arm.trials) for arm in definition.arms] == [("frozen", 1), ("full", 3), ("lora", 6)]
     lora = arms_of(definition)["lora"]
-    assert lora.space == {"method.rank": CategoricalDistribution([1, 2, 4]), "optim.lr": LR}
+    assert lora.space == {"method.rank": Range(choices=[1, 2, 4]), "optim.lr": LR}
     assert arms_of(definition)["frozen"].space == {}
     corners = [(config.method.rank, config.optim.lr) for config in lora.corner_configs]
     assert corners == [(1, 1e-3), (2, 1e-3), (4, 1e-3), (1, 1e-1), (4, 1e-1)]
@@ -46,11 +46,11 @@ def test_an_override_reaches_every_arm_that_has_the_key_and_numbers_of_trials_fo
 @pytest.mark.parametrize(
     ("override", "key", "expected"),
     [
-        ("method.rank=1,8", "method.rank", CategoricalDistribution([1, 8])),
-        ("method.rank=interval(1,8)", "method.rank", IntDistribution(1, 8)),
-        ("optim.lr=tag(log,interval(1e-4,1e-2))", "optim.lr", FloatDistribution(1e-4, 1e-2, log=True)),
-        ("method.alpha=8,16", "method.alpha", CategoricalDistribution([8, 16])),
-        ("arms.lora.optim.weight_decay=interval(0,0.1)", "optim.weight_decay", FloatDistribution(0.0, 0.1)),
+        ("method.rank=1,8", "method.rank", Range(choices=[1, 8])),
+        ("method.rank=interval(1,8)", "method.rank", Range(low=1, high=8, is_whole=True)),
+        ("optim.lr=tag(log,interval(1e-4,1e-2))", "optim.lr", Range(low=1e-4, high=1e-2, log=True)),
+        ("method.alpha=8,16", "method.alpha", Range(choices=[8, 16])),
+        ("arms.lora.optim.weight_decay=interval(0,0.1)", "optim.weight_decay", Range(low=0.0, high=0.1)),
         ("method.rank=4", "method.rank", None),
     ],
 )
@@ -109,9 +109,9 @@ def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content)
     content["arms"]["lora"]["space"] |= {"optim.dampening": {"low": 0.0, "high": 0.5}}
     words = ["optim.lr=tag(log,interval(0.01,1.0))", "arms.lora.optim.momentum=choice(0,0.9)"]
     lora = arms_of(read(content, *words))["lora"]
-    assert lora.space["optim.momentum"] == CategoricalDistribution([0, 0.9])
-    assert lora.space["optim.dampening"] == FloatDistribution(0.0, 0.5)
-    assert lora.space["optim.lr"] == FloatDistribution(0.01, 1.0, log=True)
+    assert lora.space["optim.momentum"] == Range(choices=[0, 0.9])
+    assert lora.space["optim.dampening"] == Range(low=0.0, high=0.5)
+    assert lora.space["optim.lr"] == Range(low=0.01, high=1.0, log=True)
     config = lora.compose({"method.rank": 1, "optim.lr": 0.1, "optim.momentum": 0.9, "optim.dampening": 0.2})
     assert (config.optim.lr, dict(config.optim.arguments)) == (0.1, {"momentum": 0.9, "dampening": 0.2})
 
@@ -136,7 +136,7 @@ def test_a_list_for_a_setting_that_is_always_a_list_is_its_value_and_no_choice(r
 def test_a_swept_group_leaves_its_settings_alone(read, content):
     content["settings"]["schedule.warmup_fraction"] = 0.5
     lora = arms_of(read(content, "arms.lora.schedule=choice(linear,cosine)"))["lora"]
-    assert lora.space["schedule"] == CategoricalDistribution(["linear", "cosine"])
+    assert lora.space["schedule"] == Range(choices=["linear", "cosine"])
     assert {config.schedule.name for config in lora.corner_configs} == {"linear", "cosine"}
     assert {config.schedule.warmup_fraction for config in lora.corner_configs} == {0.5}
 
@@ -171,7 +171,7 @@ def test_an_arm_can_be_typed_and_a_definition_comes_back_from_its_record(read, c
         ("lora", 6),
         ("more", 3),
     ]
-    assert arms_of(definition)["more"].space == {"optim.lr": CategoricalDistribution([0.01, 0.02])}
+    assert arms_of(definition)["more"].space == {"optim.lr": Range(choices=[0.01, 0.02])}
     assert arms_of(definition)["more"].compose({"optim.lr": 0.02}).method.scaling == "alpha"
     assert restore_definition(definition.raw, source=definition.source) == definition
     definition = read(content, "optim.eps=1e-6", "method.rank=choice(1,8)", "sweep.trials=2")

@@ -1,10 +1,10 @@
 """A typed override is a value or a range, by the declared type of its setting, or else by its form."""
 
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.definition.overrides import Override, Range, SweepOverrides, Value
+from lorasweep.sweep.definition.overrides import Override, SweepOverrides, Value
+from lorasweep.sweep.definition.ranges import Range
 
 
 def parse(override):
@@ -32,21 +32,21 @@ def test_a_list_or_mapping_for_a_setting_that_holds_one_is_its_value(override, v
 
 
 @pytest.mark.parametrize(
-    ("override", "distribution"),
+    ("override", "expected"),
     [
-        ("method.rank=1,4", CategoricalDistribution([1, 4])),
-        ("schedule=linear,cosine", CategoricalDistribution(["linear", "cosine"])),
-        ("trainer.strategy=ddp,fsdp", CategoricalDistribution(["ddp", "fsdp"])),
-        ("method.rank=interval(1,8)", IntDistribution(1, 8)),
-        ("trainer.early_stop_evaluations=interval(2,4)", IntDistribution(2, 4)),  # an int or null
-        ("optim.lr={low: 1, high: 2}", FloatDistribution(1.0, 2.0)),
-        ("callbacks.mine.names=[a,b]", CategoricalDistribution(["a", "b"])),
-        ("callbacks.mine.patience=range(1,4)", IntDistribution(1, 3)),
-        ("optim.momentum=interval(0,1)", FloatDistribution(0.0, 1.0)),
+        ("method.rank=1,4", Range(choices=[1, 4])),
+        ("schedule=linear,cosine", Range(choices=["linear", "cosine"])),
+        ("trainer.strategy=ddp,fsdp", Range(choices=["ddp", "fsdp"])),
+        ("method.rank=interval(1,8)", Range(low=1, high=8, is_whole=True)),
+        ("trainer.early_stop_evaluations=interval(2,4)", Range(low=2, high=4, is_whole=True)),  # an int or null
+        ("optim.lr={low: 1, high: 2}", Range(low=1.0, high=2.0)),
+        ("callbacks.mine.names=[a,b]", Range(choices=["a", "b"])),
+        ("callbacks.mine.patience=range(1,4)", Range(low=1, high=3, is_whole=True)),
+        ("optim.momentum=interval(0,1)", Range(low=0.0, high=1.0)),
     ],
 )
-def test_a_list_or_bounds_for_another_setting_are_searched(override, distribution):
-    assert parse(override).given == Range(distribution)
+def test_a_list_or_bounds_for_another_setting_are_searched(override, expected):
+    assert parse(override).given == expected
 
 
 def test_an_override_is_for_all_arms_or_for_the_arm_that_it_names():

@@ -1,13 +1,10 @@
 """A sweep file is found and read; what can't be meant is refused with key, value and remedy, and no code is run."""
 
-import math
-
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.overrides import SweepOverrides
-from lorasweep.sweep.definition.sweep_file import describe_space, find_sweep_file, parse_range
+from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
 
 def refuse(words, function, *arguments, **named):
@@ -117,50 +114,3 @@ def test_a_wrong_key_or_value_of_a_file_is_refused(read, content, path, value, w
 )
 def test_a_wrong_override_is_refused(read, content, overrides, words):
     refuse(words, read, content, *overrides)
-
-
-@pytest.mark.parametrize(
-    ("value", "whole", "expected"),
-    [
-        ([1, 4, 16], True, CategoricalDistribution([1, 4, 16])),
-        (["lora", None, True], False, CategoricalDistribution(["lora", None, True])),
-        ({"low": 1e-4, "high": 1e-2, "log": True}, False, FloatDistribution(1e-4, 1e-2, log=True)),
-        ({"low": 0.0, "high": 1.0, "step": 0.25}, False, FloatDistribution(0.0, 1.0, step=0.25)),
-        ({"low": 0.0, "high": 4.0, "step": 1.0}, False, FloatDistribution(0.0, 4.0, step=1.0)),
-        ({"low": 1.0, "high": 8.0}, True, IntDistribution(1, 8)),
-        ({"low": 2, "high": 8, "step": 2}, True, IntDistribution(2, 8, step=2)),
-        ({"low": 1, "high": 64, "log": True}, True, IntDistribution(1, 64, log=True)),
-    ],
-)
-def test_a_range_becomes_a_distribution_that_is_described_as_the_same_range(value, whole, expected):
-    distribution = parse_range("k", value, is_whole=whole)
-    assert distribution == expected
-    assert parse_range("k", describe_space({"k": distribution})["k"], is_whole=whole) == expected
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        ([], ["at least one choice", "[]"]),
-        ([1, 1], ["no choice twice", "[1, 1]"]),
-        ([[1], [2]], ["a number, a text", "[1]"]),
-        ([math.nan], ["a number, a text", "nan"]),
-        ("1..3", ["a list of choices", "'1..3'"]),
-        ({"low": 1, "high": 2, "hihg": 2}, ["'hihg'", "`high`"]),
-        ({"low": 1}, ["`high`", "{'low': 1}"]),
-        ({"low": True, "high": 2}, ["`low`", "True", "number"]),
-        ({"low": 0, "high": math.inf}, ["`high`", "inf", "number"]),
-        ({"low": 2, "high": 1}, ["`low <= high`"]),
-        ({"low": 1, "high": 2, "log": "no"}, ["`log: true`", "'no'"]),
-        ({"low": 1, "high": 9, "log": True, "step": 2}, ["log"]),
-        ({"low": 1, "high": 2, "step": 3}, ["not divisible by `step`"]),
-    ],
-)
-def test_a_wrong_range_is_refused(value, words):
-    for whole in (True, False):
-        refuse(["`k`", *words], parse_range, "k", value, is_whole=whole)
-
-
-@pytest.mark.parametrize("value", [{"low": 0.5, "high": 2}, {"low": 1, "high": 3, "step": 0.5}])
-def test_a_range_of_whole_numbers_has_whole_bounds_and_steps(value):
-    refuse(["`k`", "a whole number", "0.5"], parse_range, "k", value, is_whole=True)

@@ -48,9 +48,9 @@ class ArmTrials:
         self.held: dict[int, str] = {}
         """The worker that trains each running trial now, by the trial's number. No running trial of a killed process is
         in it."""
-        self._space = arm.space
+        self._distributions = {key: range_.distribution for key, range_ in arm.space.items()}
         if stage == "confirm":
-            self._space = {SETTING: IntDistribution(0, 2**32 - 1), SEED: IntDistribution(0, 2**32 - 1)}
+            self._distributions = dict.fromkeys((SETTING, SEED), IntDistribution(0, 2**32 - 1))
         self._record, self._storage = sweep.record, sweep.storage
         self._study_id = self._storage.get_study_id_from_name(self.study.study_name)
         for frozen in self.study.get_trials(deepcopy=False):
@@ -83,7 +83,7 @@ class ArmTrials:
         template = create_trial(
             state=OptunaState.RUNNING,
             params=dict(params),
-            distributions=self._space,
+            distributions=self._distributions,
             user_attrs={TRIAL_ATTRIBUTE: {name: getattr(trial, name) for name in KEPT_FIELDS}},
         )
         self._storage.create_new_trial(self._study_id, template_trial=template)

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 from scipy.stats import qmc
@@ -30,7 +29,7 @@ from lorasweep.config.method import LoraConfig, scaling_factor
 from lorasweep.config.run import ALPHA, LR, RANK, SCALING, follows_rate_law
 from lorasweep.record import Trial, TrialState
 from lorasweep.sweep.definition.arms import Arm
-from lorasweep.sweep.definition.sweep_file import Space, list_corner_values
+from lorasweep.sweep.definition.ranges import Range, Space
 
 Point = dict[str, Any]
 """A value for each key that can vary. For a list of choices the value is the index of a choice."""
@@ -83,53 +82,34 @@ class SpaceEncoding:
     """Converts an arm's parameters to points and back. Keys are sorted, so their order in the file has no effect."""
 
     def __init__(self, space: Space, *, law: RateLaw | None = None) -> None:
-        self._space: Space = {key: space[key] for key in sorted(space)}
+        self.space: Space = {key: space[key] for key in sorted(space)}
         self._law = law or RateLaw(defaults={})
-        self.choices: dict[str, list[Any]] = {}
-        """The sorted choices of each key that has a list of choices."""
-        self.ranges: Space = {}
-        """Optuna's range of each key that can vary."""
-        for key, distribution in self._space.items():
-            encoded = distribution
-            if isinstance(distribution, CategoricalDistribution):
-                # in an order that does not depend on the file's order
-                choices, count = list(distribution.choices), len(distribution.choices)
-                are_numbers = all(
-                    isinstance(choice, int | float) and not isinstance(choice, bool) for choice in choices
-                )
-                self.choices[key] = sorted(
-                    choices, key=lambda choice: (choice if are_numbers else type(choice).__name__, repr(choice))
-                )
-                encoded = IntDistribution(0, count - 1) if are_numbers else CategoricalDistribution(range(count))
-            if not encoded.single():
-                self.ranges[key] = encoded
+        self.ranges: Space = {key: range_.encoded for key, range_ in self.space.items() if not range_.is_single}
+        """The range of each key in points."""
         rates = self.ranges.get(LR)
-        self._rates = rates if isinstance(rates, FloatDistribution) and rates.log and LR not in self.choices else None
+        self._rates = rates if rates is not None and rates.log else None
         """The range of the learning rate, if points have u in its place."""
         if self._rates is not None:
             # all combinations of the ends of the swept keys that the factor depends on
-            ends = {key: list_corner_values(self._space[key]) for key in LAW_KEYS if key in self._space}
+            ends = {key: self.space[key].ends for key in LAW_KEYS if key in self.space}
             corners = itertools.product(*ends.values())
             factors = [self._law.factor(dict(zip(ends, values, strict=True))) for values in corners]
             low, high = self._rates.low * min(factors), self._rates.high * max(factors)
-            self.ranges[LR] = FloatDistribution(low, high, log=True)
+            self.ranges[LR] = Range(low=low, high=high, log=True)
+        self.distributions = {key: range_.distribution for key, range_ in self.ranges.items()}
+        """`ranges` as Optuna's samplers read them."""
 
     def encode(self, params: Mapping[str, Any]) -> Point:
-        point = {key: params[key] for key in self.ranges}
-        for key in self.choices.keys() & self.ranges:
-            # compared as text, because 1, 1.0 and True are equal
-            point[key] = [repr(choice) for choice in self.choices[key]].index(repr(params[key]))
+        point = {key: self.space[key].encode(params[key]) for key in self.ranges}
         if self._rates is not None:
             point[LR] = params[LR] * self._law.factor(params)
         return point
 
     def decode(self, point: Point) -> dict[str, Any]:
-        params: dict[str, Any] = {}
-        for key, distribution in self._space.items():
-            if key in self.choices:
-                params[key] = self.choices[key][point.get(key, 0)]
-            elif isinstance(distribution, FloatDistribution | IntDistribution):
-                params[key] = point.get(key, distribution.low)
+        params = {
+            key: range_.decode(point[key]) if key in self.ranges else range_.ends[0]
+            for key, range_ in self.space.items()
+        }
         if self._rates is not None:
             rate = point[LR] / self._law.factor(params)
             params[LR] = min(max(rate, self._rates.low), self._rates.high)
@@ -154,7 +134,7 @@ def draw_sobol_point(encoding: SpaceEncoding, index: int, *, seed: int) -> Point
     points cover only 2^n parts evenly: with 6 ranks, 81 % of the sequences lack a rank in the first 6 points.
     Points cover u of the rate law where the range of the learning rate allows it, elsewhere the learning rate.
     """
-    counts = {key: len(encoding.choices[key]) for key in encoding.ranges if key in encoding.choices}
+    counts = {key: count for key in encoding.ranges if (count := len(encoding.space[key].choices))}
     # SciPy wants a power of 2. It must include the last point of the group of k points that `index` is in.
     num_points = 1 << (index + max(counts.values(), default=1)).bit_length()
     fractions = _draw_sequence(len(encoding.ranges), seed, num_points)
@@ -165,17 +145,7 @@ def draw_sobol_point(encoding: SpaceEncoding, index: int, *, seed: int) -> Point
             group = fractions[first : first + counts[key], column]
             point[key] = int((group < fractions[index, column]).sum())
         else:
-            assert isinstance(range_, FloatDistribution | IntDistribution)
-            fraction, step = float(fractions[index, column]), range_.step or 0
-            # half a step beyond both ends, so that the values at the ends are as frequent as the others
-            low, high = range_.low - step / 2, range_.high + step / 2
-            if range_.log:
-                value = math.exp(math.log(low) + fraction * (math.log(high) - math.log(low)))
-            else:
-                value = low + fraction * (high - low)
-            if step:
-                value = round((value - range_.low) / step) * step + range_.low
-            point[key] = min(max(value, range_.low), range_.high)
+            point[key] = range_.interpolate(float(fractions[index, column]))
     if LR not in encoding.ranges:
         return point
     return encoding.move_into_range(point, float(fractions[index, list(encoding.ranges).index(LR)]))
@@ -237,7 +207,7 @@ class History:
             "state": OPTUNA_STATES[trial.state],
             "value": trial.search_score if trial.state == "complete" else None,
             "params": self.point(trial),
-            "distributions": self.encoding.ranges,
+            "distributions": self.encoding.distributions,
             "intermediate_values": dict(trial.values),
             "constraints": {"memory": 1.0} if trial.state == "infeasible" else None,
             "system_attrs": dict(trial.sampler_state.get("trial", {})),
@@ -246,8 +216,7 @@ class History:
 
     def _round(self, point: Point) -> tuple[Any, ...]:
         return tuple(
-            f"{point[key]:.2g}" if isinstance(range_, FloatDistribution) and range_.step is None else point[key]
-            for key, range_ in self.encoding.ranges.items()
+            f"{point[key]:.2g}" if range_.is_continuous else point[key] for key, range_ in self.encoding.ranges.items()
         )
 
 

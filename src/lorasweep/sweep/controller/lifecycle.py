@@ -38,7 +38,7 @@ from lorasweep.sweep.controller.folder import (
 )
 from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition
 from lorasweep.sweep.definition.confirm import draw_confirm_seeds, find_warnings, has_fixed_score, list_questions
-from lorasweep.sweep.definition.sweep_file import describe_space
+from lorasweep.sweep.definition.ranges import describe_space
 from lorasweep.wording import join_words
 
 CHANGEABLE_KEYS = ("sweep.trials", "sweep.output", "confirm.seeds")

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lorasweep.config.data import ScoreMetric
 from lorasweep.config.run import ALPHA, LR, RANK
@@ -30,7 +29,7 @@ from lorasweep.sweep.controller.encoding import (
     get_score,
 )
 from lorasweep.sweep.definition.arms import Arm
-from lorasweep.sweep.definition.sweep_file import Space
+from lorasweep.sweep.definition.ranges import Range, Space
 
 Array = NDArray[np.float64]
 
@@ -72,8 +71,8 @@ def place_settings(params: Sequence[Mapping[str, Any]], *, space: Space, law: Ra
     Each setting has a value for every key of the arm's space.
     """
     columns: list[list[float]] = []
-    for key, distribution in sorted(space.items()):
-        if distribution.single():
+    for key, range_ in sorted(space.items()):
+        if range_.is_single:
             continue
         values = [setting[key] for setting in params]
         if key == LR:
@@ -81,24 +80,19 @@ def place_settings(params: Sequence[Mapping[str, Any]], *, space: Space, law: Ra
             columns.append([rate / RATE_LENGTH_SCALE_DECADES for rate in rates])
         elif key in LENGTH_SCALES_OCTAVES and all(is_number(value) and value > 0 for value in values):
             columns.append([math.log2(value) / LENGTH_SCALES_OCTAVES[key] for value in values])
-        elif isinstance(distribution, CategoricalDistribution):
-            columns += _place_choices(values, distribution.choices)
-        elif isinstance(distribution, FloatDistribution | IntDistribution):
-            low, high = distribution.low, distribution.high
-            if distribution.log:
-                places = [math.log(value / low) / math.log(high / low) for value in values]
-            else:
-                places = [(value - low) / (high - low) for value in values]
-            columns.append([place / RANGE_LENGTH_SCALE for place in places])
+        elif range_.choices:
+            columns += _place_choices(values, range_)
+        else:
+            columns.append([range_.find_fraction(value) / RANGE_LENGTH_SCALE for value in values])
     return np.array(columns, dtype=np.float64).reshape(-1, len(params)).T
 
 
-def _place_choices(values: Sequence[Any], choices: Sequence[Any]) -> list[list[float]]:
+def _place_choices(values: Sequence[Any], range_: Range) -> list[list[float]]:
     """Returns one column with the positions of numbers among the sorted choices, or one column per choice."""
-    if all(map(is_number, choices)):
-        order = sorted(choices)
+    if range_.are_numbers:
+        order = range_.sorted_choices
         return [[order.index(value) / (len(order) - 1) / RANGE_LENGTH_SCALE for value in values]]
-    names = [repr(choice) for choice in choices]  # 1, 1.0 and True are equal
+    names = [repr(choice) for choice in range_.choices]  # 1, 1.0 and True are equal
     side = 1 / (math.sqrt(2) * CHOICE_LENGTH_SCALE)
     return [[side * (repr(value) == name) for value in values] for name in names]
 
@@ -173,7 +167,7 @@ def compute_kernel(first: Array, second: Array) -> Array:
 
 def has_own_model(arm: Arm) -> bool:
     """Returns whether `propose_by_model` proposes the trials of an arm, if its sampler is `gp`."""
-    return arm.confirm_each is not None or [key for key, range_ in arm.space.items() if not range_.single()] == [LR]
+    return arm.confirm_each is not None or [key for key, range_ in arm.space.items() if not range_.is_single] == [LR]
 
 
 def propose_by_model(arm: Arm, history: History, *, seed: int) -> Point:
@@ -186,7 +180,7 @@ def propose_by_model(arm: Arm, history: History, *, seed: int) -> Point:
     fixed = {}
     if arm.confirm_each is not None:
         counts = Counter(history.point(trial)[arm.confirm_each] for trial in (*results, *running))
-        values = range(len(encoding.choices[arm.confirm_each]))
+        values = range(len(arm.space[arm.confirm_each].choices))
         fixed = {arm.confirm_each: min(values, key=lambda index: (counts[index], index))}
     place = partial(place_settings, space=arm.space, law=build_rate_law(arm))
     points = place([encoding.decode(history.point(trial)) for trial in results])
@@ -239,11 +233,11 @@ def predict_best(
     best = int(np.argmin(mean)) if chosen is None else candidates.index(dict(chosen))
     params, rates = candidates[best], arm.space.get(LR)
     rate_ratio, rate_costs = None, {}
-    if rates is not None and not rates.single():
+    if rates is not None and not rates.is_single:
         settings = (params, *(trial.params for trial in complete))
         log_u, *others = [math.log(setting[LR] * law.factor(setting)) for setting in settings]
         rate_ratio = math.exp(min(abs(log_u - other) for other in others))
-    if isinstance(rates, FloatDistribution) and not rates.single():
+    if rates is not None and not rates.is_single and not rates.choices:
         moved = {name: params[LR] * factor for name, factor in {"half": 0.5, "twice": 2.0}.items()}
         inside = {name: {**params, LR: rate} for name, rate in moved.items() if rates.low <= rate <= rates.high}
         cost, *costs = surrogate.predict(place([params, *inside.values()]))[0].tolist()
@@ -279,15 +273,13 @@ def _find_lowest_cost(costs: Sequence[float]) -> float:
 
 def _list_settings(space: Space, law: RateLaw, fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns settings that cover the space at the fixed values, with rates of a few digits."""
-    rest: Space = {
-        key: CategoricalDistribution([fixed[key]]) if key in fixed else range_ for key, range_ in space.items()
-    }
+    rest = {key: Range(choices=(fixed[key],)) if key in fixed else range_ for key, range_ in space.items()}
     encoding = SpaceEncoding(rest, law=law)
     if not encoding.ranges:
         return [encoding.decode({})]
     points = [draw_sobol_point(encoding, index, seed=CANDIDATE_SEED) for index in range(NUM_CANDIDATES)]
     settings = [encoding.decode(point) for point in points]
     for params in settings:
-        if LR in encoding.ranges and LR not in encoding.choices:
+        if LR in encoding.ranges and not rest[LR].choices:
             params[LR] = float(f"{params[LR]:.{RATE_DIGITS}g}")
     return settings

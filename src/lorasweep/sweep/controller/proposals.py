@@ -145,7 +145,7 @@ def _ask(sampler: BaseSampler, history: History, shown: Sequence[FrozenTrial]) -
         known |= trial.sampler_state.get("study", {})
     for name, value in known.items():
         storage.set_study_system_attr(study_id, name, value)
-    params = study.ask(history.encoding.ranges).params
+    params = study.ask(history.encoding.distributions).params
     study_attributes = storage.get_study_system_attrs(study_id)
     state = {
         "trial": study.get_trials(deepcopy=False)[-1].system_attrs,

@@ -21,11 +21,9 @@ from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
 from lorasweep.record import Subject, is_number
 from lorasweep.sweep.definition.overrides import NO_OVERRIDES, ArmSettings, SweepOverrides, fold_sweep
+from lorasweep.sweep.definition.ranges import Space, describe_space
 from lorasweep.sweep.definition.sweep_file import (
-    Space,
     SweepFile,
-    describe_space,
-    list_corner_values,
     name_in_errors,
     read_content,
     require_folder_name,
@@ -60,7 +58,7 @@ class Arm:
     def subjects(self) -> tuple[Subject, ...]:
         """What the confirm stage compares: the arm itself, or each value of `confirm_each`, numbers ascending."""
         key = self.confirm_each
-        values = [None] if key is None else list_corner_values(self.space[key])
+        values = [None] if key is None else self.space[key].ends
         if all(map(is_number, values)):
             values = sorted(values)
         return tuple(Subject(arm=self.name, key=key, value=value) for value in values)
@@ -169,7 +167,7 @@ def _build_arm(arm: ArmSettings, *, sweep_config: SweepConfig) -> Arm:
                 f"`{given[0]}` must be left out, because the sweep names the folders of its runs, but got "
                 f"{settings[given[0]]!r}. `sweep.output=DIR` names the sweep's folder, `--resume DIR` resumes a sweep."
             )
-        ends = {key: list_corner_values(range_) for key, range_ in arm.space.items()}
+        ends = {key: range_.ends for key, range_ in arm.space.items()}
         lows = {key: values[0] for key, values in ends.items()}
         corners = [lows, *({**lows, key: value} for key, values in ends.items() for value in values[1:])]
         if len(ends) > 1:
@@ -205,4 +203,4 @@ def describe_definition(definition: Definition) -> str:
 
 
 def searches_one_key(space: Space) -> bool:
-    return sum(not range_.single() for range_ in space.values()) == 1
+    return sum(not range_.is_single for range_ in space.values()) == 1

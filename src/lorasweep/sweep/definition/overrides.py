@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution
-
 from lorasweep.config.build import TARGET, Positive, build, convert, list_declared_types
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import (
@@ -20,13 +18,12 @@ from lorasweep.config.compose import (
 )
 from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
 from lorasweep.errors import ConfigError
+from lorasweep.sweep.definition.ranges import Range, Space
 from lorasweep.sweep.definition.sweep_file import (
     ArmConfig,
-    Space,
     SweepFile,
     make_paths_absolute,
     name_in_errors,
-    parse_range,
     require_folder_name,
 )
 from lorasweep.wording import suggest_nearest
@@ -47,13 +44,6 @@ class Value:
     """A value that a setting has in every run."""
 
     content: Any
-
-
-@dataclass(frozen=True)
-class Range:
-    """The values among which the search chooses for a setting."""
-
-    distribution: BaseDistribution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,14 +135,14 @@ def _parse_content(key: str, content: Any) -> Value | Range:
 
 
 def _parse_range(key: str, content: Any) -> Range:
-    """Returns the range of a setting, in whole numbers if its declared type is `int`. Errors as in `parse_range`.
+    """Returns the range of a setting, in whole numbers if its declared type is `int`. Errors as in `Range.parse`.
 
     An argument of another package's class has no declared type. It is searched in whole numbers if its bounds are.
     """
     is_whole = isinstance(content, Mapping) and all(isinstance(bound, int) for bound in content.values())
     if key in DECLARED_KEYS:
         is_whole = (key, int) in DECLARED and (key, float) not in DECLARED
-    return Range(parse_range(key, content, is_whole=is_whole))
+    return Range.parse(key, content, is_whole=is_whole)
 
 
 def fold_sweep(file: SweepFile, overrides: SweepOverrides) -> tuple[dict[str, Any], list[ArmSettings]]:
@@ -226,7 +216,7 @@ def _fold_arm(name: str, arm: ArmConfig, file: SweepFile, overrides: SweepOverri
         )
     each = fields.get("confirm_each", arm.confirm_each)
     range_ = space.get(each or "")
-    if each and not (isinstance(range_, CategoricalDistribution) and len(range_.choices) > 1):
+    if each and (range_ is None or len(range_.choices) < 2):
         with name_in_errors(f"arm `{name}`"):  # a wrong value of the key is the first cause
             compose_run({k: v for k, v in settings.items() if k.split(".")[0] not in SWEEP_GROUPS}, require_all=False)
         raise ConfigError(
@@ -262,7 +252,7 @@ def _fold(layers: Sequence[Sequence[Override]]) -> tuple[dict[str, Any], Space]:
     space: Space = {}
     for layer in layers:
         values = {override.key: override.given.content for override in layer if isinstance(override.given, Value)}
-        ranges = {override.key: override.given.distribution for override in layer if isinstance(override.given, Range)}
+        ranges = {override.key: override.given for override in layer if isinstance(override.given, Range)}
         merged = merge_settings(settings, values)
         settings = {key: value for key, value in merged.items() if not any(_covers(swept, key) for swept in ranges)}
         changed = [*values, *ranges]
