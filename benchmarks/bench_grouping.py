@@ -31,7 +31,7 @@ from real_weights import minilm_folder
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import SEED_KEYS
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.run import train_run
 from lorasweep.training.run_inputs import RunInputs
@@ -81,7 +81,7 @@ def write_conversations(source: Path, target: Path, *, limit: int) -> None:
 def train(settings: Mapping[str, Any], points: Sequence[tuple[float, int]]) -> Iterator[tuple[float, int, float]]:
     """Trains a run for each rate and seed, and yields rate, seed and final score."""
     configs = [compose_run({**settings, "optim.lr": lr, **dict.fromkeys(SEED_KEYS, seed)}) for lr, seed in points]
-    inputs: RunInputs = build_inputs(configs[0]).prepare(configs[0], folder=None)
+    inputs: RunInputs = load_inputs(configs[0]).prepare(configs[0], folder=None)
     for first in range(0, len(points), SLOTS):
         scores: dict[int, float] = {}
 
@@ -198,7 +198,7 @@ def score_base(settings: Mapping[str, Any]) -> tuple[float, int]:
     """Returns the score without training, of the constant answer or of the frozen base, and the sign of the metric."""
     rest = {key: value for key, value in settings.items() if not key.startswith("method")}
     config = compose_run({**rest, "method": "frozen"})
-    inputs = build_inputs(config)
+    inputs = load_inputs(config)
     metric = inputs.splits.score_metric
     constant = inputs.data.score_constant_answer(inputs.splits.validation)
     if metric.name in constant:

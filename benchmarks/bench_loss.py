@@ -32,8 +32,8 @@ from lorasweep.lora import LoraConfig, inject_packed_lora
 from lorasweep.lora.packed.inject import find_slots
 from lorasweep.objectives.next_tokens import NextTokens
 from lorasweep.objectives.scored_tokens import can_score_by_chunk
-from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
 from lorasweep.training.environment import DTYPES
+from lorasweep.training.prepare import checkpoint_activations, save_block_contexts
 
 ROWS, LENGTH = 2, 256
 SHAPES = {

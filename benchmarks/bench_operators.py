@@ -41,7 +41,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.data.split import Batch, select_model_inputs
 from lorasweep.lora.packed.stacks import StepStacks
 from lorasweep.models import tiny
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 from lorasweep.training.packs import pack
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.run_log import RunFolder, RunRequest
@@ -198,7 +198,7 @@ def print_model(name: str, sizes: Sequence[int], dropout: float) -> None:
         settings = {**write_model(name, Path(folder)), "method.dropout": dropout, "model.dropout": dropout}
         if name != "minilm":  # the others have no dropout of their own
             del settings["model.dropout"]
-        inputs = build_inputs(build_config(settings))
+        inputs = load_inputs(build_config(settings))
         batch = select_model_inputs(inputs.splits.train.batch(range(ROWS)))
         batch["labels"] = torch.zeros(ROWS, dtype=torch.int64) if name == "minilm" else batch["input_ids"]
         for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp32 under autocast", torch.float32)):

@@ -52,7 +52,7 @@ from lorasweep.objectives.next_tokens import NextTokens
 from lorasweep.objectives.objective import Objective
 from lorasweep.record import RunRecord
 from lorasweep.training.environment import DTYPES
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slot_run import SlotOptimizer, step_slots
 from lorasweep.training.run_inputs import RunInputs
@@ -353,7 +353,7 @@ def measure_real_path(
     }
     used = ranks if variant.has_mixed_ranks else [RANK] * len(ranks)
     configs = [compose_run({**settings, "method.rank": rank, "method.alpha": 2 * rank}) for rank in used]
-    inputs = build_inputs(configs[0])
+    inputs = load_inputs(configs[0])
     timer = BlockTimer(
         inputs=inputs,
         bare_step=make_ways(real.task, len(ranks))["pack"],

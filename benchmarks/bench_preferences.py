@@ -95,8 +95,8 @@ def prepare_work(arguments: argparse.Namespace, folder: Path, *, method: str, nu
     from lorasweep.data.batching import StepBatchSampler  # noqa: PLC0415
     from lorasweep.data.split import IGNORED, PreferenceSplit  # noqa: PLC0415
     from lorasweep.methods import METHODS  # noqa: PLC0415
-    from lorasweep.training.inputs import build_inputs  # noqa: PLC0415
-    from lorasweep.training.module import prepare_model  # noqa: PLC0415
+    from lorasweep.training.inputs import load_inputs  # noqa: PLC0415
+    from lorasweep.training.prepare import prepare_model  # noqa: PLC0415
 
     folder.mkdir()
     num_train = num_steps * arguments.batch_size
@@ -122,7 +122,7 @@ def prepare_work(arguments: argparse.Namespace, folder: Path, *, method: str, nu
     if method == "lora":
         settings |= {"method.rank": WORK["rank"], "method.alpha": WORK["alpha"]}
     config = compose_run(settings)
-    inputs = build_inputs(config)
+    inputs = load_inputs(config)
     split = inputs.data.train
     assert isinstance(split, PreferenceSplit)
     if len(split) != num_train:
@@ -175,7 +175,7 @@ def train(work: Mapping[str, Any], output: Path) -> None:
     """Trains all rates as a sweep does, and writes what was measured. It runs in a process of its own."""
     from lorasweep.config.compose import compose_run  # noqa: PLC0415 (torch reads OMP_NUM_THREADS at its import)
     from lorasweep.record import read_steps  # noqa: PLC0415
-    from lorasweep.training.inputs import build_inputs  # noqa: PLC0415
+    from lorasweep.training.inputs import load_inputs  # noqa: PLC0415
     from lorasweep.training.packs.pack import train_pack  # noqa: PLC0415
     from lorasweep.training.run import train_run  # noqa: PLC0415
     from lorasweep.training.run_log import RunFolder, RunRequest  # noqa: PLC0415
@@ -184,7 +184,7 @@ def train(work: Mapping[str, Any], output: Path) -> None:
     started = clock()
     settings = {**work["settings"], "trainer.activation_checkpointing": work["checkpointing"]}
     configs = [compose_run({**settings, "optim.lr": lr}) for lr in work["rates"]]
-    inputs = build_inputs(configs[0])
+    inputs = load_inputs(configs[0])
     times: list[list[float]] = [[]]
     rewards: list[list[float]] = []
     with tempfile.TemporaryDirectory() as name:

@@ -122,14 +122,14 @@ def prepare(file: Path, *, command: str) -> dict[str, Any]:
     from lorasweep.recipes.read import read_recipe  # noqa: PLC0415
     from lorasweep.sweep.draft import draft_sweep  # noqa: PLC0415
     from lorasweep.training.inputs import InputsCache  # noqa: PLC0415
-    from lorasweep.training.module import prepare_model  # noqa: PLC0415
+    from lorasweep.training.prepare import prepare_model  # noqa: PLC0415
 
     cache = InputsCache()
     typed = {f"data.{split}": split for split in ("validation", "test")}  # else parts of the training data
     typed["data.template"] = str(file.parent / "template.jinja")
     draft = draft_sweep(file.parent / "mine.yaml", typed, cache, recipe=read_recipe(file))
     config = draft.definition.find_arm("present").base
-    inputs = cache.build(config)
+    inputs = cache.load(config)
     train = inputs.data.train
     assert len(train) == NUM_STEPS * BATCH_SIZE, len(train)
     sampler = StepBatchSampler(train, batch_size=BATCH_SIZE, num_steps=NUM_STEPS, seed=config.seeds.data_order)
@@ -152,13 +152,13 @@ def train(work: Mapping[str, Any]) -> list[float]:
     """Returns the losses of our run."""
     from lorasweep.config.compose import build_run  # noqa: PLC0415
     from lorasweep.record import read_steps  # noqa: PLC0415
-    from lorasweep.training.inputs import build_inputs  # noqa: PLC0415
+    from lorasweep.training.inputs import load_inputs  # noqa: PLC0415
     from lorasweep.training.run import train_run  # noqa: PLC0415
     from lorasweep.training.run_log import RunFolder  # noqa: PLC0415
 
     config = build_run(work["config"])
     folder = Path(work["file"]).parent / "ours"
-    inputs = build_inputs(config).prepare(config, folder=folder.parent)
+    inputs = load_inputs(config).prepare(config, folder=folder.parent)
     train_run(config, RunFolder(path=folder), inputs=inputs, stop_requested=lambda: False)
     return [row["loss"] for row in read_steps(folder, having='"loss"') if "validation" not in row]
 

@@ -38,14 +38,14 @@ def end(*_):
     print("marks " + json.dumps(marks), flush=True)
     os._exit(0)
 
-load = inputs.build_inputs
+load = inputs.load_inputs
 def load_between_marks(*arguments, **settings):
     mark()
     loaded = load(*arguments, **settings)
     mark()
     return loaded
 
-inputs.build_inputs = load_between_marks
+inputs.load_inputs = load_between_marks
 register_optimizer_step_pre_hook(end)
 cli.main(["sweep", *sys.argv[1:]])
 """

@@ -29,7 +29,7 @@ from side_by_side import print_head, print_row
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import Diverged
 from lorasweep.record import RunRecord
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.run_log import RunFolder, RunRequest
@@ -98,9 +98,7 @@ def train_grid(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = compose_run(shared)
-        inputs: RunInputs = build_inputs(config).prepare(
-            config, folder=table.parent
-        )  # a later call reads the reference
+        inputs: RunInputs = load_inputs(config).prepare(config, folder=table.parent)  # a later call reads the reference
         asked: dict[Path, Point] = {}
 
         def make_request(point: Point) -> RunRequest:

@@ -27,7 +27,7 @@ import yaml
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import SEED_KEYS
 from lorasweep.record import read_steps
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 from lorasweep.training.run import train_run
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.run_log import RunFolder
@@ -176,7 +176,7 @@ def main() -> None:
     overrides = {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in args.overrides)}
     shared = {**task.settings, "trainer.eval_fraction": 1.0, **dict.fromkeys(SEED_KEYS, args.seed), **overrides}
     config = compose_run(shared)
-    inputs = build_inputs(config).prepare(config, folder=None)
+    inputs = load_inputs(config).prepare(config, folder=None)
     num_recorded = 0
     for point in task.list_points():
         lr, alpha = f"{point.get('optim.lr', 0):.5g}", point.get("method.alpha")

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from lorasweep.training.activation_checkpointing import checkpoint_activations
+from lorasweep.training.prepare import checkpoint_activations
 
 
 def count_saved_bytes(compute: Callable[[], Tensor], *, model: nn.Module, is_checkpointed: bool = False) -> int:

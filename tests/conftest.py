@@ -13,7 +13,7 @@ from tests.tiny_tokenizer import load_tokenizer
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from lorasweep.config.compose import compose_run
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 
 pytest_plugins = ["tests.servers.slurm"]
 shift_seeds(int(os.environ.get("LORASWEEP_TEST_SEED", "0")))  # before test files draw their constants
@@ -115,7 +115,7 @@ def quantisable_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def inputs(make_config):
     """Base model and data of such a run, in fp32."""
-    return build_inputs(make_config())
+    return load_inputs(make_config())
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from lorasweep.config.run import ObjectiveConfig
 from lorasweep.data.split import IGNORED, CompletionSplit, PreferenceSplit, Ragged
 from lorasweep.objectives.data_splits import DataSplits
 from lorasweep.objectives.preferences import Preferences
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 
 
 def make_pairs(name, *, number, seed):
@@ -42,7 +42,7 @@ def make_pairs(name, *, number, seed):
     return PreferenceSplit(**shared, groups=tuple(map(str, range(number))), completions=rows)
 
 
-load_text = functools.cache(build_inputs)
+load_text = functools.cache(load_inputs)
 
 
 def make_preference_inputs(config, *, number=24, **settings):

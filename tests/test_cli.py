@@ -188,7 +188,7 @@ def test_ctrl_c_before_anything_runs_ends_with_130(capsys, monkeypatch, mini):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workbench_file, "build_inputs", interrupted)
+    monkeypatch.setattr(workbench_file, "load_inputs", interrupted)
     assert run(["sweep", mini]) == INTERRUPTED_EXIT_CODE
     assert capsys.readouterr().err == "lorasweep: interrupted\n"
     assert not Path("outputs").exists()

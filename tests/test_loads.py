@@ -7,7 +7,7 @@ import yaml
 from tests.small_runs import MINI
 
 import lorasweep.sweep.measure as measure_file
-import lorasweep.training.loaded_parts as parts_file
+import lorasweep.training.inputs as inputs_file
 from lorasweep.cli import run
 from lorasweep.outcome import DONE
 
@@ -19,9 +19,9 @@ def loads(here, monkeypatch):
     """The names of the models and data that were loaded, while measured trainings are made up."""
     names = []
     for name in ("load_base", "read_source"):
-        load = getattr(parts_file, name)
+        load = getattr(inputs_file, name)
         monkeypatch.setattr(
-            parts_file, name, lambda *given, load=load, name=name, **more: names.append(name) or load(*given, **more)
+            inputs_file, name, lambda *given, load=load, name=name, **more: names.append(name) or load(*given, **more)
         )
     record = SimpleNamespace(metric="loss", config={"method": None}, trainable_params=1, peak_memory_bytes=1)
     phases = {"training_s": 0.1, "evaluating_s": 0.1, "saving_s": 0.1, "loading_s": 0.1}

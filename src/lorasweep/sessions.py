@@ -39,8 +39,8 @@ from lorasweep.sweep.fingerprints import compute_fingerprints
 from lorasweep.sweep.status import SweepStatus, report_status, show_progress
 from lorasweep.sweep.workers.train import train_sweep
 from lorasweep.training.generation import check_answers
-from lorasweep.training.inputs import InputsCache, build_inputs
-from lorasweep.training.module import check_run
+from lorasweep.training.inputs import InputsCache, load_inputs
+from lorasweep.training.prepare import check_run
 from lorasweep.training.processes import join_processes, run_on_first
 from lorasweep.training.restore import check_same_run
 from lorasweep.training.run import train_run
@@ -127,7 +127,7 @@ def run_config(
         if complete is not None:
             return complete
         with group.rank_zero_first(local=True):  # one process of each node downloads, then the others read its cache
-            inputs = build_inputs(config)
+            inputs = load_inputs(config)
         check_run(config, inputs.base)
         if (answers := config.data.generated) is not None and answers.on_validation:
             check_answers(config, inputs.splits.validation, inputs=inputs)

@@ -3,7 +3,7 @@
 import pytest
 from bench_operators import MIXED, build_config, count_pack_step, write_model
 
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 
 # Upper bounds, which may only fall. To renew them after a change that needs fewer operators, write the new totals here.
 # They are those of torch 2.13 and the transformers of constraints.txt. If only such a version has changed, check out
@@ -20,7 +20,7 @@ TOTALS = {
 @pytest.fixture(scope="module")
 def tiny_inputs(tmp_path_factory):
     settings = write_model("tiny", tmp_path_factory.mktemp("tiny"))
-    return settings, build_inputs(build_config(settings))
+    return settings, load_inputs(build_config(settings))
 
 
 @pytest.mark.parametrize(("kind", "slots", "dropout"), TOTALS)

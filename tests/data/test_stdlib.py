@@ -5,7 +5,7 @@ from tests.data.conftest import make_data
 
 from lorasweep.data.reading import read_source
 from lorasweep.data.stdlib import assign_bucket, get_module_key, read_code, read_docs
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 
 
 def test_bucket_of_a_key_is_fixed_and_module_twin_and_tests_are_split_together():
@@ -37,7 +37,7 @@ def test_embedded_text_comes_as_documents_in_its_own_splits():
 
 def test_a_share_of_the_training_documents_is_whole_and_contains_every_smaller_share(make_config):
     def list_documents(limit):
-        splits = build_inputs(make_config({"data": "stdlib_docs", "data.max_train_documents": limit})).splits
+        splits = load_inputs(make_config({"data": "stdlib_docs", "data.max_train_documents": limit})).splits
         return splits, {*splits.train.groups}
 
     (whole, everything), (half, some), (quarter, few) = map(list_documents, (None, 8, 4))

@@ -11,7 +11,7 @@ from tests.training.runs import losses, train, train_together
 from lorasweep.config.compose import compose_run
 from lorasweep.data.split import list_passages
 from lorasweep.runs.export import export_run
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 from lorasweep.training.restore import restore_model
 
 pytestmark = [
@@ -53,7 +53,7 @@ def settings(tmp_path_factory):
 @pytest.mark.release
 def test_packs_of_a_real_decoder_equal_runs_alone_and_the_adapter_generates(settings, tmp_path):
     configs = [compose_run(settings | {"method.rank": rank}) for rank in (2, 8)]
-    inputs = build_inputs(configs[0])
+    inputs = load_inputs(configs[0])
     passages = list_passages(inputs.splits.train, 0, tokenizer=inputs.base.tokenizer)
     answers = [text for text, is_scored in passages if is_scored]
     assert answers == ["Paris<|im_end|>", "About two million<|im_end|>"]

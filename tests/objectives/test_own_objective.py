@@ -8,8 +8,8 @@ from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.packing import plan_packing
-from lorasweep.training.inputs import build_inputs
-from lorasweep.training.module import check_run
+from lorasweep.training.inputs import load_inputs
+from lorasweep.training.prepare import check_run
 
 FOCAL = {"objective._target_": "tests.objectives.focal_tokens.FocalTokens", "objective.gamma": 2.0, "logger": "none"}
 
@@ -44,5 +44,5 @@ def test_a_sweep_with_the_objective_ends_with_verdicts(tmp_path):
 def test_a_mistake_is_one_sentence(changes, words):
     config = compose_run(SMALL_RUN | FOCAL | changes)
     with pytest.raises(ConfigError) as caught:
-        check_run(config, build_inputs(config).base)
+        check_run(config, load_inputs(config).base)
     assert all(word in str(caught.value) for word in words), str(caught.value)

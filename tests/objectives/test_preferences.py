@@ -31,13 +31,12 @@ from lorasweep.sweep.cost import estimate_cost
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.measure import scale_up, train_briefly
 from lorasweep.training.evaluation import evaluate_model, score_split
-from lorasweep.training.inputs import InputsCache
-from lorasweep.training.module import check_run, prepare_model
+from lorasweep.training.inputs import InputsCache, cache_key
 from lorasweep.training.packs.pack import build_pack, build_pack_batch
 from lorasweep.training.packs.size import PackSize
+from lorasweep.training.prepare import check_run, prepare_model
 from lorasweep.training.reference import REFERENCE_FOLDER
 from lorasweep.training.restore import restore_model
-from lorasweep.training.run_inputs import cache_key
 from lorasweep.training.step import compute_losses
 
 RUN = SMALL_RUN | {"trainer.batch_size": 6, "optim.lr": 3e-3, "logger": "none"}
@@ -310,7 +309,7 @@ def test_data_that_must_be_retained_is_compared_with_the_base_too(tmp_path, call
     config, inputs_cache = make_config(), InputsCache()
     inputs, pairs = make_inputs(config), make_preference_inputs(config)
     calls.clear()
-    inputs_cache._loaded[cache_key(config)] = inputs
+    inputs_cache._inputs[cache_key(config)] = inputs
     inputs_cache._other_splits[config.data, cache_key(config)] = pairs.data
     assert inputs_cache.load_splits(config.data, config) is pairs.data  # a check needs no numbers of the base
     inputs_cache.folder = tmp_path
@@ -329,7 +328,7 @@ def test_a_plan_measures_without_the_numbers_of_the_base_and_counts_their_time(c
     assert calls == []
     definition = read_definition({"name": "pairs", "settings": RUN, "arms": {"lora": {"settings": {"method": "lora"}}}})
     arm, inputs_cache = definition.arms[0], InputsCache()
-    inputs_cache._loaded[cache_key(arm.base)] = inputs
+    inputs_cache._inputs[cache_key(arm.base)] = inputs
     size = PackSize(1, "")
     rates = scale_up(training, size, [arm], definition=definition, inputs_cache=inputs_cache)
     tokens = sum(int(split.lengths.sum()) for split in (inputs.data.train, inputs.data.validation, inputs.data.test()))

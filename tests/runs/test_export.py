@@ -18,7 +18,7 @@ from lorasweep.errors import RecordError, RunError
 from lorasweep.models.load import find_local_path
 from lorasweep.record import read_run, restore_config
 from lorasweep.runs.export import export_run
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 from lorasweep.training.restore import restore_base, restore_model
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
@@ -67,7 +67,7 @@ def train_classifier(make_config, tmp_path):
         data = {"data": "table", "data.train": str(tmp_path / "rows.jsonl")}
         common = {key: value for key, value in SMALL_RUN.items() if key.startswith("trainer.")}
         config = compose_run({**model, **data, **common, "trainer.progress": False, "optim.lr": 1e-2, **settings})
-        train_run(config, RunFolder(path=tmp_path / "run"), inputs=build_inputs(config))
+        train_run(config, RunFolder(path=tmp_path / "run"), inputs=load_inputs(config))
         return tmp_path / "run"
 
     return train
@@ -144,7 +144,7 @@ def test_a_merged_model_generates_with_its_own_tokenizer(trained, tmp_path):
 @pytest.mark.parametrize(("method", "dtype"), [("lora", torch.bfloat16), ("full", torch.float32)])
 def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained, make_config, tmp_path, method, dtype):
     settings = {"method": method, "trainer.precision": "bf16"}
-    run = trained(settings, inputs=build_inputs(make_config(settings)))
+    run = trained(settings, inputs=load_inputs(make_config(settings)))
     written = export_run(run, format="merged", out=tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(written.folder, dtype="auto")
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
@@ -270,7 +270,7 @@ def test_a_template_of_ones_own_is_exported_with_the_tokenizer(make_config, tmp_
     data = {"data": "chat", "data.train": str(tmp_path / "talks.jsonl"), "data.template": str(tmp_path / "mine.jinja")}
     trainer = {f"trainer.{key}": value for key, value in {"max_steps": 1, "batch_size": 2, "device": "cpu"}.items()}
     config = compose_run(data | trainer | {"trainer.progress": False, "method.rank": 2})
-    train_run(config, RunFolder(path=tmp_path / "run"), inputs=build_inputs(config))
+    train_run(config, RunFolder(path=tmp_path / "run"), inputs=load_inputs(config))
     for form in ("peft", "merged"):
         written = export_run(tmp_path / "run", format=form, out=tmp_path / form)
         assert (written.folder / "chat_template.jinja").read_text() == TEMPLATE

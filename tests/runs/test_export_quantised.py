@@ -12,7 +12,7 @@ from lorasweep.models.load import load_base
 from lorasweep.models.pretrained import NF4_ARGUMENTS
 from lorasweep.record import read_run, restore_config
 from lorasweep.runs.export import export_run
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
@@ -28,7 +28,7 @@ def run(make_config, quantisable_model, tmp_path_factory):
     base = {"model": "causal_lm", "model.path": str(quantisable_model), "model.quantization": "nf4"}
     config = make_config({**base, "optim.lr": 0.1})
     folder = tmp_path_factory.mktemp("quantised") / "run"
-    train_run(config, RunFolder(path=folder), inputs=build_inputs(config))
+    train_run(config, RunFolder(path=folder), inputs=load_inputs(config))
     return folder
 
 

@@ -31,7 +31,7 @@ def repeat(run, tmp_path):
 @pytest.fixture(autouse=True)
 def _inputs_of_the_tests(monkeypatch, inputs):
     """Spares loading model and data for each test; `test_another_process` and the command line's tests load them."""
-    monkeypatch.setattr(reproduce_file, "build_inputs", lambda config: inputs)
+    monkeypatch.setattr(reproduce_file, "load_inputs", lambda config: inputs)
 
 
 def edit_step(run, step, name, value):
@@ -167,7 +167,7 @@ def change_log(name, value):
 def test_a_damaged_record_or_log_is_refused_before_the_base_is_loaded(
     run, repeat, monkeypatch, tmp_path, damage, message
 ):
-    monkeypatch.setattr(reproduce_file, "build_inputs", lambda config: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(reproduce_file, "load_inputs", lambda config: pytest.fail("the base was loaded"))
     damage(run)
     with pytest.raises((RecordError, ConfigError), match=message):
         repeat()

@@ -3,7 +3,7 @@
 import pytest
 from tests.training.runs import train
 
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,7 @@ def make_config(make_config, quantisable_model):
 
 @pytest.fixture(scope="session")
 def inputs(make_config):
-    return build_inputs(make_config())
+    return load_inputs(make_config())
 
 
 @pytest.fixture(scope="session")

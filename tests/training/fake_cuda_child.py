@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lorasweep.config.compose import compose_run
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder, RunRequest
@@ -212,7 +212,7 @@ def run_case(gpu, folder, settings):
     """Trains a pack whose slot is refilled, and a run alone that is killed and resumes. Returns what was noted."""
     has_flash = settings.get("model.attention") == "flash_attention_2"
     config = compose_run({**settings, "model.attention": "sdpa"} if has_flash else settings)
-    inputs = build_inputs(config)
+    inputs = load_inputs(config)
     if has_flash:
         inputs.base.model.config._attn_implementation = "flash_attention_2"
     gpu.telemetry = inputs.telemetry

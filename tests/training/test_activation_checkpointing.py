@@ -14,7 +14,7 @@ from lorasweep.errors import ConfigError
 from lorasweep.lora import LoraConfig, inject_packed_lora, set_dropout_streams, slot_model
 from lorasweep.lora.dropout import FunctionalDropout
 from lorasweep.lora.packed.inject import find_slots
-from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
+from lorasweep.training.prepare import checkpoint_activations, save_block_contexts
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
 DECODER = SIZES | {"intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8, "attention_dropout": 0.2}

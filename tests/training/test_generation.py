@@ -16,7 +16,7 @@ from lorasweep.errors import ConfigError
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.record import ANSWERS_FILE, TEST_SCORES_FILE, read_run
 from lorasweep.training.generation import build_score, check_answers, score_answers
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 from lorasweep.training.restore import restore_model
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
@@ -59,7 +59,7 @@ def make(settings):
 
     def make(**more):
         config = compose_run({**settings, **{key.replace("__", "."): value for key, value in more.items()}})
-        return config, build_inputs(config)
+        return config, load_inputs(config)
 
     return make
 

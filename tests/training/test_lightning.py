@@ -14,9 +14,9 @@ from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import read_steps
+from lorasweep.training.inputs import SHARED_INPUTS
 from lorasweep.training.module import dropout_seed
 from lorasweep.training.run import train_run
-from lorasweep.training.run_inputs import share_inputs
 from lorasweep.training.run_log import RunFolder
 
 pytestmark = [
@@ -72,7 +72,7 @@ def own_run(words, data, tmp_path_factory):
     """The same run as `lorasweep train` trains it."""
     folder = tmp_path_factory.mktemp("own") / "run"
     config = compose_run(parse_overrides(words))
-    train_run(config, RunFolder(path=folder), inputs=share_inputs(config))
+    train_run(config, RunFolder(path=folder), inputs=SHARED_INPUTS.load(config))
     return folder
 
 

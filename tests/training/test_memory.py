@@ -57,7 +57,7 @@ def test_what_a_control_group_uses_is_not_free_but_cached_files_are(tmp_path, li
 
 def test_inputs_are_loaded_once_for_all_runs_that_can_share_them(make_config, monkeypatch):
     loaded = []
-    monkeypatch.setattr(inputs_file, "build_inputs", lambda config, **given: loaded.append(config) or object())
+    monkeypatch.setattr(inputs_file, "load_inputs", lambda config, cache: loaded.append(config) or object())
     inputs_cache = InputsCache()
     first = inputs_cache.load(make_config())
     assert inputs_cache.load(make_config({"method": "full", "optim.lr": 1.0, "trainer.max_steps": 9})) is first

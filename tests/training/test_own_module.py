@@ -16,9 +16,9 @@ from lorasweep.errors import ConfigError
 from lorasweep.record import read_run, read_steps, restore_config
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.packing import plan_packing
-from lorasweep.training.inputs import build_inputs
-from lorasweep.training.module import check_run
+from lorasweep.training.inputs import load_inputs
 from lorasweep.training.own_module import SeededData
+from lorasweep.training.prepare import check_run
 from lorasweep.training.restore import restore_model
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
@@ -53,7 +53,7 @@ PREFERENCES = SHORT | {
 
 def prepare(settings):
     config = compose_run(settings)
-    inputs = build_inputs(config)
+    inputs = load_inputs(config)
     check_run(config, inputs.base)
     return config, inputs
 
@@ -96,7 +96,7 @@ def test_a_stopped_run_resumes_with_the_same_losses(tmp_path, stop_at):
 
 
 def test_the_data_order_depends_on_its_seed_and_not_on_the_method(tmp_path):
-    inputs = build_inputs(compose_run(DIGITS))
+    inputs = load_inputs(compose_run(DIGITS))
 
     def read_labels(seed):
         torch.rand(seed + 1)  # what the model draws
@@ -156,7 +156,7 @@ def test_the_sweep_file_of_the_page_is_a_sweep_whose_trials_run_alone():
     definition = read_definition(content)
     for arm in definition.arms:
         for config in arm.corner_configs:
-            check_run(config, build_inputs(config).base)
+            check_run(config, load_inputs(config).base)
     plan = plan_packing(definition)["lora"]
     assert plan.key is None
     assert "module._target_" in plan.reason
@@ -183,7 +183,7 @@ TEXT = SMALL_RUN | {
 
 @pytest.fixture(scope="module")
 def own_inputs():
-    return build_inputs(compose_run(TEXT | METRIC))
+    return load_inputs(compose_run(TEXT | METRIC))
 
 
 @pytest.mark.release

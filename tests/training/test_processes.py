@@ -15,7 +15,7 @@ import lorasweep
 from lorasweep.config.compose import compose_run
 from lorasweep.record import read_run, read_steps
 from lorasweep.runs.reproduce import restore_solo_config
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
@@ -62,7 +62,7 @@ def scores(run):
 def alone(tmp_path_factory):
     """Trains runs of one process, once each."""
     folder = tmp_path_factory.mktemp("alone")
-    inputs = build_inputs(compose_run(SETTINGS))
+    inputs = load_inputs(compose_run(SETTINGS))
 
     def train(name="lora-1", **settings):
         if not (folder / name).exists():
@@ -148,7 +148,7 @@ def test_one_process_goes_on_with_what_two_began(trained, strategy):
     assert (record.status, record.steps_done) == ("interrupted", 3)
     assert (record.platform["processes"], record.platform["strategy"]) == (2, strategy)
     config = restore_solo_config(record)
-    record = train_run(config, RunFolder(path=folder), inputs=build_inputs(config), resume=True)
+    record = train_run(config, RunFolder(path=folder), inputs=load_inputs(config), resume=True)
     assert (record.status, record.steps_done) == ("complete", 6)
     assert losses(folder) == pytest.approx(losses(trained / f"whole-{strategy}"), **ROUNDING)
 

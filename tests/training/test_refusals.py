@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from lorasweep.errors import ConfigError
-from lorasweep.training.module import check_run
+from lorasweep.training.prepare import check_run
 
 TIMER, CSV = "lightning.pytorch.callbacks.Timer", "lightning.pytorch.loggers.CSVLogger"
 RPROP = {"optim._target_": "torch.optim.Rprop", "optim.weight_decay": 0.1}

@@ -14,7 +14,7 @@ from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import compute_sha256, read_run
 from lorasweep.training.environment import has_cpu_bf16
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 
 KEPT = {
     "lora": {"adapter_config.json", ADAPTER},
@@ -188,7 +188,7 @@ def test_a_run_that_breaks_leaves_the_traceback_in_its_record(tmp_path, make_con
 @pytest.mark.parametrize("method", ["lora", "full", "intrinsic"])
 def test_bf16_bases_train_in_fp32(tmp_path, make_config, method):
     config = make_config(settings_of(method) | {"trainer.precision": "bf16"})
-    inputs = build_inputs(config)
+    inputs = load_inputs(config)
     assert {p.dtype for p in inputs.base.model.parameters()} == {torch.bfloat16}
     before = fingerprint_weights(inputs.base.model)
     record = train(tmp_path, config, inputs=inputs)

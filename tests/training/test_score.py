@@ -15,8 +15,8 @@ from lorasweep.errors import RecordError
 from lorasweep.objectives.next_tokens import NextTokens
 from lorasweep.record import TEST_SCORES_FILE, compute_sha256, read_run, read_steps
 from lorasweep.training.evaluation import evaluate_model
-from lorasweep.training.inputs import build_inputs
-from lorasweep.training.module import prepare_model
+from lorasweep.training.inputs import load_inputs
+from lorasweep.training.prepare import prepare_model
 from lorasweep.training.restore import restore_model
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
@@ -61,7 +61,7 @@ def test_every_method_is_scored_with_the_weights_of_its_best_evaluation(trained,
 def test_the_scores_are_those_of_the_best_weights_and_not_of_the_last(make_config, tmp_path):
     # so high that the first steps of a trained model are the best
     config = make_config({"model": "tiny", "optim.lr": 0.5, "trainer.eval_every_steps": 1})
-    inputs, folder = build_inputs(config), tmp_path
+    inputs, folder = load_inputs(config), tmp_path
     train_run(config, RunFolder(path=folder), inputs=inputs)
     record = read_run(folder)
     assert record.best["step"] < record.last["step"]
@@ -147,7 +147,7 @@ def test_a_base_with_a_new_head_gives_the_most_frequent_label_on_every_seed(tmp_
     words = {"model": "classifier", "model.path": "embedded:tiny", "data": "table", "data.text": "text"}
     words |= {"data.label": "label", "data.train": str(tmp_path / "topics.csv"), "method": "frozen"}
     config, other = (compose_run({**words, "seed": seed}) for seed in (0, 1))
-    inputs = build_inputs(config)
+    inputs = load_inputs(config)
     train_run(config, RunFolder(path=tmp_path / "a-0", arm="a", trial=0), inputs=inputs)
     record = score_run(tmp_path / "a-0", inputs=inputs)
     expected = inputs.splits.score_constant_answer(inputs.splits.test())

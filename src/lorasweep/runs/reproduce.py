@@ -25,8 +25,8 @@ from lorasweep.record import (
     read_steps,
     restore_config,
 )
-from lorasweep.training.inputs import build_inputs
-from lorasweep.training.module import check_run
+from lorasweep.training.inputs import load_inputs
+from lorasweep.training.prepare import check_run
 from lorasweep.training.run import never_stop, train_run
 from lorasweep.training.run_log import RunFolder
 from lorasweep.wording import shorten
@@ -92,7 +92,7 @@ def reproduce_run(
     threads = platform.get("threads")
     if type(threads) is int and 1 <= threads <= 4 * (os.cpu_count() or 1):
         torch.set_num_threads(threads)  # the order of sums depends on it
-    inputs = build_inputs(config)
+    inputs = load_inputs(config)
     check_run(config, inputs.base)
     inputs = inputs.prepare(config, folder=output)
     failure, step = "", itertools.count()

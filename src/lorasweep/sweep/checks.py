@@ -20,7 +20,7 @@ from lorasweep.sweep.definition.sweep_file import name_in_errors
 from lorasweep.sweep.workers.train import check_workers
 from lorasweep.training.generation import check_answers
 from lorasweep.training.inputs import InputsCache, check_batch_memory
-from lorasweep.training.module import check_run
+from lorasweep.training.prepare import check_run
 from lorasweep.wording import format_share
 
 MAX_STEPS = 900

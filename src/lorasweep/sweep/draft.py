@@ -191,7 +191,7 @@ def draft_sweep(
     # blocks of text have a fixed length; the length of examples is measured
     lengths = {"data.max_length": MAX_MEASURED_TOKENS} if chosen["data"] in MEASURED_DATA else {}
     # absolute paths as in a definition, which then shares what is loaded here
-    inputs = inputs_cache.build(compose_run(make_paths_absolute({**lengths, **chosen})))
+    inputs = inputs_cache.load(compose_run(make_paths_absolute({**lengths, **chosen})))
     inputs.splits.test()  # reads every row, because the confirm stage would fail after hours of training
     metric = {} if any(key.startswith("data.metric") for key in chosen) else {"data.metric": inputs.splits.metric}
     numbered = {**chosen, **metric, **_choose_numbers(inputs, chosen, recipe)}

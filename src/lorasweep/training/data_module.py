@@ -17,7 +17,7 @@ from lorasweep.data.batching import (
 from lorasweep.data.split import Batch, move_batch
 from lorasweep.errors import ConfigError
 from lorasweep.objectives.data_splits import DataSplits
-from lorasweep.training.run_inputs import RunSettings, read_settings, share_inputs
+from lorasweep.training.inputs import SHARED_INPUTS, RunSettings, read_settings
 
 
 class DataModule(lightning.LightningDataModule):
@@ -50,9 +50,7 @@ class DataModule(lightning.LightningDataModule):
         self._eval_fraction = self.config.eval_fraction
         if splits is None:
             self._eval_fraction = 1.0  # nobody scores the best weights on all examples after a user's own Trainer
-            # The cache of inputs has weak references only. This reference lets a TrainingModule share the same inputs.
-            self._inputs = share_inputs(self.config)
-            splits = self._inputs.data
+            splits = SHARED_INPUTS.load(self.config).prepare(self.config, folder=None).data
         self.splits = splits
         self.accumulate = accumulate or self.config.trainer.accumulate
 

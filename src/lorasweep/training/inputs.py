@@ -2,70 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
+
+from lorasweep.activity import doing
+from lorasweep.config.build import build
 from lorasweep.config.data import DataConfig
-from lorasweep.config.run import RunConfig, TrainerConfig
-from lorasweep.data.batching import EvaluationSampler, LengthBuckets, count_batch_bytes
+from lorasweep.config.run import ModelConfig, RunConfig, TrainerConfig, refuse_code
+from lorasweep.data.batching import count_batch_bytes
+from lorasweep.data.reading import read_source
+from lorasweep.data.source import DataSource
 from lorasweep.data.split import SplitFacts
-from lorasweep.data.split import padding_fraction as measure_padding
 from lorasweep.errors import ConfigError
-from lorasweep.objectives.data_splits import DataSplits, build_data_splits
-from lorasweep.training.loaded_parts import LoadedParts
+from lorasweep.methods import copy_sharing_weights
+from lorasweep.models.attention import choose_attention
+from lorasweep.models.load import BaseModel, Labels, load_base
+from lorasweep.objectives.data_splits import DataSplits, build_data_splits, drop_slot_settings
+from lorasweep.training.environment import DTYPES, get_device, has_cpu_bf16, resolve_precision
 from lorasweep.training.memory import free_memory_bytes
-from lorasweep.training.own_module import OwnModule
+from lorasweep.training.own_module import load_own_inputs
 from lorasweep.training.reference import add_reference
-from lorasweep.training.run_inputs import RunInputs, cache_key, get_labels
+from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.telemetry import Telemetry
-from lorasweep.training.workload import ModelWorkload, Workload
 from lorasweep.wording import format_bytes, join_words
 
 MAX_LOADED_INPUTS = 8
 """Maximum number of bases and data sets that a process keeps in memory. Each value of a swept argument of a user's
 module is another base."""
-
-
-def get_workload(config: RunConfig) -> Workload:
-    return ModelWorkload() if config.module is None else OwnModule()
-
-
-def build_inputs(
-    config: RunConfig, *, telemetry: Telemetry | None = None, parts: LoadedParts | None = None
-) -> RunInputs:
-    """Loads the base model and the data of a run. Raises `ConfigError` if they can't be loaded.
-
-    `telemetry` counts the seconds and tokens of this process. `parts` has what this process has loaded already.
-    """
-    return get_workload(config).load(config, telemetry=telemetry or Telemetry(), parts=parts or LoadedParts())
+TOKENISING_SETTINGS = frozenset(
+    (
+        *("max_length", "block_length", "max_train_documents", "max_validation_blocks", "max_test_blocks"),
+        *("class_weights", "metric"),
+    )
+)
+"""Settings of data that are applied to its examples after they were read and assigned to splits."""
 
 
 class InputsCache:
-    """Loads the inputs of a worker's runs. Runs with the same model and data share one `RunInputs`."""
+    """Loads the inputs of runs. Runs with the same model and data share one `RunInputs`.
 
-    def __init__(self, parts: LoadedParts | None = None) -> None:
-        """`parts` has the bases and data sets that an earlier cache loaded."""
+    Each base model is loaded once and each data set is read once, also for runs that cut the data differently.
+    """
+
+    def __init__(self, *, max_inputs: int = MAX_LOADED_INPUTS) -> None:
         self.folder: Path | None = None
         """The folder of the sweep that trains. If it is set, the splits have the reference (`RunInputs.prepare`)."""
         self.telemetry = Telemetry()
-        self._parts = parts or LoadedParts()
-        self._loaded: dict[tuple[Any, ...], RunInputs] = {}
+        """Counts the seconds and tokens of this process."""
+        self.max_inputs = max_inputs
+        self._inputs: dict[tuple[Any, ...], RunInputs] = {}
+        self._bases: dict[tuple[ModelConfig, torch.dtype, Labels | None], BaseModel] = {}
+        self._sources: list[tuple[DataConfig, DataSource]] = []
         self._other_splits: dict[tuple[DataConfig, tuple[Any, ...]], DataSplits] = {}
 
     def load(self, config: RunConfig) -> RunInputs:
+        """Returns the inputs of a run. Raises `ConfigError` if they can't be loaded."""
         key = cache_key(config)
-        if key not in self._loaded:
-            if len(self._loaded) >= MAX_LOADED_INPUTS:
-                self._loaded.clear()
-            self._loaded[key] = self.build(config)
+        if key not in self._inputs:
+            if len(self._inputs) >= self.max_inputs:
+                for kept in (self._inputs, self._bases, self._sources):
+                    kept.clear()
+            self._inputs[key] = load_inputs(config, self)
         if self.folder is not None:
-            self._loaded[key] = self._loaded[key].prepare(config, folder=self.folder)
-        return self._loaded[key]
-
-    def build(self, config: RunConfig) -> RunInputs:
-        """Returns new inputs of a run, which are not kept. Their base model and examples are kept, as under `load`."""
-        return build_inputs(config, telemetry=self.telemetry, parts=self._parts)
+            self._inputs[key] = self._inputs[key].prepare(config, folder=self.folder)
+        return self._inputs[key]
 
     def load_splits(self, data: DataConfig, config: RunConfig) -> DataSplits:
         """Returns the splits of other data than a run's own, prepared for the run's base model.
@@ -75,7 +79,7 @@ class InputsCache:
         """
         key, base = (data, cache_key(config)), self.load(config).base
         if key not in self._other_splits:
-            source = self._parts.read_source(data)
+            source = self.read_source(data)
             splits = build_data_splits(data, source=source, base=base)
             labels, learned = get_labels(source), base.labels and replace(base.labels, constant=())
             if labels is not None and labels != learned:
@@ -87,6 +91,92 @@ class InputsCache:
             splits = add_reference(splits, base=base, trainer=config.trainer, folder=self.folder, names=())
             self._other_splits[key] = splits
         return self._other_splits[key]
+
+    def load_base(self, config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None) -> BaseModel:
+        """Returns a base model. Later calls return a copy that shares its weights. Errors as in `models.load_base`."""
+        key = config, dtype, labels
+        if key in self._bases:
+            # a copy, because the choice of attention, which depends on the run's device, is set on the model
+            return replace(self._bases[key], model=copy_sharing_weights(self._bases[key].model))
+        base = self._bases[key] = load_base(config, dtype=dtype, labels=labels)
+        return base
+
+    def read_source(self, config: DataConfig) -> DataSource:
+        """Returns the examples of a data set. Errors as in `data.reading.read_source`."""
+        for known, source in self._sources:
+            differences = {name for name, value in vars(config).items() if vars(known).get(name) != value}
+            if differences <= TOKENISING_SETTINGS:
+                return source
+        source = read_source(config)
+        self._sources.append((config, source))
+        return source
+
+
+SHARED_INPUTS = InputsCache(max_inputs=1)
+"""The inputs of a `TrainingModule` and a `DataModule` in a user's own Trainer. The newest stay in memory."""
+RunSettings: TypeAlias = RunConfig | Sequence[str] | Mapping[str, Any]
+"""Settings of a run: a `RunConfig`, the arguments of `lorasweep train` (`["method.rank=8"]`), or a nested mapping."""
+
+
+def read_settings(given: RunSettings, *, trust: bool = False) -> RunConfig:
+    """Returns the settings of a run.
+
+    Args:
+        given: Settings in one of three forms. A nested mapping may come from a checkpoint of an unknown author.
+        trust: Whether code that a nested mapping names may run.
+
+    Raises:
+        ConfigError: A key or value is wrong, or the settings name code and `trust` is False.
+    """
+    if isinstance(given, RunConfig):
+        return given
+    if isinstance(given, Mapping):
+        config = build(RunConfig, given)
+        refuse_code(config, trust=trust, groups=("model", "module", "objective", "data"))
+        return config
+    from lorasweep.config.command_line import parse_overrides  # noqa: PLC0415 (Hydra is slow to start)
+    from lorasweep.config.compose import compose_run  # noqa: PLC0415 (Hydra is slow to start)
+
+    return compose_run(parse_overrides(given))
+
+
+def cache_key(config: RunConfig) -> tuple[Any, ...]:
+    """Returns a key that is equal for runs that can share their inputs."""
+    trainer, objective = config.trainer, drop_slot_settings(config.objective)
+    return *config.loaded, objective, resolve_precision(trainer), trainer.device
+
+
+def load_inputs(config: RunConfig, cache: InputsCache | None = None) -> RunInputs:
+    """Loads the base model and the data of a run, unless the cache has them. Raises ConfigError if they can't load."""
+    cache = cache or InputsCache()
+    if config.module is not None:
+        return load_own_inputs(config, telemetry=cache.telemetry)
+    precision = resolve_precision(config.trainer)
+    with doing("reading the data"):
+        source = cache.read_source(config.data)
+    with doing(f"loading the model {config.model.path}"):
+        base = cache.load_base(config.model, dtype=DTYPES[precision], labels=get_labels(source))
+    with doing("tokenising the data"):
+        splits = build_data_splits(config.data, source=source, base=base, objective=config.objective)
+    if base.labels is not None and (constant := splits.objective.fit_constant(splits.train)) is not None:
+        base = replace(base, labels=replace(base.labels, constant=tuple(constant.tolist())))
+    attention = None
+    if config.model.attention == "auto":
+        attention = choose_attention(
+            base.model,
+            device=get_device(config.trainer),
+            dtype=DTYPES[precision],
+            max_tokens=max(int(split.row_lengths.max()) for split in (splits.train, splits.validation)),
+            has_cpu_bf16=has_cpu_bf16(),
+        )
+    return RunInputs(base=base, splits=splits, precision=precision, attention=attention, telemetry=cache.telemetry)
+
+
+def get_labels(source: DataSource) -> Labels | None:
+    if source.kind not in ("single_label", "regression"):
+        return None
+    names = ("value",) if source.kind == "regression" else source.label_names
+    return Labels(kind=source.kind, names=names)
 
 
 def check_batch_memory(config: TrainerConfig, split: SplitFacts) -> None:
@@ -101,20 +191,3 @@ def check_batch_memory(config: TrainerConfig, split: SplitFacts) -> None:
             f"`trainer.batch_size` must fit the free memory of {format_bytes(free)}, but {config.batch_size} examples "
             f"take {format_bytes(needed)} or more. Training data has {len(split)} examples; use a smaller batch."
         )
-
-
-def describe_batching(inputs: RunInputs, config: RunConfig, *, accumulate: int) -> dict[str, Any]:
-    """Returns how the examples of a run become batches, for its record."""
-    split, trainer = inputs.splits.validation, config.trainer
-    batches = EvaluationSampler(split, batch_size=trainer.eval_batch_size).batches
-    # `TrainingProgress.write_to` later replaces the 0
-    padding = {"train": 0.0, "validation": round(measure_padding(split, batches), 4)}
-    attention = None if inputs.attention is None else inputs.attention._asdict()
-    lengths, group = inputs.splits.train.row_lengths, config.data.groups_by_length
-    buckets = LengthBuckets(lengths, batch_size=trainer.batch_size, group_by_length=group)
-    return {
-        "micro_batches": accumulate,
-        "bucket_lengths": buckets.lengths,
-        "padding_fraction": padding,
-        "attention": attention,
-    }

@@ -19,22 +19,18 @@ from torch import Tensor, nn
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.method import LoraConfig
-from lorasweep.config.run import RunConfig
 from lorasweep.data.split import Batch
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.lora.inject import replace_dropout
 from lorasweep.methods import METHODS
-from lorasweep.models.load import BaseModel
-from lorasweep.objectives.data_splits import list_objectives, read_slot_settings
 from lorasweep.objectives.objective import EXAMPLE_FIELDS, Evaluation, ExampleScores
-from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
 from lorasweep.training.checkpoint import read_rng_state, restore_rng_state
 from lorasweep.training.data_module import DataModule
 from lorasweep.training.environment import fork_random_streams
-from lorasweep.training.fsdp import average_gradients, check_shardable, copy_trained_weights, shard_model
-from lorasweep.training.loggers import check_components
-from lorasweep.training.optim import check_optim, configure_optimizers
-from lorasweep.training.run_inputs import RunInputs, RunSettings, read_settings, share_inputs
+from lorasweep.training.fsdp import average_gradients, copy_trained_weights, shard_model
+from lorasweep.training.inputs import SHARED_INPUTS, RunSettings, read_settings
+from lorasweep.training.optim import configure_optimizers
+from lorasweep.training.prepare import check_run, prepare_model
+from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.step import add_slot_settings, compute_losses
 from lorasweep.training.telemetry import TrainingProgress
 
@@ -73,7 +69,7 @@ class TrainingModule(lightning.LightningModule):
         super().__init__()
         self.config = read_settings(config, trust=trust)
         in_own_trainer = inputs is None
-        self.inputs = inputs = inputs or share_inputs(self.config)
+        self.inputs = inputs = inputs or SHARED_INPUTS.load(self.config)
         if in_own_trainer:
             self.config = replace(self.config, trainer=replace(self.config.trainer, precision=inputs.precision))
             check_run(self.config, inputs.base)
@@ -268,32 +264,3 @@ def dropout_seed(seed: int, *, rank: int) -> int:
     """Returns the seed of the dropout stream of one process. The first process has the stream of a run alone."""
     # `seed + rank` would give rank 1 of seed 0 the same stream as rank 0 of seed 1.
     return seed if rank == 0 else int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
-
-
-def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
-    """Returns the prepared model. It shares the base's weights, which are never written."""
-    # The global seed is set before the method draws, and again after it: neither earlier draws nor the method's draws
-    # may change the dropout masks.
-    torch.manual_seed(config.seeds.dropout)
-    generator = torch.Generator().manual_seed(config.seeds.init)
-    model = METHODS[config.method.name].prepare(base, config.method, generator=generator)
-    replace_dropout(model)
-    torch.manual_seed(config.seeds.dropout)
-    model.train()  # turns dropout on; Lightning switches modes for evaluations and restores them
-    if config.trainer.activation_checkpointing:
-        # torch's compiler takes no contexts of ours
-        checkpoint_activations(model, None if config.trainer.compile else save_block_contexts())
-    if config.trainer.compile:
-        model.compile()
-    return model
-
-
-def check_run(config: RunConfig, base: BaseModel) -> None:
-    """Refuses settings that do not fit the base model or have no effect, before anything is written."""
-    METHODS[config.method.name].check(base.model, config.method, new_head_names=base.new_head_names)
-    check_optim(config)
-    check_components(config)
-    for objective in list_objectives(config.objective):
-        read_slot_settings(config.objective, objective)
-    if config.trainer.is_sharded:
-        check_shardable(base.model)

@@ -35,17 +35,15 @@ from lorasweep.errors import ConfigError
 from lorasweep.lora.layer_kinds import count_parameters
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.methods.method import replace_parameters
-from lorasweep.models.load import BaseModel, Labels, fingerprint_weights
+from lorasweep.models.load import BaseModel, fingerprint_weights
 from lorasweep.training.checkpoint import read_rng_state, restore_rng_state
 from lorasweep.training.environment import resolve_device, resolve_precision
 from lorasweep.training.evaluation import ScoresOnTest
-from lorasweep.training.loaded_parts import LoadedParts
-from lorasweep.training.module import prepare_model
 from lorasweep.training.optim import configure_optimizers
+from lorasweep.training.prepare import prepare_model
 from lorasweep.training.processes import find_launch, quiet_lightning
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.telemetry import Telemetry, TrainingProgress
-from lorasweep.training.workload import TrainerParts, Workload
 from lorasweep.wording import join_words, shorten, suggest_nearest
 
 DATA_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -223,93 +221,84 @@ def build_module(config: RunConfig) -> LightningModule:
     return module
 
 
-class OwnModule(Workload):
-    """A user's LightningModule and LightningDataModule."""
+def load_own_base(config: RunConfig) -> BaseModel:
+    """Returns the user's module as a base, with frozen parameters, in its own dtype. Errors as in `build_module`."""
+    module = build_module(config).requires_grad_(False).train(False)
+    assert config.module is not None
+    return BaseModel(
+        model=module,
+        tokenizer=None,  # type: ignore[arg-type]  # the user's data module reads the data
+        path=config.module.target,
+        fingerprint=fingerprint_weights(module, exclude=config.module.new_modules),
+        num_parameters=count_parameters(module),
+        kind=config.model.kind,
+        new_head_names=config.module.new_modules,
+    )
 
-    cuts_batches = False  # the user's loader makes whole batches
-    num_epochs = -1
 
-    def load_base(self, config: RunConfig, *, dtype: torch.dtype, labels: Labels | None) -> BaseModel:
-        """Returns the user's module as a base, with frozen parameters, in its own dtype."""
-        module = build_module(config).requires_grad_(False).train(False)
-        assert config.module is not None
-        return BaseModel(
-            model=module,
-            tokenizer=None,  # type: ignore[arg-type]  # the user's data module reads the data
-            path=config.module.target,
-            fingerprint=fingerprint_weights(module, exclude=config.module.new_modules),
-            num_parameters=count_parameters(module),
-            kind=config.model.kind,
-            new_head_names=config.module.new_modules,
-        )
+def load_own_inputs(config: RunConfig, *, telemetry: Telemetry) -> RunInputs:
+    """Loads the user's module and data, and tries both evaluations on one batch, so that no run fails hours later.
 
-    def load(self, config: RunConfig, *, telemetry: Telemetry, parts: LoadedParts) -> RunInputs:
-        """Also tries both evaluations on one batch of the base, so that a wrong module does not fail hours later.
+    Errors of the module's own code are raised as they are, with its traceback.
 
-        Errors of the module's own code are raised as they are, with its traceback.
+    Raises:
+        ConfigError: The module or the data can't be used, or the steps do not log the metric.
+    """
+    name, direction = config.metric.name, config.metric.direction
+    assert config.datamodule is not None
+    assert name is not None
+    assert direction is not None
+    metric = ScoreMetric(name=name, direction=direction)
+    data = read_own_data(config.datamodule, metric, batch_size=config.trainer.batch_size)
+    precision, base = resolve_precision(config.trainer), load_own_base(config)
+    inputs = RunInputs(base=base, splits=data, precision=precision, always_autocasts=True, telemetry=telemetry)
+    module = copy_sharing_weights(base.model)
+    _evaluate(module, config=config, inputs=inputs, step="validate", num_batches=1)
+    score_own_module(module, config=config, inputs=inputs, num_batches=1)
+    return inputs
 
-        Raises:
-            ConfigError: The module or the data can't be used, or the steps do not log the metric.
-        """
-        name, direction = config.metric.name, config.metric.direction
-        assert config.datamodule is not None
-        assert name is not None
-        assert direction is not None
-        metric = ScoreMetric(name=name, direction=direction)
-        data = read_own_data(config.datamodule, metric, batch_size=config.trainer.batch_size)
-        precision, base = resolve_precision(config.trainer), self.load_base(config, dtype=torch.float32, labels=None)
-        inputs = RunInputs(base=base, splits=data, precision=precision, always_autocasts=True, telemetry=telemetry)
-        module = copy_sharing_weights(base.model)
-        _evaluate(module, config=config, inputs=inputs, step="validate", num_batches=1)
-        self.score_test(module, config=config, inputs=inputs, num_batches=1)
-        return inputs
 
-    def build_parts(self, config: RunConfig, inputs: RunInputs, *, accumulate: int) -> TrainerParts:
-        module, base = build_module(config), inputs.base
-        replace_parameters(module, dict(zip(module.parameters(), base.model.parameters(), strict=True)))
-        prepared = prepare_model(config, replace(base, model=module))
-        assert isinstance(prepared, LightningModule)
-        training = OwnModuleRun(config, base, module=prepared)
-        data = SeededData(_get_data(inputs), seed=config.seeds.data_order)
-        return TrainerParts(prepared, data, training, (training,))
+def score_own_module(
+    model: nn.Module, *, config: RunConfig, inputs: RunInputs, num_batches: int | None = None
+) -> ScoresOnTest:
+    """Returns the metric under its name on validation data, and the scores that `record_scores` got.
 
-    def score_test(
-        self, model: nn.Module, *, config: RunConfig, inputs: RunInputs, num_batches: int | None = None
-    ) -> ScoresOnTest:
-        """Returns the metric under its name on validation data, and the scores that `record_scores` got.
-
-        Errors as in `load`.
-        """
-        inputs.splits.test()
-        recorded: list[tuple[float, Any]] = []
-        token = _RECORDED.set(recorded)
-        try:
-            score = _evaluate(model, config=config, inputs=inputs, step="test", num_batches=num_batches)
-        finally:
-            _RECORDED.reset(token)
-        rows = [(n, score, 1, n if group is None else group) for n, (score, group) in enumerate(recorded)]
-        lines = csv_text(("row", "score", "weight", "group"), rows) if rows else None
-        return ScoresOnTest({inputs.splits.metric: score}, lines)
+    Errors as in `load_own_inputs`.
+    """
+    inputs.splits.test()
+    recorded: list[tuple[float, Any]] = []
+    token = _RECORDED.set(recorded)
+    try:
+        score = _evaluate(model, config=config, inputs=inputs, step="test", num_batches=num_batches)
+    finally:
+        _RECORDED.reset(token)
+    rows = [(n, score, 1, n if group is None else group) for n, (score, group) in enumerate(recorded)]
+    lines = csv_text(("row", "score", "weight", "group"), rows) if rows else None
+    return ScoresOnTest({inputs.splits.metric: score}, lines)
 
 
 class OwnModuleRun(lightning.Callback):
     """Does for a user's module what `TrainingModule` does beside its steps."""
 
-    def __init__(self, config: RunConfig, base: BaseModel, *, module: LightningModule) -> None:
-        """`module` is the prepared copy of the base."""
-        self.module, self.base, self.method = module, base, METHODS[config.method.name]
+    def __init__(self, config: RunConfig, inputs: RunInputs) -> None:
+        module, base = build_module(config), inputs.base
+        replace_parameters(module, dict(zip(module.parameters(), base.model.parameters(), strict=True)))
+        prepared: Any = prepare_model(config, replace(base, model=module))
+        self.data = SeededData(_get_data(inputs), seed=config.seeds.data_order)
+        self.module: LightningModule = prepared
+        self.base, self.method = base, METHODS[config.method.name]
         self.metric = str(config.metric.name)
         self.progress = TrainingProgress()
         self.step_losses = torch.zeros(0)
         self._step_began = 0.0
-        module.strict_loading = False  # a checkpoint has only the trained parameters
+        prepared.strict_loading = False  # a checkpoint has only the trained parameters
         if config.method.kind != "full":
             # Running statistics belong to the frozen base, and the files of other methods could not keep them.
-            for norm in (part for part in module.modules() if hasattr(part, "running_mean")):
+            for norm in (part for part in prepared.modules() if hasattr(part, "running_mean")):
                 norm.eval()
-        if not is_overridden("configure_optimizers", module):
-            build: Any = functools.partial(configure_optimizers, config, module)
-            module.configure_optimizers = build  # type: ignore[method-assign]
+        if not is_overridden("configure_optimizers", prepared):
+            build: Any = functools.partial(configure_optimizers, config, prepared)
+            prepared.configure_optimizers = build
 
     def whole_model(self) -> nn.Module:
         return self.module

@@ -14,10 +14,10 @@ from lorasweep.config.run import RunConfig
 from lorasweep.disk import open_inside
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.models.load import BaseModel, Labels
+from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.record import RunRecord, compute_sha256, restore_config
 from lorasweep.training.environment import DTYPES
-from lorasweep.training.inputs import get_workload
+from lorasweep.training.own_module import load_own_base
 
 CHANGEABLE_SETTINGS = {f"trainer.{name}" for name in ("strategy", "devices", "num_nodes", "device", "progress")}
 """Settings that may change when a run resumes, because they do not change what it learns."""
@@ -79,7 +79,7 @@ def _load_recorded_base(record: RunRecord, config: RunConfig) -> BaseModel:
             f"`platform.precision` and `base.labels` in a run's record must be as the run wrote them, but: {error!r}. "
             "Restore the file."
         ) from error
-    return get_workload(config).load_base(config, dtype=dtype, labels=labels)
+    return load_base(config.model, dtype=dtype, labels=labels) if config.module is None else load_own_base(config)
 
 
 def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Module:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning
 import torch
@@ -17,6 +17,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
 
 from lorasweep.activity import Activity, doing, end_inner
 from lorasweep.config.run import RunConfig
@@ -30,6 +31,7 @@ from lorasweep.training.checkpoint import (
     read_checkpoint,
     remove_checkpoints,
 )
+from lorasweep.training.data_module import DataModule
 from lorasweep.training.environment import deterministic_algorithms, resolve_device
 from lorasweep.training.failures import (
     convert_lost_process,
@@ -37,8 +39,10 @@ from lorasweep.training.failures import (
     describe_failure,
     status_after,
 )
-from lorasweep.training.inputs import check_batch_memory, describe_batching, get_workload
+from lorasweep.training.inputs import check_batch_memory
 from lorasweep.training.loggers import build_callbacks, finish_loggers, start_loggers
+from lorasweep.training.module import TrainingModule
+from lorasweep.training.own_module import OwnModuleRun
 from lorasweep.training.processes import (
     build_strategy,
     find_launch,
@@ -47,12 +51,29 @@ from lorasweep.training.processes import (
     run_on_first,
 )
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.training.run_log import Metrics, RunFolder, RunLog, find_run_end, open_record
+from lorasweep.training.run_log import Metrics, RunFolder, RunLog, describe_batching, find_run_end, open_record
 from lorasweep.training.score import score_best_weights
-from lorasweep.training.workload import Training
+from lorasweep.training.telemetry import TrainingProgress
 
 OnEvaluation = Callable[[int, Metrics], str | None]
 """`on_evaluation(step, metrics)` gets all metrics of an evaluation. Returns why the run must stop, or None."""
+
+
+class Training(Protocol):
+    """What a run's log, report and files need of the training."""
+
+    progress: TrainingProgress
+    step_losses: Tensor
+    """The last step's loss, split by micro-batch and summed over processes, (micro_batches,)."""
+
+    def get_metrics(self) -> Metrics:
+        """Returns the metrics of the last evaluation on validation data."""
+
+    def whole_model(self) -> nn.Module:
+        """Returns the model with whole weights on the first process. All processes must call it."""
+
+    def save_weights(self, model: nn.Module, folder: Path) -> None:
+        """Writes the weights of `whole_model` that a run keeps."""
 
 
 def never_stop() -> bool:
@@ -112,7 +133,7 @@ def train_run(
                 ) from error
             record = read_run(run_folder.path)
             micro_batches = int(record.batching.get("micro_batches", 1))
-            can_cut = get_workload(config).cuts_batches and micro_batches < config.trainer.batch_size
+            can_cut = config.module is None and micro_batches < config.trainer.batch_size
             if not can_cut or not record.steps_planned:
                 raise
             too_large.append(micro_batches)
@@ -232,12 +253,19 @@ class LightningRun(lightning.Callback):
         # At the end of an evaluation Lightning calls them in this order. The user's callbacks come first, because our
         # checkpoint keeps their state. This object comes last, because it reads values of the others.
         callbacks = build_callbacks(config)
-        module, data, self.training, more = get_workload(config).build_parts(config, inputs, accumulate=accumulate)
+        module: lightning.LightningModule
+        data: lightning.LightningDataModule
+        if config.module is None:
+            self.training = module = TrainingModule(config, inputs=inputs, accumulate=accumulate)
+            data = DataModule(config, splits=inputs.data, accumulate=accumulate)
+        else:
+            self.training = own = OwnModuleRun(config, inputs)
+            module, data, callbacks = own.module, own.data, [*callbacks, own]
         loggers = start_loggers(config, self.run_folder.path, is_first_process=self.group.is_global_zero)
         status: RunStatus = "complete"
         try:
             with quiet_lightning(), deterministic_algorithms(config.trainer.deterministic):
-                trainer = self._build_trainer(accumulate, [*callbacks, *more, self], loggers)
+                trainer = self._build_trainer(accumulate, [*callbacks, self], loggers)
                 try:
                     if record.steps_planned:
                         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -286,7 +314,7 @@ class LightningRun(lightning.Callback):
             precision=self.inputs.lightning_precision(config),
             logger=loggers or False,
             callbacks=callbacks,
-            max_epochs=get_workload(config).num_epochs,
+            max_epochs=1 if config.module is None else -1,  # our data module has the whole run in one epoch
             max_steps=settings.max_steps,
             val_check_interval=settings.eval_every_steps * accumulate,
             check_val_every_n_epoch=None,

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
-from weakref import WeakValueDictionary
+from typing import Literal
 
 import torch
 
-from lorasweep.activity import doing
-from lorasweep.config.build import as_settings, build
+from lorasweep.config.build import as_settings
 from lorasweep.config.components import find_own_files
 from lorasweep.config.data import SplitSettings
-from lorasweep.config.run import RunConfig, refuse_code
-from lorasweep.data.source import DataSource
+from lorasweep.config.run import RunConfig
 from lorasweep.data.split import Splits
 from lorasweep.errors import ConfigError
 from lorasweep.lora.targets import Coverage
 from lorasweep.methods import METHODS
-from lorasweep.models.attention import AttentionChoice, choose_attention
-from lorasweep.models.load import BaseModel, Labels
-from lorasweep.objectives.data_splits import DataSplits, build_data_splits, drop_slot_settings
+from lorasweep.models.attention import AttentionChoice
+from lorasweep.models.load import BaseModel
+from lorasweep.objectives.data_splits import DataSplits
 from lorasweep.record import compute_sha256
-from lorasweep.training.environment import DTYPES, Precision, get_device, has_cpu_bf16, resolve_precision
-from lorasweep.training.loaded_parts import LoadedParts
+from lorasweep.training.environment import Precision, get_device
 from lorasweep.training.reference import add_reference
 from lorasweep.training.telemetry import Telemetry
 
@@ -116,82 +112,3 @@ def require_same_fingerprints(
                 f"`{key}`{of_source} must be as when the {kind} began (fingerprint {value!r}), but got "
                 f"{now.get(key)!r}. Restore it, or start a new {kind}."
             )
-
-
-RunSettings: TypeAlias = RunConfig | Sequence[str] | Mapping[str, Any]
-"""Settings of a run: a `RunConfig`, the arguments of `lorasweep train` (`["method.rank=8"]`), or a nested mapping."""
-_USED_INPUTS: WeakValueDictionary[tuple[Any, ...], RunInputs] = WeakValueDictionary()
-"""Inputs that an object of this process still refers to."""
-
-
-def read_settings(given: RunSettings, *, trust: bool = False) -> RunConfig:
-    """Returns the settings of a run.
-
-    Args:
-        given: Settings in one of three forms. A nested mapping may come from a checkpoint of an unknown author.
-        trust: Whether code that a nested mapping names may run.
-
-    Raises:
-        ConfigError: A key or value is wrong, or the settings name code and `trust` is False.
-    """
-    if isinstance(given, RunConfig):
-        return given
-    if isinstance(given, Mapping):
-        config = build(RunConfig, given)
-        refuse_code(config, trust=trust, groups=("model", "module", "objective", "data"))
-        return config
-    from lorasweep.config.command_line import parse_overrides  # noqa: PLC0415 (Hydra is slow to start)
-    from lorasweep.config.compose import compose_run  # noqa: PLC0415 (Hydra is slow to start)
-
-    return compose_run(parse_overrides(given))
-
-
-def share_inputs(config: RunConfig) -> RunInputs:
-    """Returns the inputs of a run. Loads them, unless another object of this process still uses the same inputs."""
-    key = cache_key(config)
-    if (inputs := _USED_INPUTS.get(key)) is None:
-        inputs = load_model_inputs(config, telemetry=Telemetry(), parts=LoadedParts()).prepare(config, folder=None)
-        _USED_INPUTS[key] = inputs
-    return inputs
-
-
-def cache_key(config: RunConfig) -> tuple[Any, ...]:
-    """Returns a key that is equal for runs that can share their inputs."""
-    trainer, objective = config.trainer, drop_slot_settings(config.objective)
-    return *config.loaded, objective, resolve_precision(trainer), trainer.device
-
-
-def load_model_inputs(config: RunConfig, *, telemetry: Telemetry, parts: LoadedParts) -> RunInputs:
-    """Loads the base model and the data of a run. Raises `ConfigError` if they can't be loaded."""
-    precision = resolve_precision(config.trainer)
-    with doing("reading the data"):
-        source = parts.read_source(config.data)
-    with doing(f"loading the model {config.model.path}"):
-        base = parts.load_base(config.model, dtype=DTYPES[precision], labels=get_labels(source))
-    with doing("tokenising the data"):
-        splits = build_data_splits(config.data, source=source, base=base, objective=config.objective)
-    if base.labels is not None and (constant := splits.objective.fit_constant(splits.train)) is not None:
-        base = replace(base, labels=replace(base.labels, constant=tuple(constant.tolist())))
-    attention = None
-    if config.model.attention == "auto":
-        attention = choose_attention(
-            base.model,
-            device=get_device(config.trainer),
-            dtype=DTYPES[precision],
-            max_tokens=max(int(split.row_lengths.max()) for split in (splits.train, splits.validation)),
-            has_cpu_bf16=has_cpu_bf16(),
-        )
-    return RunInputs(
-        base=base,
-        splits=splits,
-        precision=precision,
-        attention=attention,
-        telemetry=telemetry,
-    )
-
-
-def get_labels(source: DataSource) -> Labels | None:
-    if source.kind not in ("single_label", "regression"):
-        return None
-    names = ("value",) if source.kind == "regression" else source.label_names
-    return Labels(kind=source.kind, names=names)

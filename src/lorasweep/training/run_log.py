@@ -18,6 +18,8 @@ from torch import Tensor
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.run import RunConfig, TrainerConfig
+from lorasweep.data.batching import EvaluationSampler, LengthBuckets
+from lorasweep.data.split import padding_fraction as measure_padding
 from lorasweep.disk import remove_leftovers, write_atomically
 from lorasweep.errors import Diverged
 from lorasweep.record import (
@@ -242,6 +244,23 @@ def open_record(
         steps_planned=config.num_steps,
         total_params=inputs.base.num_parameters,
     )
+
+
+def describe_batching(inputs: RunInputs, config: RunConfig, *, accumulate: int) -> dict[str, Any]:
+    """Returns how the examples of a run become batches, for its record."""
+    split, trainer = inputs.splits.validation, config.trainer
+    batches = EvaluationSampler(split, batch_size=trainer.eval_batch_size).batches
+    # `TrainingProgress.write_to` later replaces the 0
+    padding = {"train": 0.0, "validation": round(measure_padding(split, batches), 4)}
+    attention = None if inputs.attention is None else inputs.attention._asdict()
+    lengths, group = inputs.splits.train.row_lengths, config.data.groups_by_length
+    buckets = LengthBuckets(lengths, batch_size=trainer.batch_size, group_by_length=group)
+    return {
+        "micro_batches": accumulate,
+        "bucket_lengths": buckets.lengths,
+        "padding_fraction": padding,
+        "attention": attention,
+    }
 
 
 def find_run_end(

@@ -25,7 +25,7 @@ from lorasweep.training.environment import fork_random_streams, get_device
 from lorasweep.training.evaluation import evaluate_model, score_split
 from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.generation import score_answers
-from lorasweep.training.inputs import get_workload
+from lorasweep.training.own_module import score_own_module
 from lorasweep.training.restore import restore_model
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.run_log import check_score
@@ -52,7 +52,10 @@ def score_run(
     split = inputs.splits.test()
     model = restore_model(config, inputs.base, folder=folder / "best")
     with convert_memory_errors():
-        values, lines = get_workload(config).score_test(model, config=config, inputs=inputs)
+        if config.module is None:
+            values, lines = score_split(model, inputs.data, config=config, inputs=inputs)
+        else:
+            values, lines = score_own_module(model, config=config, inputs=inputs)
         files = {TEST_SCORES_FILE: lines}
         if config.data.generated is not None:
             answered = score_answers(model, split, config=config, inputs=inputs)

@@ -17,7 +17,7 @@ from lorasweep.data import batching
 from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import read_run, read_steps
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder, RunRequest
@@ -139,7 +139,7 @@ def test_packed_runs_equal_runs_alone_on_other_bases(make_config, tmp_path, sett
     if "model.quantization" in settings:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes, an optional extra, is not installed")
     configs = [make_config({**own, **settings}) for own in MIXED[:3]]
-    check_packed_equals_alone(configs, tmp_path, inputs=build_inputs(configs[0]), rel=tolerance)
+    check_packed_equals_alone(configs, tmp_path, inputs=load_inputs(configs[0]), rel=tolerance)
 
 
 DROPPING = ({"method.rank": 2, "method.dropout": 0.2}, {"method.rank": 4, "seed": 3}, {"method.rank": 3, "seed": 1})
@@ -149,7 +149,7 @@ DROPPING = ({"method.rank": 2, "method.dropout": 0.2}, {"method.rank": 4, "seed"
 def test_a_base_that_drops_is_packed_with_a_stream_for_each_slot(make_config, tmp_path, attention):
     model = save_gpt2(tmp_path / "model", attention=attention, others=0.1)
     configs = [make_config({**model, **own, "model.attention": "eager"}) for own in DROPPING]
-    inputs = build_inputs(configs[0])
+    inputs = load_inputs(configs[0])
     check_packed_equals_alone(configs, tmp_path, inputs=inputs)
     assert not any(read_run(tmp_path / f"pack{n}").pack["shared_draws"] for n in range(len(configs)))
     undropped = dataclasses.replace(configs[1], seeds=dataclasses.replace(configs[1].seeds, dropout=8))
@@ -215,12 +215,12 @@ def make_rows_config(rows_folder):
 def test_packed_rows_of_different_lengths_train_as_alone(make_rows_config, tmp_path, kind, shared):
     configs = [make_rows_config(kind, {**settings, **shared}) for settings in ROWS]
     # the third run takes the slot of the second, which is stopped: their steps have other rows
-    check_packed_equals_alone(configs, tmp_path, inputs=build_inputs(configs[0]), stopped=1)
+    check_packed_equals_alone(configs, tmp_path, inputs=load_inputs(configs[0]), stopped=1)
 
 
 def test_a_classifier_learns_and_its_score_is_accuracy(make_rows_config, tmp_path):
     config = make_rows_config("table", {"trainer.max_steps": 90, "trainer.eval_every_steps": 30, "model.dropout": 0.0})
-    inputs = build_inputs(config)
+    inputs = load_inputs(config)
     record = train_run(config, RunFolder(path=tmp_path / "lora"), inputs=inputs)
     assert (record.metric, record.direction) == ("accuracy", "maximize")
     losses = [row["loss"] for row in read_steps(tmp_path / "lora") if "loss" in row]

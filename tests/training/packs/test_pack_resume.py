@@ -17,7 +17,7 @@ from lorasweep.data import batching
 from lorasweep.errors import Diverged
 from lorasweep.record import read_run
 from lorasweep.training.checkpoint import get_step, read_pack, split_pack
-from lorasweep.training.inputs import build_inputs
+from lorasweep.training.inputs import load_inputs
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.run_log import RunFolder, RunRequest
 
@@ -250,7 +250,7 @@ def test_the_stream_that_slots_share_continues_after_a_kill(make_config, tmp_pat
         settings = {"method.rank": own["method.rank"], "method.dropout": 0.2, "model.attention": "sdpa"}
         return make_config({**model, **settings, "trainer.activation_checkpointing": checkpointing})
 
-    inputs = build_inputs(config(SETTINGS[0]))
+    inputs = load_inputs(config(SETTINGS[0]))
     (tmp_path / "whole").mkdir()
     search = Search(tmp_path / "whole", config)
     search.waiting = search.waiting[:3]

@@ -51,7 +51,6 @@ from lorasweep.lora.packed.inject import find_slots
 from lorasweep.methods import add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.objectives.objective import read_metrics
 from lorasweep.record import RunRecord, RunStatus
-from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
 from lorasweep.training.checkpoint import (
     PackCheckpoint,
     read_rng_state,
@@ -65,6 +64,7 @@ from lorasweep.training.evaluation import evaluate_slots
 from lorasweep.training.failures import convert_memory_errors, status_after
 from lorasweep.training.inputs import check_batch_memory
 from lorasweep.training.packs.slot_run import SlotOptimizer, SlotRun, step_slots
+from lorasweep.training.prepare import checkpoint_activations, save_block_contexts
 from lorasweep.training.run import never_stop
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.run_log import Metrics, RunEvaluation, RunRequest, find_run_end

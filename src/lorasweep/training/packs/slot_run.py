@@ -19,11 +19,10 @@ from lorasweep.methods import METHODS
 from lorasweep.record import RunStatus, read_run
 from lorasweep.training.checkpoint import SLOT_CHECKPOINT, get_step, read_checkpoint
 from lorasweep.training.environment import get_device
-from lorasweep.training.inputs import describe_batching
 from lorasweep.training.loggers import finish_loggers, start_loggers
 from lorasweep.training.optim import build_optimizer, build_schedule
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.training.run_log import Metrics, RunLog, RunRequest, open_record
+from lorasweep.training.run_log import Metrics, RunLog, RunRequest, describe_batching, open_record
 
 
 class SlotRun:

@@ -1,5 +1,6 @@
-"""Activation checkpointing: each block of a model keeps only its inputs, and is computed again in the backward pass.
+"""Prepares the model of a run: the method's trained parameters, dropout, activation checkpointing, `torch.compile`.
 
+With activation checkpointing each block of a model keeps only its inputs, and is computed again in the backward pass.
 transformers wraps each block in torch's `checkpoint`. The backward pass computes a block after the forward pass has
 left its contexts, on a GPU in another thread. So what a block depends on is saved when the forward pass reaches it:
 the slots' dropout streams, and the kind of dropout.
@@ -11,16 +12,54 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError
 from lorasweep.lora.dropout import FunctionalDropout, drop_from_default_stream
+from lorasweep.lora.inject import replace_dropout
 from lorasweep.lora.packed.layers import packed_trained_modules
 from lorasweep.lora.packed.slots import Slots
+from lorasweep.methods import METHODS
+from lorasweep.models.load import BaseModel
+from lorasweep.objectives.data_splits import list_objectives, read_slot_settings
+from lorasweep.training.fsdp import check_shardable
+from lorasweep.training.loggers import check_components
+from lorasweep.training.optim import check_optim
 
 BlockContexts: TypeAlias = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 """Called before each block. Returns the contexts in which the block is computed first, and again."""
+
+
+def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
+    """Returns the prepared model. It shares the base's weights, which are never written."""
+    # The global seed is set before the method draws, and again after it: neither earlier draws nor the method's draws
+    # may change the dropout masks.
+    torch.manual_seed(config.seeds.dropout)
+    generator = torch.Generator().manual_seed(config.seeds.init)
+    model = METHODS[config.method.name].prepare(base, config.method, generator=generator)
+    replace_dropout(model)
+    torch.manual_seed(config.seeds.dropout)
+    model.train()  # turns dropout on; Lightning switches modes for evaluations and restores them
+    if config.trainer.activation_checkpointing:
+        # torch's compiler takes no contexts of ours
+        checkpoint_activations(model, None if config.trainer.compile else save_block_contexts())
+    if config.trainer.compile:
+        model.compile()
+    return model
+
+
+def check_run(config: RunConfig, base: BaseModel) -> None:
+    """Refuses settings that do not fit the base model or have no effect, before anything is written."""
+    METHODS[config.method.name].check(base.model, config.method, new_head_names=base.new_head_names)
+    check_optim(config)
+    check_components(config)
+    for objective in list_objectives(config.objective):
+        read_slot_settings(config.objective, objective)
+    if config.trainer.is_sharded:
+        check_shardable(base.model)
 
 
 def checkpoint_activations(model: nn.Module, block_contexts: BlockContexts | None = None) -> None:

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-import lorasweep.training.loaded_parts as parts_file
+import lorasweep.training.inputs as inputs_file
 from lorasweep.config.compose import compose_run
 from lorasweep.training.inputs import InputsCache
-from lorasweep.training.loaded_parts import LoadedParts
 
 
 @pytest.fixture
@@ -19,8 +18,8 @@ def compose(here):
 
 def test_runs_on_other_data_share_the_weights_but_not_the_choice_of_attention(make_config, monkeypatch):
     names = []
-    load = parts_file.load_base
-    monkeypatch.setattr(parts_file, "load_base", lambda *given, **more: names.append(given) or load(*given, **more))
+    load = inputs_file.load_base
+    monkeypatch.setattr(inputs_file, "load_base", lambda *given, **more: names.append(given) or load(*given, **more))
     inputs_cache = InputsCache()
     short, long = (
         inputs_cache.load(make_config({"data.block_length": length, "trainer.precision": "bf16"}))
@@ -32,18 +31,18 @@ def test_runs_on_other_data_share_the_weights_but_not_the_choice_of_attention(ma
     assert all(one is other for one, other in pairs)
     short.base.model.set_attn_implementation("eager")  # as a run on another device would
     assert long.attention.name == long.base.model.config._attn_implementation != "eager"
-    labelled = parts_file.LoadedParts().load_base(make_config().model, dtype=torch.float32, labels=None)
+    labelled = InputsCache().load_base(make_config().model, dtype=torch.float32, labels=None)
     assert labelled.fingerprint != short.base.fingerprint  # of another precision, so it was loaded
 
 
 def test_other_lengths_get_the_examples_that_were_read(compose):
-    parts = LoadedParts()
-    first = parts.read_source(compose().data)
-    assert parts.read_source(compose(max_length=9, metric="f1", class_weights="balanced").data) is first
-    assert parts.read_source(compose(test_fraction=0.3).data) is not first
+    cache = InputsCache()
+    first = cache.read_source(compose().data)
+    assert cache.read_source(compose(max_length=9, metric="f1", class_weights="balanced").data) is first
+    assert cache.read_source(compose(test_fraction=0.3).data) is not first
 
 
 def test_other_columns_are_read(compose):
-    parts = LoadedParts()
-    before, after = (parts.read_source(compose(labels=names).data) for names in (None, ["a", "b", "c"]))
+    cache = InputsCache()
+    before, after = (cache.read_source(compose(labels=names).data) for names in (None, ["a", "b", "c"]))
     assert (before.label_names, after.label_names) == (("0", "1", "2"), ("a", "b", "c"))
