@@ -28,7 +28,6 @@ from lorasweep.errors import ConfigError
 from lorasweep.recipes.keys import UNKNOWN
 from lorasweep.recipes.read import TOOLS, Recipe, load_table, read_recipe
 from lorasweep.sweep.definition.arms import describe_definition, read_definition
-from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.draft import draft_sweep
 from lorasweep.training.inputs import InputsCache
 
@@ -119,7 +118,7 @@ def draft_one(recipe: Recipe, folder: Path) -> None:
     with contextlib.redirect_stderr(io.StringIO()):
         draft = draft_sweep(folder / "draft.yaml", stand_ins, InputsCache(), recipe=recipe)
     quantization = recipe.settings.get("model.quantization", "none")  # which the embedded model is too narrow for
-    theirs = SweepOverrides.parse([f"model.quantization={quantization}"])
+    theirs = [f"model.quantization={quantization}"]
     describe_definition(read_definition(yaml.safe_load(draft.text), theirs))
 
 

@@ -17,7 +17,6 @@ from lorasweep.config.compose import default_options, packaged_folder
 from lorasweep.config.method import MethodConfig
 from lorasweep.methods import METHODS
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.overrides import SweepOverrides
 
 ROOT = Path(__file__).parent.parent
 SOURCE = Path(lorasweep.__file__).parent.parent
@@ -50,7 +49,7 @@ def test_folders_of_conf_are_groups_and_methods_its_files():
 def test_every_file_of_sweeps_reads_as_a_sweep_of_its_name(file):
     settings = yaml.safe_load(file.read_text())["settings"]
     is_own = settings["model"] != "tiny"  # the file names neither a model nor data
-    definition = read_definition(file, SweepOverrides.parse(MANDATORY_IN_SWEEPS if is_own else []))
+    definition = read_definition(file, MANDATORY_IN_SWEEPS if is_own else [])
     assert "?" in file.read_text().splitlines()[0]  # the question that it answers
     assert definition.name == file.stem
     assert definition.description

@@ -15,7 +15,6 @@ from lorasweep.outcome import DONE
 from lorasweep.sweep.controller.lifecycle import grow_definition
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.confirm import draw_confirm_seeds, find_warnings
-from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
 pytestmark = pytest.mark.docs
@@ -57,7 +56,7 @@ def test_each_command_of_the_page_on_parts_composes(line):
     if command == "train":
         compose_run(parse_overrides(words))
     else:
-        read_definition(find_sweep_file(words[0]), SweepOverrides.parse(words[1:]))
+        read_definition(find_sweep_file(words[0]), words[1:])
 
 
 @pytest.fixture
@@ -81,7 +80,7 @@ def test_the_file_is_a_fair_sweep_with_a_confirm_stage_and_retained_data_sets(fi
 @pytest.mark.parametrize("line", OVERRIDES, ids=lambda line: line.split("#")[0].strip())
 def test_each_override_is_taken(file, line):
     (override,) = shlex.split(line, comments=True)
-    assert read_definition(file, SweepOverrides.parse([override])).raw["overrides"]
+    assert read_definition(file, [override]).raw["overrides"]
 
 
 @pytest.mark.parametrize("line", GROWTH, ids=lambda line: line.split("outputs/ranks ")[1].split("#")[0].strip())

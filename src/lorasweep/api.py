@@ -21,7 +21,6 @@ from lorasweep.sessions import Progress, run_config, run_definition, run_opened_
 from lorasweep.sweep.checks import check_definition, list_notes, list_warnings
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.draft import draft_definition
 from lorasweep.sweep.fingerprints import compute_fingerprints
@@ -60,11 +59,11 @@ def run_sweep(
         ConfigError: The request is wrong; nothing was written.
         LoraSweepError: The sweep can't continue. Call `resume_sweep` after you have removed the cause.
     """
-    inputs_cache, parsed = InputsCache(), SweepOverrides.parse(overrides)
+    inputs_cache = InputsCache()
     if sweep is None:
-        definition = draft_definition(parsed, inputs_cache)
+        definition = draft_definition(overrides, inputs_cache)
     else:
-        definition = read_definition(sweep if isinstance(sweep, Mapping) else find_sweep_file(str(sweep)), parsed)
+        definition = read_definition(sweep if isinstance(sweep, Mapping) else find_sweep_file(str(sweep)), overrides)
     return run_definition(definition, inputs_cache, output=output, progress=progress)
 
 

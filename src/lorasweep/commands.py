@@ -149,12 +149,11 @@ def _define(arguments: argparse.Namespace, *, measures: bool) -> tuple[Definitio
     If it `measures`, the sweep is checked, its trainings are measured, and `--minutes` cuts it.
     """
     from lorasweep.sweep.definition.arms import read_definition
-    from lorasweep.sweep.definition.overrides import SweepOverrides
     from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
     began, words, named = time.monotonic(), arguments.overrides, None
     if _has_name(words):  # read without torch, whose import takes seconds, so that a wrong key is refused at once
-        named = read_definition(find_sweep_file(words[0]), SweepOverrides.parse(words[1:]))
+        named = read_definition(find_sweep_file(words[0]), words[1:])
     if measures:
         arms = "the drafted sweep" if named is None else f"{named.name} ({', '.join(arm.name for arm in named.arms)})"
         say(f"measures a few steps of {arms}; first loads torch, the model and the data", file=sys.stderr)
@@ -166,7 +165,7 @@ def _define(arguments: argparse.Namespace, *, measures: bool) -> tuple[Definitio
         from lorasweep.training.inputs import InputsCache
 
     inputs_cache = InputsCache()
-    definition = named or draft_definition(SweepOverrides.parse(words), inputs_cache)
+    definition = named or draft_definition(words, inputs_cache)
     if not measures:
         return definition, [], inputs_cache
     definition, rates = _measure(definition, inputs_cache)

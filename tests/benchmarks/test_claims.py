@@ -6,14 +6,13 @@ import pytest
 from claims import CLAIMS, SWEEPS
 
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_the_sweep_of_a_claim_is_valid_and_has_a_frozen_base(name):
     sweep, *overrides = SWEEPS[name]
-    assert read_definition(find_sweep_file(sweep), SweepOverrides.parse(overrides)).arms[0].name == "frozen"
+    assert read_definition(find_sweep_file(sweep), overrides).arms[0].name == "frozen"
 
 
 SUBJECTS = [

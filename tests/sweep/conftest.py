@@ -22,7 +22,6 @@ from lorasweep.record import RunRecord, read_run, write_record
 from lorasweep.sweep.controller import stopping
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.workers.train import train_sweep
 from lorasweep.training.checkpoint import PackCheckpoint, write_pack
 from lorasweep.training.run_log import RunEvaluation
@@ -317,7 +316,7 @@ def begin(write_file, tmp_path):
     """Makes a sweep's folder from a file's content and overrides."""
 
     def make(content, *overrides, folder="sweep", constant_answer=MappingProxyType({})):
-        definition = read_definition(write_file(content), SweepOverrides.parse(overrides))
+        definition = read_definition(write_file(content), overrides)
         metric = ScoreMetric(name="bits_per_byte", direction="minimize")
         return create_sweep(definition, tmp_path / folder, metric=metric, constant_answer=constant_answer)
 

@@ -26,7 +26,6 @@ from lorasweep.sweep.checks import (
     score_constant_answer,
 )
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.run_inputs import RunInputs
 
@@ -130,7 +129,7 @@ def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, 
     definition = read_definition(write_file(content))
     with pytest.raises(ConfigError, match=r"the test split must not be empty, .* `confirm\.seeds=0`"):
         check_definition(definition, WithoutTest())
-    check_definition(read_definition(write_file(content), SweepOverrides.parse(["confirm.seeds=0"])), WithoutTest())
+    check_definition(read_definition(write_file(content), ["confirm.seeds=0"]), WithoutTest())
 
 
 def test_what_lora_adapts_is_said_once_and_experts_that_it_leaves_out_are_a_warning(write_file, content, tiny_inputs):
@@ -180,6 +179,6 @@ def test_it_is_said_on_how_much_test_data_the_verdicts_rest(write_file, content,
     test.groups = groups
     inputs = SimpleNamespace(splits=SimpleNamespace(test=lambda: test))
     cache = SimpleNamespace(load=lambda config: inputs)
-    definition = read_definition(write_file(content), SweepOverrides.parse(["confirm.seeds=3"]))
+    definition = read_definition(write_file(content), ["confirm.seeds=3"])
     (sentence,) = describe_test_data(definition, cache)
     assert said in sentence

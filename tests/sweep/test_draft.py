@@ -12,7 +12,6 @@ from lorasweep.outcome import DONE, WRONG_REQUEST
 from lorasweep.sweep.controller.lifecycle import read_saved_definition
 from lorasweep.sweep.cost import Budget, cut_sweep
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.definition.packing import explain_solo_arms
 from lorasweep.sweep.draft import draft_definition, draft_sweep
 from lorasweep.training.inputs import InputsCache
@@ -55,7 +54,7 @@ def test_columns_lengths_and_steps_come_from_the_data(here, capsys):
     assert "lorasweep plan mine.yaml" in capsys.readouterr().out
     assert [arm.trials for arm in read_definition(here / "mine.yaml").arms] == [1, 8, 16]
     # another number of steps keeps packs
-    longer = SweepOverrides.parse(["trainer.max_steps=1000"])
+    longer = ["trainer.max_steps=1000"]
     assert explain_solo_arms(read_definition(here / "mine.yaml", longer)) == []
 
 
@@ -120,7 +119,7 @@ def test_pairs_of_answers_are_recognised_and_get_lower_rates(here, row, capsys):
     assert (full["low"], full["high"]) == (1e-6, 1e-4)  # the base is narrow: 160
     assert "Columns that are not used: ['score']." in (here / "mine.yaml").read_text()
     words = [MODEL, "data.train=pairs.jsonl", "data.template=plain"]
-    assert draft_definition(SweepOverrides.parse(words), InputsCache()).arms[0].base.data.name == "preferences"
+    assert draft_definition(words, InputsCache()).arms[0].base.data.name == "preferences"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +135,7 @@ def test_keys_that_only_conversations_have_are_checked_when_the_kind_of_data_is_
     rows = [dict(zip(columns, (f"add {n} and 1", f"it is {n + 1}"), strict=True)) for n in range(120)]
     (here / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [MODEL, "data.train=chat.jsonl", "data.template=plain", *words]
-    assert draft_definition(SweepOverrides.parse(words), InputsCache()).arms[0].base.data.name == "chat"
+    assert draft_definition(words, InputsCache()).arms[0].base.data.name == "chat"
     settings = draft(*words)["settings"]
     assert settings["data"] == "chat"
     assert all(f"{key}={settings[key]}" in words for key in (word.split("=")[0] for word in words))
@@ -169,7 +168,7 @@ def test_columns_that_are_not_used_are_named(here, capsys):
     unused = "Columns that are not used: ['id', 'summary']."
     assert unused in capsys.readouterr().out
     assert unused in (here / "mine.yaml").read_text()
-    draft_definition(SweepOverrides.parse([MODEL, "data.train=texts.tsv"]), InputsCache())
+    draft_definition([MODEL, "data.train=texts.tsv"], InputsCache())
     assert unused in capsys.readouterr().err
 
 

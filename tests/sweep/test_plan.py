@@ -14,7 +14,6 @@ import lorasweep.sweep.measure as measure_file
 from lorasweep.errors import ConfigError, OutOfMemory
 from lorasweep.sweep.cost import WHOLE, Budget, Rates, cut_sweep, estimate_cost, fit_minutes
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.measure import measure_sweep
 from lorasweep.sweep.plan import render_plan
@@ -27,7 +26,7 @@ def define(write_file, content):
 
     def define(*overrides):
         content["arms"]["lora"]["trials"] = 8
-        definition = read_definition(write_file(content), SweepOverrides.parse(overrides))
+        definition = read_definition(write_file(content), overrides)
         return definition, {arm.name: arm for arm in definition.arms}
 
     return define
@@ -168,7 +167,7 @@ def test_a_pack_that_does_not_fit_is_halved_as_in_the_sweep(plan, monkeypatch):
 @pytest.fixture(scope="module")
 def quickstart():
     """The quickstart with 240 steps."""
-    return read_definition(find_sweep_file("quickstart"), SweepOverrides.parse(["trainer.max_steps=240"]))
+    return read_definition(find_sweep_file("quickstart"), ["trainer.max_steps=240"])
 
 
 def step_rates(definition, *, step_s=0.1):
@@ -258,13 +257,13 @@ def test_fewer_examples_are_cut_where_scoring_takes_the_time(quickstart, write_f
     assert fit_scored(quickstart, test_s=60.0).examples < 1000
     settings = {"model": "tiny", "data": "chat", "data.train": "c.jsonl", "data.answers.score": "exact_match"}
     content["settings"] = {"trainer.max_steps": 8, **settings}
-    definition = read_definition(write_file(content), SweepOverrides.parse(["confirm.seeds=3"]))
+    definition = read_definition(write_file(content), ["confirm.seeds=3"])
     assert fit_scored(definition, answers_s={"test": 120.0}, num=400).examples < 400
 
 
 def test_arms_that_search_one_key_keep_the_minimum_of_trials(content, write_file):
     content["arms"] = {"full": content["arms"]["full"] | {"trials": 8}}
-    definition = read_definition(write_file(content), SweepOverrides.parse(["confirm.seeds=0", "trainer.max_steps=60"]))
+    definition = read_definition(write_file(content), ["confirm.seeds=0", "trainer.max_steps=60"])
     budget, given_up = fit(definition, 0.7)  # 7 trials of 6 s
     assert [arm.trials for arm in cut_sweep(definition, budget).arms] == [6]
     assert "6 of 8 trials an arm" in given_up
@@ -273,7 +272,7 @@ def test_arms_that_search_one_key_keep_the_minimum_of_trials(content, write_file
 def test_a_budget_raises_no_number_and_cuts_those_that_are_typed_for_one_arm(content, write_file):
     content["arms"]["lora"]["trials"] = 12
     typed = ["arms.lora.trials=16", "arms.lora.trainer.max_steps=200", "trainer.max_steps=120"]
-    definition = read_definition(write_file(content), SweepOverrides.parse(typed))
+    definition = read_definition(write_file(content), typed)
     cut = cut_sweep(definition, Budget(trials=12, steps=160))
     assert {arm.name: arm.trials for arm in cut.arms} == {"frozen": 1, "full": 3, "lora": 12}
     assert {arm.name: arm.base.num_steps for arm in cut.arms} == {"frozen": 0, "full": 120, "lora": 160}

@@ -11,7 +11,6 @@ from lorasweep.outcome import WRONG_REQUEST
 from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.sweep.checks import list_retained
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.training.inputs import InputsCache
 
 CODE = {"data": "stdlib_code", "data.block_length": 32, "data.max_test_blocks": 24}
@@ -35,12 +34,12 @@ def path(tmp_path, monkeypatch):
 
 
 def test_data_sets_are_named_options_or_settings_and_take_nothing_from_the_learned_data(path):
-    definition = read_definition(path, SweepOverrides.parse(["retain.data.docs=stdlib_docs", "data.metric=perplexity"]))
+    definition = read_definition(path, ["retain.data.docs=stdlib_docs", "data.metric=perplexity"])
     assert [*definition.retained] == ["code", "docs"]
     code, docs = definition.retained.values()
     assert (code.name, code.block_length, code.max_test_blocks, code.metric) == ("stdlib_code", 32, 24, "bits_per_byte")
     assert (docs.name, docs.block_length) == ("stdlib_docs", 128)
-    assert read_definition(path, SweepOverrides.parse(["retain.data={}"])).retained == {}
+    assert read_definition(path, ["retain.data={}"]).retained == {}
 
 
 @pytest.mark.parametrize(
@@ -72,7 +71,7 @@ def test_labels_that_the_model_does_not_learn_are_refused(path, capsys):
     overrides = [*words, "retain.data={other: {data: table, data.train: other.csv}}"]
     assert run(["sweep", str(path), "sweep.output=new", *overrides]) == WRONG_REQUEST
     assert "labels must be those that the model learns (0 and 1), but are x, y and z" in capsys.readouterr().err
-    overrides = SweepOverrides.parse([*words, "retain.data={same: {data: table, data.train: labels.csv}}"])
+    overrides = [*words, "retain.data={same: {data: table, data.train: labels.csv}}"]
     same = read_definition(path, overrides)
     (row,) = list_retained(same, InputsCache())
     assert (row.name, row.metric) == ("same", ScoreMetric(name="accuracy", direction="maximize"))

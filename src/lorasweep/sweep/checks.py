@@ -14,7 +14,7 @@ from lorasweep.record import RetainedRow
 from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.stopping import MIN_STEPS
-from lorasweep.sweep.definition.arms import Definition, restore_definition
+from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
 from lorasweep.sweep.definition.sweep_file import name_in_errors
 from lorasweep.sweep.workers.train import check_workers
@@ -39,13 +39,12 @@ def set_steps(definition: Definition, inputs_cache: InputsCache) -> Definition:
 
     Loads the training data. `trainer.max_steps` of the command line wins.
     """
-    epochs, overrides = definition.sweep_config.sweep.epochs, definition.raw["overrides"]
-    if epochs is None or STEPS_KEY in overrides:
+    epochs = definition.sweep_config.sweep.epochs
+    if epochs is None or STEPS_KEY in definition.raw["overrides"]:
         return definition
     config = definition.arms[0].base
     steps = count_steps(epochs, len(inputs_cache.load(config).splits.train), config.trainer.batch_size)
-    raw = {**definition.raw, "overrides": {**overrides, STEPS_KEY: steps}}
-    return restore_definition(raw, source=definition.source)
+    return definition.with_overrides({STEPS_KEY: steps})
 
 
 @doing("checking every arm")

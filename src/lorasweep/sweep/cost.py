@@ -18,7 +18,7 @@ from lorasweep.config.sweep import MINUTES_KEY, RayWorkers
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.proposals import find_batch_start
 from lorasweep.sweep.controller.stopping import MIN_STEPS
-from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition, searches_one_key
+from lorasweep.sweep.definition.arms import Arm, Definition, searches_one_key
 from lorasweep.sweep.definition.confirm import count_confirm_runs
 from lorasweep.training.environment import get_device
 
@@ -296,10 +296,10 @@ def list_example_keys(data: DataConfig) -> Sequence[str]:
 
 def cut_sweep(definition: Definition, budget: Budget) -> Definition:
     """Returns a sweep whose arms have at most the numbers of a budget."""
-    overrides = {**definition.raw["overrides"], **budget.find_settings(definition)}
+    changes = budget.find_settings(definition)
     if budget.steps is not None:
-        overrides["trainer.eval_every_steps"] = choose_evaluation_interval(budget.steps)
-    cut = restore_definition({**definition.raw, "overrides": overrides}, source=definition.source)
+        changes["trainer.eval_every_steps"] = choose_evaluation_interval(budget.steps)
+    cut = definition.with_overrides(changes)
     # the settings may raise the numbers of an arm that has smaller ones, and leave those that are typed for one arm
     corrections: dict[str, int] = {}
     for after in cut.arms:
@@ -310,6 +310,4 @@ def cut_sweep(definition: Definition, budget: Budget) -> Definition:
         if steps != after.base.num_steps:
             corrections[f"arms.{before.name}.{STEPS_KEY}"] = steps
             corrections[f"arms.{before.name}.trainer.eval_every_steps"] = interval
-    if not corrections:
-        return cut
-    return restore_definition({**definition.raw, "overrides": overrides | corrections}, source=definition.source)
+    return cut.with_overrides(corrections) if corrections else cut

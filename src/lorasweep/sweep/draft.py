@@ -35,7 +35,8 @@ from lorasweep.recipes.read import Recipe
 from lorasweep.sweep.checks import MAX_STEPS, count_steps
 from lorasweep.sweep.definition.arms import Definition, read_definition
 from lorasweep.sweep.definition.confirm import MAX_LAW_FACTOR
-from lorasweep.sweep.definition.overrides import SweepOverrides, Value
+from lorasweep.sweep.definition.overrides import Overrides
+from lorasweep.sweep.definition.ranges import Range
 from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS, make_paths_absolute
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.run_inputs import RunInputs
@@ -122,17 +123,17 @@ class Draft:
     """Sentences on the columns of the data."""
 
 
-def draft_definition(overrides: SweepOverrides, inputs_cache: InputsCache) -> Definition:
+def draft_definition(overrides: Sequence[str] | Mapping[str, Any], inputs_cache: InputsCache) -> Definition:
     """Returns the sweep that `lorasweep new` would write for these overrides. Errors as in `draft_sweep`."""
-    values = {typed.key: typed.given.content for typed in overrides.for_arm(None) if isinstance(typed.given, Value)}
+    typed = Overrides.parse(overrides)
+    values = {key: value for key, value in typed.common.items() if not isinstance(value, Range)}
     settings = {key: value for key, value in values.items() if re.match(r"(model|data|trainer)\b", key)}
-    others = {key: value for key, value in overrides.raw.items() if key not in settings}
     source = str(settings.get("data.path") or settings.get("data.train") or settings.get("data", ""))
     name = re.sub(r"\W+", "-", Path(source).name.split(".")[0])[:MAX_NAME_CHARACTERS].strip("-")
     draft = draft_sweep(Path(f"{name or 'sweep'}.yaml"), settings, inputs_cache)
     for note in draft.notes:  # there is no file that has them as comments
         say(f"• {note}", file=sys.stderr)
-    return read_definition(yaml.safe_load(draft.text), SweepOverrides.parse(others))
+    return draft.definition.with_overrides({key: value for key, value in typed.raw.items() if key not in settings})
 
 
 @doing("drafting the sweep")

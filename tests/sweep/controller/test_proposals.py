@@ -212,10 +212,6 @@ def test_sobol_points_are_those_of_optunas_sampler():
         sampler = optuna.samplers.QMCSampler(scramble=True, seed=7, warn_independent_sampling=False)
     study = optuna.create_study(sampler=sampler)
     encoding, lows = SpaceEncoding(ranges), {key: range_.low for key, range_ in ranges.items()}
-    study.add_trial(
-        create_trial(value=0.0, params=lows, distributions=encoding.distributions)
-    )  # it learns the space from a trial
-    # it learns the space from a trial
     study.add_trial(create_trial(value=0.0, params=lows, distributions=encoding.distributions))
     for index in range(300):
         theirs, ours = study.ask(encoding.distributions).params, draw_sobol_point(encoding, index, seed=7)

@@ -3,9 +3,8 @@
 import pytest
 
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.overrides import SweepOverrides
 
 
 @pytest.fixture
 def read(write_file):
-    return lambda content, *overrides: read_definition(write_file(content), SweepOverrides.parse(overrides))
+    return lambda content, *overrides: read_definition(write_file(content), overrides)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition, restore_definition
-from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.definition.ranges import Range
 
 LR = Range(low=1e-3, high=1e-1, log=True)
@@ -84,7 +83,7 @@ def test_the_last_layer_that_sets_a_key_wins_unless_a_later_one_chooses_another_
         if layer.get("schedule", expected["schedule"]) != expected["schedule"]:
             expected.pop("schedule.warmup_fraction", None)
         expected |= layer
-    arm = read_definition(content, SweepOverrides.parse(words)).find_arm("a")
+    arm = read_definition(content, words).find_arm("a")
     assert arm.compose({}) == compose_run({**expected, "trainer.progress": False})
 
 

@@ -3,12 +3,12 @@
 import pytest
 
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.definition.overrides import Override, SweepOverrides, Value
+from lorasweep.sweep.definition.overrides import Overrides
 from lorasweep.sweep.definition.ranges import Range
 
 
 def parse(override):
-    (parsed,) = SweepOverrides.parse([override]).settings
+    (parsed,) = Overrides.parse([override]).common.values()
     return parsed
 
 
@@ -28,7 +28,7 @@ def parse(override):
     ],
 )
 def test_a_list_or_mapping_for_a_setting_that_holds_one_is_its_value(override, value):
-    assert parse(override).given == Value(value)
+    assert parse(override) == value
 
 
 @pytest.mark.parametrize(
@@ -46,19 +46,26 @@ def test_a_list_or_mapping_for_a_setting_that_holds_one_is_its_value(override, v
     ],
 )
 def test_a_list_or_bounds_for_another_setting_are_searched(override, expected):
-    assert parse(override).given == expected
+    assert parse(override) == expected
 
 
 def test_an_override_is_for_all_arms_or_for_the_arm_that_it_names():
-    assert parse("optim.lr=0.1") == Override(scope=None, key="optim.lr", given=Value(0.1))
-    assert parse("arms.lora.optim.lr=0.1") == Override(scope="lora", key="optim.lr", given=Value(0.1))
-    assert parse("arms.lora.trials=3") == Override(scope="lora", key="trials", given=Value(3))
-    overrides = SweepOverrides.parse(["arms.full=null", "seed=1", "arms.lora.seed=2"])
-    assert overrides.arms == {"full": None}
-    assert [one.given.content for one in (*overrides.for_arm(None), *overrides.for_arm("lora"))] == [1, 2]
-    assert SweepOverrides.parse(overrides.raw) == overrides
+    words = ["optim.lr=0.1", "arms.lora.optim.lr=1,2", "arms.lora.trials=3", "arms.full=null", "arms.lora.seed=2"]
+    overrides = Overrides.parse(words)
+    assert overrides.common == {"optim.lr": 0.1}
+    assert overrides.own == {"lora": {"optim.lr": Range(choices=[1, 2]), "seed": 2}}
+    assert (overrides.fields, overrides.arms) == ({"lora": {"trials": 3}}, {"full": None})
+    assert Overrides.parse(overrides.raw) == overrides
 
 
 def test_no_arm_is_left_out_if_it_is_the_last(read, content):
     with pytest.raises(ConfigError, match="at least one arm"):
         read(content, *(f"arms.{name}=null" for name in content["arms"]))
+
+
+def test_further_overrides_win_and_drop_those_below_their_keys(read, content):
+    before = read(content, "worker=ray", "worker.num=2", "optim.lr=0.1", "arms.lora.trials=5")
+    after = before.with_overrides({"worker": "local", "optim.lr": [0.1, 0.2]})
+    assert after.raw["overrides"] == {"worker": "local", "optim.lr": [0.1, 0.2], "arms.lora.trials": 5}
+    assert after == read(content, "worker=local", "optim.lr=0.1,0.2", "arms.lora.trials=5")
+    assert before.raw["overrides"]["worker"] == "ray"

@@ -4,7 +4,6 @@ import pytest
 
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.definition.packing import explain_solo_arms, plan_packing
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
@@ -46,7 +45,7 @@ def test_a_setting_that_slots_do_not_have_runs_alone_and_says_what_mends_it(plan
 
 def test_trials_of_the_shipped_qlora_share_packs(tmp_path):
     (tmp_path / "chat.jsonl").write_text('{"prompt": "a", "completion": "b"}')
-    overrides = SweepOverrides.parse({"model.path": "m", "data.train": str(tmp_path / "chat.jsonl")})
+    overrides = {"model.path": "m", "data.train": str(tmp_path / "chat.jsonl")}
     plans = plan_packing(read_definition(find_sweep_file("qlora"), overrides))
     assert plans["lora"].largest.trainer.activation_checkpointing
     assert plans["lora"].key is not None

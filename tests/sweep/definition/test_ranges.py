@@ -7,30 +7,32 @@ import pytest
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.ranges import Range
 
+WHOLE, REAL = "method.rank", "optim.lr"
 
-def refuse(value, words, *, whole):
+
+def refuse(key, value, words):
     with pytest.raises(ConfigError) as raised:
-        Range.parse("k", value, is_whole=whole)
-    assert [word for word in ("`k`", *words) if word not in str(raised.value)] == []
+        Range.parse(key, value)
+    assert [word for word in (f"`{key}`", *words) if word not in str(raised.value)] == []
 
 
 @pytest.mark.parametrize(
-    ("value", "whole", "expected"),
+    ("value", "key", "expected"),
     [
-        ([1, 4, 16], True, Range(choices=[1, 4, 16])),
-        (["lora", None, True], False, Range(choices=["lora", None, True])),
-        ({"low": 1e-4, "high": 1e-2, "log": True}, False, Range(low=1e-4, high=1e-2, log=True)),
-        ({"low": 0.0, "high": 1.0, "step": 0.25}, False, Range(low=0.0, high=1.0, step=0.25)),
-        ({"low": 0.0, "high": 4.0, "step": 1.0}, False, Range(low=0.0, high=4.0, step=1.0)),
-        ({"low": 1.0, "high": 8.0}, True, Range(low=1, high=8, is_whole=True)),
-        ({"low": 2, "high": 8, "step": 2}, True, Range(low=2, high=8, step=2, is_whole=True)),
-        ({"low": 1, "high": 64, "log": True}, True, Range(low=1, high=64, log=True, is_whole=True)),
+        ([1, 4, 16], WHOLE, Range(choices=[1, 4, 16])),
+        (["lora", None, True], REAL, Range(choices=["lora", None, True])),
+        ({"low": 1e-4, "high": 1e-2, "log": True}, REAL, Range(low=1e-4, high=1e-2, log=True)),
+        ({"low": 0.0, "high": 1.0, "step": 0.25}, REAL, Range(low=0.0, high=1.0, step=0.25)),
+        ({"low": 0.0, "high": 4.0, "step": 1.0}, REAL, Range(low=0.0, high=4.0, step=1.0)),
+        ({"low": 1.0, "high": 8.0}, WHOLE, Range(low=1, high=8, is_whole=True)),
+        ({"low": 2, "high": 8, "step": 2}, WHOLE, Range(low=2, high=8, step=2, is_whole=True)),
+        ({"low": 1, "high": 64, "log": True}, WHOLE, Range(low=1, high=64, log=True, is_whole=True)),
     ],
 )
-def test_a_range_is_described_as_it_was_written(value, whole, expected):
-    parsed = Range.parse("k", value, is_whole=whole)
+def test_a_range_is_described_as_it_was_written(value, key, expected):
+    parsed = Range.parse(key, value)
     assert parsed == expected
-    assert Range.parse("k", parsed.describe(), is_whole=whole) == expected
+    assert Range.parse(key, parsed.describe()) == expected
 
 
 @pytest.mark.parametrize(
@@ -52,10 +54,10 @@ def test_a_range_is_described_as_it_was_written(value, whole, expected):
     ],
 )
 def test_a_wrong_range_is_refused(value, words):
-    for whole in (True, False):
-        refuse(value, words, whole=whole)
+    for key in (WHOLE, REAL):
+        refuse(key, value, words)
 
 
 @pytest.mark.parametrize("value", [{"low": 0.5, "high": 2}, {"low": 1, "high": 3, "step": 0.5}])
 def test_a_range_of_whole_numbers_has_whole_bounds_and_steps(value):
-    refuse(value, ["a whole number", "0.5"], whole=True)
+    refuse(WHOLE, value, ["a whole number", "0.5"])

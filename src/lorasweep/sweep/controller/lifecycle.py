@@ -211,11 +211,7 @@ def grow_definition(old: Definition, *, changes: Mapping[str, Any]) -> Definitio
     """
     if not changes:
         return old
-    overrides = old.raw["overrides"]
-    if "worker" in changes:  # the new kind of workers may not have the old kind's settings
-        overrides = {key: value for key, value in overrides.items() if key.split(".")[0] != "worker"}
-    raw = {"file": old.raw["file"], "overrides": {**overrides, **changes}}
-    new = restore_definition(raw, source=old.source)
+    new = old.with_overrides(changes)
     names, kept_names = ([arm.name for arm in definition.arms] for definition in (new, old))
     if names != kept_names:
         raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,22 +14,27 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lorasweep.config.build import as_settings, build
-from lorasweep.config.compose import SWEEP_GROUPS, compose_run, compose_sweep
+from lorasweep.config.compose import SWEEP_GROUPS, compose_options, compose_run, compose_sweep
 from lorasweep.config.data import DataConfig
-from lorasweep.config.run import RunConfig
+from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
 from lorasweep.record import Subject, is_number
-from lorasweep.sweep.definition.overrides import NO_OVERRIDES, ArmSettings, SweepOverrides, fold_sweep
-from lorasweep.sweep.definition.ranges import Space, describe_space
+from lorasweep.sweep.definition.overrides import Layer, Overrides, merge_layers
+from lorasweep.sweep.definition.ranges import DECLARED_KEYS, Range, Space, describe_space
 from lorasweep.sweep.definition.sweep_file import (
+    ArmConfig,
     SweepFile,
     name_in_errors,
     read_content,
     require_folder_name,
 )
-from lorasweep.wording import join_words
+from lorasweep.wording import join_words, suggest_nearest
 
+CONFIRM_ENDING = "-confirm"
+"""An ending that an arm's name must not have. The folder of a confirm run has the name of its arm, this ending and a
+number."""
+QUANTIZATION = "model.quantization"
 DEFAULT_TRIALS = 16
 """Number of trials of an arm that searches several keys, if neither sweep file nor command line sets it."""
 TRIAL_SETTINGS = {"trainer.progress": False}
@@ -126,66 +131,147 @@ class Definition:
     def find_arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
 
+    def with_overrides(self, changes: Mapping[str, Any]) -> Definition:
+        """Returns the definition with further overrides: dotted keys with values, lists of choices or bounds.
 
-def read_definition(source: Path | Mapping[str, Any], overrides: SweepOverrides = NO_OVERRIDES) -> Definition:
+        They replace earlier overrides of the same keys and of keys below them: `worker` also those of `worker.num`.
+        Raises the errors of `read_definition`.
+        """
+        earlier = self.raw["overrides"].items()
+        kept = {key: value for key, value in earlier if not any(key.startswith(f"{one}.") for one in changes)}
+        return _define(self.raw["file"], Overrides.parse({**kept, **changes}), source=self.source)
+
+
+def read_definition(source: Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Definition:
     """Returns the checked definition of a sweep, from its file or content and from overrides.
 
     Raises:
         ConfigError: The file can't be read, a key or range is wrong, or an arm does not compose.
     """
-    path = None if isinstance(source, Mapping) else source
+    path, typed = None if isinstance(source, Mapping) else source, Overrides.parse(overrides)
     content = read_content(source)
     with name_in_errors(path.name) if path else nullcontext():
-        return _define(content, overrides, source=path)
+        return _define(content, typed, source=path)
 
 
 def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Definition:
     """Returns the definition whose `raw` is given. Raises the errors of `read_definition`."""
-    return _define(raw["file"], SweepOverrides.parse(raw["overrides"]), source=source)
+    return _define(raw["file"], Overrides.parse(raw["overrides"]), source=source)
 
 
-def _define(content: Any, overrides: SweepOverrides, *, source: Path | None) -> Definition:
-    file = build(SweepFile, content)
-    common, arms = fold_sweep(file, overrides)
-    sweep_config = compose_sweep(common)
+def _define(content: Any, typed: Overrides, *, source: Path | None) -> Definition:
+    file = typed.change_arms(build(SweepFile, content))
+    common = {name: _select_overrides(name, file, typed) for name in file.arms}
+    unknown = {name for name in (*typed.own, *typed.fields) if name not in file.arms}
+    unused = [key for key in typed.common if not any(key in layer for layer in common.values())]
+    unused += [key for key in typed.raw if key.startswith(tuple(f"arms.{name}." for name in unknown))]
+    if unused:
+        raise ConfigError(
+            f"`{unused[0]}` must be a setting of at least one arm ({', '.join(file.arms)}), but is not."
+            f"{suggest_nearest(unused[0], DECLARED_KEYS)} Write `arms.ARM.KEY=VALUE` for one arm only."
+        )
+    sweep_config = compose_sweep(merge_layers([file.settings, typed.common])[0])
+    arms = [fold(name, file, typed, common=common[name], sweep_config=sweep_config) for name in file.arms]
     return Definition(
         name=file.name,
         description=file.description,
-        arms=tuple(_build_arm(arm, sweep_config=sweep_config) for arm in arms),
+        arms=tuple(arms),
         sweep_config=sweep_config,
-        raw={"file": content, "overrides": dict(overrides.raw)},
+        raw={"file": content, "overrides": dict(typed.raw)},
         source=source,
     )
 
 
-def _build_arm(arm: ArmSettings, *, sweep_config: SweepConfig) -> Arm:
-    """Returns an arm, composed and checked at the ends of its ranges."""
-    with name_in_errors(f"arm `{arm.name}`"):
-        settings = {key: value for key, value in arm.settings.items() if key.split(".")[0] not in SWEEP_GROUPS}
+def _select_overrides(name: str, file: SweepFile, typed: Overrides) -> Layer:
+    """Returns the overrides for all arms that an arm takes.
+
+    An arm that searches nothing takes no range, and no arm takes a setting that its method lacks.
+    """
+    arm = file.arms[name]
+    taken = {key: content for key, content in typed.common.items() if arm.space or not isinstance(content, Range)}
+    of_method = [key for key in taken if key.startswith("method.")]
+    if of_method:
+        with name_in_errors(f"arm `{name}`"):
+            settings, _ = merge_layers([file.settings, arm.layer, taken, typed.own.get(name, {})])
+            method = compose_options("train", settings)["method"]
+        taken = {key: one for key, one in taken.items() if key not in of_method or key.split(".")[1] in method}
+    return taken
+
+
+def fold(name: str, file: SweepFile, typed: Overrides, *, common: Layer, sweep_config: SweepConfig) -> Arm:
+    """Returns an arm, composed and checked at the ends of its ranges.
+
+    Later settings win: those of the file, of the arm, the typed ones for all arms (`common`: those that the arm takes),
+    and the typed ones for this arm.
+    """
+    arm, own, fields = file.arms[name], typed.own.get(name, {}), typed.fields.get(name, {})
+    require_folder_name("an arm's name", name)
+    if name.endswith(CONFIRM_ENDING):
+        raise ConfigError(f"an arm's name must not end in `{CONFIRM_ENDING}`, but got {name!r}. Rename the arm.")
+    if of_sweep := [key for key in (*arm.settings, *own) if key.split(".")[0] in SWEEP_GROUPS]:
+        raise ConfigError(
+            f"`{of_sweep[0]}` must be set once for the whole sweep, but arm `{name}` sets it; `arms.{name}.trials` "
+            "alone may differ."
+        )
+    with name_in_errors(f"arm `{name}`"):
+        settings, space = merge_layers([file.settings, arm.layer, common, own])
+        settings = {key: value for key, value in settings.items() if key.split(".")[0] not in SWEEP_GROUPS}
         if given := [key for key in ("output", "resume") if key in settings]:
             raise ConfigError(
                 f"`{given[0]}` must be left out, because the sweep names the folders of its runs, but got "
                 f"{settings[given[0]]!r}. `sweep.output=DIR` names the sweep's folder, `--resume DIR` resumes a sweep."
             )
-        ends = {key: range_.ends for key, range_ in arm.space.items()}
-        lows = {key: values[0] for key, values in ends.items()}
-        corners = [lows, *({**lows, key: value} for key, values in ends.items() for value in values[1:])]
-        if len(ends) > 1:
-            corners.append({key: values[-1] for key, values in ends.items()})
-        base, *others = (compose_run({**settings, **params, **TRIAL_SETTINGS}) for params in corners)
-    shared = None if arm.has_own_trials else sweep_config.sweep.trials or (None if arm.trials else DEFAULT_TRIALS)
-    if shared and searches_one_key(arm.space):
-        shared = math.ceil(shared / 2)  # one dimension needs fewer trials for the same regret
+        options = compose_options("train", settings)
+        is_quantised = settings.get(QUANTIZATION, options["model"].get("quantization", "none")) != "none"
+        # a quantisation that the arm itself sets stays, and is refused
+        is_own = not {"model", QUANTIZATION}.isdisjoint([*arm.settings, *own])
+        if is_quantised and not is_own and options["method"].get("name") not in METHODS_ON_QUANTISED_BASE:
+            settings[QUANTIZATION] = "none"
+        base, *others = (compose_run({**settings, **params, **TRIAL_SETTINGS}) for params in _list_corners(space))
+    num_trials = _count_trials(name, arm, fields, space, shared=sweep_config.sweep.trials)
+    each = fields.get("confirm_each", arm.confirm_each)
+    if each and (each not in space or len(space[each].choices) < 2):
+        raise ConfigError(
+            f"`arms.{name}.confirm_each` must be a swept key with a list of at least two choices, but got {each!r}."
+            f"{suggest_nearest(each, space)} Write it in `space`, such as `method.rank: [1, 4, 16]`, or set "
+            f"`arms.{name}.confirm_each=null`."
+        )
     return Arm(
-        name=arm.name,
+        name=name,
         base=base,
-        space=arm.space,
+        space=space,
         settings=settings,
         corner_configs=(base, *others),
-        trials=(shared or arm.trials or 1) if arm.space else 1,
+        trials=num_trials,
         sweep_config=sweep_config,
-        confirm_each=arm.confirm_each,
+        confirm_each=each,
     )
+
+
+def _list_corners(space: Space) -> list[dict[str, Any]]:
+    """Returns the values of the swept keys at the corners of a space, in the order of `Arm.corner_configs`."""
+    ends = {key: range_.ends for key, range_ in space.items()}
+    lows = {key: values[0] for key, values in ends.items()}
+    corners = [lows, *({**lows, key: value} for key, values in ends.items() for value in values[1:])]
+    return [*corners, {key: values[-1] for key, values in ends.items()}] if len(ends) > 1 else corners
+
+
+def _count_trials(name: str, arm: ArmConfig, fields: Mapping[str, Any], space: Space, *, shared: int | None) -> int:
+    """Returns the number of trials of an arm.
+
+    A number that is typed for the arm (in `fields`) wins over `sweep.trials` (`shared`), which wins over the file's.
+    """
+    trials: int | None = fields.get("trials", None if arm.space and not space else arm.trials)
+    if not space and (trials or 1) != 1:
+        raise ConfigError(
+            f"`arms.{name}.trials` must be 1 for an arm without a space, but got {trials!r}. Add a `space`."
+        )
+    if not space:
+        return 1
+    if trials and (fields.get("trials") or not shared):
+        return trials
+    shared = shared or DEFAULT_TRIALS
+    return math.ceil(shared / 2) if searches_one_key(space) else shared  # one dimension needs fewer trials
 
 
 def describe_definition(definition: Definition) -> str:

@@ -11,11 +11,16 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from lorasweep.config.build import list_declared_types
+from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import MAX_CHOICES
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import is_number
 
 BOUNDS = ("low", "high", "log", "step")
+DECLARED = frozenset(list_declared_types(RunConfig))
+"""The dotted key of each setting of a run with each of its types. Arguments of other packages' classes are missing."""
+DECLARED_KEYS = sorted({key for key, _ in DECLARED})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +46,11 @@ class Range:
         object.__setattr__(self, "step", None if step is None else kind(step))
 
     @classmethod
-    def parse(cls, key: str, value: Any, *, is_whole: bool) -> Range:
-        """Returns the range that a list of choices, or a mapping with `low`, `high`, and `log` or `step` describes.
+    def parse(cls, key: str, value: Any) -> Range:
+        """Returns the range of a setting from a list of choices, or from `low`, `high`, and `log` or `step`.
+
+        It has whole numbers if the declared type of the setting is `int`. An argument of another package's class has no
+        declared type, and has whole numbers if its bounds are.
 
         Raises:
             ConfigError: The range is empty or has the wrong form.
@@ -56,6 +64,9 @@ class Range:
                 f"the range of `{key}` must be a list of choices, or a mapping with `low`, `high`, and perhaps "
                 f"`log: true` or `step`, but got {value!r}."
             )
+        is_whole = all(isinstance(bound, int) for bound in value.values())
+        if key in DECLARED_KEYS:
+            is_whole = (key, int) in DECLARED and (key, float) not in DECLARED
         numbers = {name: number for name, number in value.items() if name != "log" and (name, number) != ("step", None)}
         for name, number in numbers.items():
             # Optuna computes the size of a range of whole numbers in 64 bits

@@ -21,6 +21,7 @@ from lorasweep.config.compose import packaged_folder
 from lorasweep.config.sweep import MAX_ARMS
 from lorasweep.errors import ConfigError
 from lorasweep.record import SWEEP_FILE
+from lorasweep.sweep.definition.ranges import Range
 from lorasweep.wording import suggest_nearest
 
 MAX_NAME_CHARACTERS = 100
@@ -43,6 +44,11 @@ class ArmConfig(Settings):
     confirm_each: str | None = None
     """A swept key with a list of choices, such as `method.rank`. All choices share the search, and each is confirmed
     with the setting that is predicted best for it."""
+
+    @property
+    def layer(self) -> dict[str, Any]:
+        """The arm's values and ranges, by dotted key. Raises ConfigError if a range is wrong."""
+        return {**self.settings, **{key: Range.parse(key, range_) for key, range_ in self.space.items()}}
 
 
 @dataclass(frozen=True, kw_only=True)
