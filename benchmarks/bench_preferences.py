@@ -94,7 +94,7 @@ def prepare_work(arguments: argparse.Namespace, folder: Path, *, method: str, nu
     from lorasweep.config.compose import compose_run  # noqa: PLC0415 (torch reads OMP_NUM_THREADS at its import)
     from lorasweep.data.batching import StepBatchSampler  # noqa: PLC0415
     from lorasweep.data.split import IGNORED, PreferenceSplit  # noqa: PLC0415
-    from lorasweep.methods import METHODS  # noqa: PLC0415
+    from lorasweep.methods import bind  # noqa: PLC0415
     from lorasweep.training.inputs import load_inputs  # noqa: PLC0415
     from lorasweep.training.prepare import prepare_model  # noqa: PLC0415
 
@@ -159,7 +159,7 @@ def prepare_work(arguments: argparse.Namespace, folder: Path, *, method: str, nu
     }
     if method == "lora":
         model = prepare_model(config, inputs.base)
-        METHODS["lora"].save(model, folder / "adapter", base=inputs.base)
+        bind(config.method).save(model, folder / "adapter", base=inputs.base)
         names = [name for name, module in model.named_modules() if hasattr(module, "lora_a")]
         work |= {"adapter": str(folder / "adapter"), "targets": names}
     return work

@@ -118,7 +118,7 @@ def prepare(file: Path, *, command: str) -> dict[str, Any]:
     """Returns the settings of the arm `present` of the drafted sweep, with the order and the adapter of its run."""
     from lorasweep.config.build import as_settings  # noqa: PLC0415 (torch reads OMP_NUM_THREADS at its import)
     from lorasweep.data.batching import StepBatchSampler  # noqa: PLC0415
-    from lorasweep.methods import METHODS  # noqa: PLC0415
+    from lorasweep.methods import bind  # noqa: PLC0415
     from lorasweep.recipes.read import read_recipe  # noqa: PLC0415
     from lorasweep.sweep.draft import draft_sweep  # noqa: PLC0415
     from lorasweep.training.inputs import InputsCache  # noqa: PLC0415
@@ -134,7 +134,7 @@ def prepare(file: Path, *, command: str) -> dict[str, Any]:
     assert len(train) == NUM_STEPS * BATCH_SIZE, len(train)
     sampler = StepBatchSampler(train, batch_size=BATCH_SIZE, num_steps=NUM_STEPS, seed=config.seeds.data_order)
     model = prepare_model(config, inputs.base)
-    METHODS["lora"].save(model, file.parent / "adapter", base=inputs.base)
+    bind(config.method).save(model, file.parent / "adapter", base=inputs.base)
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_a")}
     return {
         "command": command,

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
@@ -14,7 +13,7 @@ from tests.small_runs import TWO_STEPS
 
 import lorasweep
 from lorasweep.config.compose import default_options, packaged_folder
-from lorasweep.config.method import MethodConfig
+from lorasweep.config.method import METHOD_CONFIGS
 from lorasweep.methods import METHODS
 from lorasweep.sweep.definition.arms import read_definition
 
@@ -40,9 +39,8 @@ def test_folders_of_conf_are_groups_and_methods_its_files():
     folders = {path.name for path in packaged_folder("conf").iterdir() if path.is_dir()}
     assert folders == {*default_options("train"), *default_options("sweep"), "experiment"}  # `+experiment=NAME`
     files = {file.stem for file in (packaged_folder("conf") / "method").glob("*.yaml")}
-    assert files == set(METHODS)
-    assert {name: method.name for name, method in METHODS.items()} == {name: name for name in METHODS}
-    assert {kind.name for kind in get_args(get_args(MethodConfig)[0])} == files
+    assert files == {config.name for config in METHODS}
+    assert set(METHOD_CONFIGS) == set(METHODS)
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)

@@ -13,7 +13,7 @@ from lorasweep.config.method import (
     PeftConfig,
 )
 from lorasweep.lora.layer_kinds import count_parameters
-from lorasweep.methods import METHODS as BY_NAME
+from lorasweep.methods import bind
 from lorasweep.models.load import BaseModel, fingerprint_weights
 
 CONFIGS = {
@@ -25,7 +25,7 @@ CONFIGS = {
     "frozen": FrozenConfig(),
     "peft": PeftConfig(config={"peft_type": "VERA", "r": 4, "target_modules": ["q_proj", "o_proj"], "d_initial": 1.0}),
 }
-METHODS = {name: BY_NAME[config.name] for name, config in CONFIGS.items()}
+METHODS = {name: bind(config) for name, config in CONFIGS.items()}
 TRAINING = [name for name in CONFIGS if name != "frozen"]
 TOKENS = torch.arange(24).reshape(2, 12)
 
@@ -51,7 +51,7 @@ def as_base(model, **more):
 
 
 def prepare(base, name, *, config=None, seed=0):
-    return METHODS[name].prepare(base, config or CONFIGS[name], generator=torch.Generator().manual_seed(seed))
+    return bind(config or CONFIGS[name]).prepare(base, generator=torch.Generator().manual_seed(seed))
 
 
 def logits_of(model, name):

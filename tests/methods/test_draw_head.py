@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification, RobertaConfi
 from lorasweep.config.method import FrozenConfig, FullConfig, LoraConfig
 from lorasweep.errors import ConfigError
 from lorasweep.lora.fully_trained import trained_modules
-from lorasweep.methods import METHODS, draw_head
+from lorasweep.methods import bind, draw_head
 
 from .conftest import as_base
 
@@ -44,7 +44,7 @@ def base(request):
 
 
 def prepare(base, name, seed):
-    return METHODS[CONFIGS[name].name].prepare(base, CONFIGS[name], generator=torch.Generator().manual_seed(seed))
+    return bind(CONFIGS[name]).prepare(base, generator=torch.Generator().manual_seed(seed))
 
 
 def test_values_are_those_of_a_fresh_head():
@@ -79,9 +79,9 @@ def test_head_of_any_name_is_trained_in_full_and_not_adapted():
     model.add_module("top", nn.Linear(8, 2))
     config = LoraConfig(rank=4)
     with pytest.raises(ConfigError, match=r"`method.rank <= 2` must hold for layer 'top'"):
-        METHODS["lora"].check(model, config)
-    METHODS["lora"].check(model, config, new_head_names=("top",))
-    METHODS["full"].check(model, CONFIGS["head"], new_head_names=("top",))
+        bind(config).check(model)
+    bind(config).check(model, new_head_names=("top",))
+    bind(CONFIGS["head"]).check(model, new_head_names=("top",))
 
 
 def test_head_is_rounded_to_the_base_and_trains_in_fp32(base):

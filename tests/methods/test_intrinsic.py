@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 
 from lorasweep.config.method import IntrinsicConfig
 from lorasweep.errors import ConfigError
-from lorasweep.methods import METHODS
+from lorasweep.methods import bind
 from lorasweep.methods.intrinsic import IntrinsicParameters, add_projection, apply_hadamard, find_intrinsic_parameters
 
 from .conftest import logits_of, make_base, prepare, train
 
 CONFIG = IntrinsicConfig(dim=40)
 LAYERS = 4  # of the small Llama: embeddings (tied to the head), two blocks, the last norm
-METHOD = METHODS["intrinsic"]
+METHOD = bind(IntrinsicConfig())
 
 
 def set_coordinates(model, *, seed=0):

@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lorasweep.config.method import FullConfig
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.methods import copy_sharing_weights
+from lorasweep.methods import bind, copy_sharing_weights
 
 from .conftest import CONFIGS, METHODS, TOKENS, TRAINING, as_base, logits_of, make_base, prepare, train
 
@@ -117,9 +117,9 @@ def test_head_of_another_shape_and_a_model_without_one_are_refused(tmp_path):
         METHODS["head"].load(other, tmp_path)
     model = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match=r"`method.parameters` must match .* 'lm_head\.\*' matches none.*'0.bias'"):
-        METHODS["head"].prepare(as_base(model), CONFIGS["head"], generator=torch.Generator())
+        METHODS["head"].prepare(as_base(model), generator=torch.Generator())
     with pytest.raises(ConfigError, match=r"`method.parameters` must be a regular expression"):
-        METHODS["head"].check(model, FullConfig(parameters="("))
+        bind(FullConfig(parameters="(")).check(model)
 
 
 def test_biases_and_norms_train_by_their_names():

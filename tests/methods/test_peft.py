@@ -11,12 +11,12 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lorasweep.config.method import PeftConfig
 from lorasweep.errors import ConfigError
-from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.methods import bind, copy_sharing_weights
 
 from .conftest import TOKENS, as_base, make_base, prepare, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # what PEFT calls
-METHOD = METHODS["peft"]
+METHOD = bind(PeftConfig())
 TARGETS = {"target_modules": ["q_proj", "down_proj"]}
 LORA = {"peft_type": "LORA", "r": 2, **TARGETS}
 KINDS = {
@@ -37,7 +37,7 @@ def test_an_adapter_trains_alone_and_comes_back_here_and_in_peft(kind, tmp_path)
     base = make_base(dtype=torch.float32)
     before = copy.deepcopy(base.model.state_dict())
     config = PeftConfig(config=KINDS[kind])
-    METHOD.check(base.model, config)
+    bind(config).check(base.model)
     model = prepare(base, "peft", config=config)
     losses = train(model, "peft")
     assert losses[-1] < losses[0]
@@ -63,7 +63,7 @@ def test_a_new_head_trains_and_is_saved(tmp_path):
     model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=32))
     base = as_base(model, new_head_names=("classifier",))
     config = PeftConfig(config={"peft_type": "IA3", "target_modules": ["key"], "feedforward_modules": []})
-    prepared, loaded = METHOD.prepare(base, config, generator=torch.Generator()), copy_sharing_weights(model)
+    prepared, loaded = bind(config).prepare(base, generator=torch.Generator()), copy_sharing_weights(model)
     trained = [name for name, p in prepared.named_parameters() if p.requires_grad]
     assert [name for name in trained if name.startswith("classifier.")]
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_a_new_head_trains_and_is_saved(tmp_path):
     assert torch.equal(loaded.eval()(input_ids=TOKENS).logits, prepared.eval()(input_ids=TOKENS).logits)
     config = PeftConfig(config={"peft_type": "TRAINABLE_TOKENS", "token_indices": [1]})
     with pytest.raises(ConfigError, match=r"TRAINABLE_TOKENS .*modules_to_save"):
-        METHOD.check(model, config, new_head_names=("classifier",))
+        bind(config).check(model, new_head_names=("classifier",))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_what_a_run_cannot_do_is_refused_by_name(settings, message):
     base = make_base()
     before = copy.deepcopy(base.model.state_dict())
     with pytest.raises(ConfigError, match=message):
-        METHOD.check(base.model, PeftConfig(config=settings))
+        bind(PeftConfig(config=settings)).check(base.model)
     assert all(torch.equal(before[name], tensor) for name, tensor in base.model.state_dict().items())
 
 
@@ -133,7 +133,7 @@ def test_pissa_trains_beside_the_shared_base_and_peft_loads_it(settings, tmp_pat
     base = make_base(dtype=torch.float32)
     before = copy.deepcopy(base.model.state_dict())
     config = PeftConfig(config={**LORA, "init_lora_weights": "pissa", **settings})
-    METHOD.check(base.model, config)
+    bind(config).check(base.model)
     model = prepare(base, "peft", config=config)
     # fp32: the principal part is subtracted from the weights and added to the outputs
     torch.testing.assert_close(

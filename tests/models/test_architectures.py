@@ -17,7 +17,7 @@ from lorasweep.config.method import (
 )
 from lorasweep.lora import find_targets, inject_packed_lora, slot_model
 from lorasweep.lora.targets import GATE_NAMES
-from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.methods import bind, copy_sharing_weights
 from lorasweep.models.load import Labels, fingerprint_weights, load_base
 
 CASES = [
@@ -70,11 +70,11 @@ def loss_of(model, kind):
 
 
 def prepare(base, method, *, seed=0):
-    return METHODS[CONFIGS[method].name].prepare(base, CONFIGS[method], generator=torch.Generator().manual_seed(seed))
+    return bind(CONFIGS[method]).prepare(base, generator=torch.Generator().manual_seed(seed))
 
 
 def train(model, kind, method, *, steps=8):
-    groups = METHODS[method].trainable_groups(model, lr_ratio_b=1.0)
+    groups = bind(CONFIGS.get(method, PeftConfig())).trainable_groups(model, lr_ratio_b=1.0)
     optimizer = torch.optim.AdamW([{"params": group.params} for group in groups], lr=RATES[method])
     losses = []
     for _ in range(steps):
@@ -124,7 +124,7 @@ def test_all_methods_compute_in_one_precision(load, architecture, kind, head, me
     base = load(architecture, kind, dtype=torch.bfloat16)
     logits = []
     for name in ("frozen", method):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=METHODS[CONFIGS[name].name].needs_autocast):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bind(CONFIGS[name]).needs_autocast):
             logits.append(prepare(base, name).eval()(**make_batch()).logits)
     frozen, trained = (values.float() for values in logits)
     roundings = 8 if architecture in HYBRIDS_AND_EXPERTS else 0  # at most 4 in each of 2 layers
@@ -137,9 +137,9 @@ def test_peft_and_we_load_what_a_run_saved(load, save_random, architecture, kind
     base = load(architecture, kind)
     model = prepare(base, "lora")
     train(model, kind, "lora", steps=3)
-    METHODS["lora"].save(model, tmp_path, base=base)
+    bind(CONFIGS["lora"]).save(model, tmp_path, base=base)
     loaded, ours = PEFT[kind].from_pretrained(tmp_path), prepare(base, "lora", seed=1)
-    METHODS["lora"].load(ours, tmp_path)
+    bind(CONFIGS["lora"]).load(ours, tmp_path)
     with torch.no_grad():
         expected, got, own = (m.eval()(**make_batch()).logits for m in (model, loaded, ours))
     # fp32 sums in another order: PEFT adds the change to the output, we add into it
@@ -170,7 +170,7 @@ def test_a_slot_of_a_pack_gets_the_logits_and_gradients_of_its_solo_run(load, ar
     packed = pack(**batch).logits
     packed[is_real].square().sum().backward()
     for slot, config in enumerate(configs):
-        solo = METHODS["lora"].prepare(base, config, generator=torch.Generator().manual_seed(slot))
+        solo = bind(config).prepare(base, generator=torch.Generator().manual_seed(slot))
         randomise(solo, seed=slot)
         rows = {name: values.chunk(2)[slot] for name, values in batch.items()}
         logits = solo(**rows).logits[rows["attention_mask"].bool()]
@@ -186,15 +186,15 @@ def test_a_slot_of_a_pack_gets_the_logits_and_gradients_of_its_solo_run(load, ar
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks transformers
 def test_fused_experts_train_with_the_settings_that_the_warning_names(load, tmp_path):
     base = load("qwen3_moe", "causal_lm")
-    warning = METHODS["lora"].find_coverage(base.model, CONFIGS["lora"]).describe()
+    warning = bind(CONFIGS["lora"]).find_coverage(base.model).describe()
     settings = yaml.safe_load(re.search(r"method.config=({.*})`", warning)[1])
-    model = METHODS["peft"].prepare(base, PeftConfig(config=settings), generator=torch.Generator().manual_seed(0))
+    model = bind(PeftConfig(config=settings)).prepare(base, generator=torch.Generator().manual_seed(0))
     changed = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert any(".experts." in name for name in changed)
     assert not any(".gate." in name for name in changed)  # the router
     losses = train(model, "causal_lm", "peft")
     assert losses[-1] < losses[0]
-    METHODS["peft"].save(model, tmp_path / "adapter", base=base)
+    bind(PeftConfig()).save(model, tmp_path / "adapter", base=base)
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(loaded.eval()(**make_batch()).logits, model.eval()(**make_batch()).logits)

@@ -7,7 +7,7 @@ import torch
 from tests.training.runs import VERA
 
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.methods import METHODS
+from lorasweep.methods import bind
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import read_run, restore_config
 from lorasweep.training.prepare import prepare_model
@@ -35,7 +35,7 @@ def test_a_restored_model_is_the_trained_one_without_dropout(make_config, inputs
         assert not any(module.training for module in restored.modules())
         with torch.inference_mode():
             logits = restored(input_ids=TOKENS).logits
-            if not (method := METHODS[config.method.name]).loads_onto_base:
+            if not (method := bind(config.method)).loads_onto_base:
                 prepared = prepare_model(config, inputs.base).eval()
                 method.load(prepared, tmp_path / part)
                 assert torch.equal(logits, prepared(input_ids=TOKENS).logits)

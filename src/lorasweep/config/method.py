@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
@@ -41,9 +41,23 @@ class MethodSettings(Settings):
 
     packs: ClassVar[bool] = False
     """Whether runs can train together in slots."""
-    name: str
+    has_rank: ClassVar[bool] = False
+    """Whether A and B of a rank train, which stay whole on each process if the base is sharded."""
+    works_quantised: ClassVar[bool] = False
+    """Whether the base may be quantised. Other methods train its weights, or need them unquantised."""
     trains_nothing: ClassVar[bool] = False
     """Whether a run is the base model as it is: it does no step, and its score is that of every seed."""
+    name: str
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether every weight of the base trains."""
+        return False
+
+    @property
+    def adapter_kind(self) -> str | None:
+        """The kind of the adapter of PEFT that a run keeps; None if it keeps other weights."""
+        return None
 
     @property
     def kind(self) -> str:
@@ -63,7 +77,8 @@ class LoraConfig(MethodSettings):
     name after a dot (`q_proj`, `mlp.up_proj`), or `re:` and a regular expression that must match the whole name.
     """
 
-    packs: ClassVar[bool] = True
+    packs = has_rank = works_quantised = True
+    adapter_kind = "LoRA"
 
     name: Literal["lora"] = "lora"
     rank: Rank = 8
@@ -103,8 +118,12 @@ class FullConfig(MethodSettings):
     always trains."""
 
     @property
+    def trains_all(self) -> bool:
+        return self.parameters == ALL_PARAMETERS
+
+    @property
     def kind(self) -> str:
-        return self.name if self.parameters == ALL_PARAMETERS else "partial"
+        return self.name if self.trains_all else "partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +139,7 @@ class IntrinsicConfig(MethodSettings):
 class FrozenConfig(MethodSettings):
     """Settings of the base model without any training (the same as α/r = 0)."""
 
-    trains_nothing = True
+    works_quantised = trains_nothing = True
     name: Literal["frozen"] = "frozen"
 
 
@@ -132,11 +151,16 @@ class PeftConfig(MethodSettings):
     config: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """`peft_type`, such as VERA or IA3, and the settings of PEFT's configuration of that type."""
 
+    @property
+    def adapter_kind(self) -> str:
+        return str(self.config.get("peft_type"))
+
 
 MethodConfig = Annotated[
     LoraConfig | FullConfig | IntrinsicConfig | FrozenConfig | PeftConfig,
     Field(discriminator="name"),
 ]
+METHOD_CONFIGS: tuple[type[MethodSettings], ...] = get_args(get_args(MethodConfig)[0])
 
 
 def int_if_whole(number: float) -> float | int:

@@ -27,7 +27,7 @@ from lorasweep.config.build import (
 )
 from lorasweep.config.components import Component
 from lorasweep.config.data import DataConfig, Direction
-from lorasweep.config.method import MethodConfig
+from lorasweep.config.method import METHOD_CONFIGS, MethodConfig
 from lorasweep.errors import ConfigError
 from lorasweep.wording import join_words
 
@@ -35,8 +35,7 @@ ModelKind = Literal["causal_lm", "classifier"]
 Attention = Literal["auto", "sdpa", "sdpa_fp32", "eager", "flash_attention_2"]
 Quantization = Literal["none", "nf4"]
 StrategyName = Literal["auto", "ddp", "fsdp"]
-METHODS_ON_QUANTISED_BASE = ("lora", "frozen")
-"""Methods that work on a quantised base. Others train its weights, or need them unquantised (some adapters of PEFT)."""
+METHODS_ON_QUANTISED_BASE = tuple(config.name for config in METHOD_CONFIGS if config.works_quantised)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,19 +372,19 @@ class RunConfig(Settings):
         """Returns the key of a setting that needs whole weights on each process; None if there is none."""
         needs_whole = {
             "model.quantization": self.model.quantization != "none",
-            "method": self.method.kind not in ("full", "lora"),
+            "method": not (self.method.has_rank or self.method.trains_all),
             "trainer.compile": self.trainer.compile,
         }
         return next((key for key, is_needed in needs_whole.items() if is_needed), None)
 
     def __post_init__(self) -> None:
         self._check_own_module()
-        if self.optim.lr_ratio_b != 1 and self.method.name != "lora":
+        if self.optim.lr_ratio_b != 1 and not self.method.has_rank:
             raise ConfigError(
                 f"`optim.lr_ratio_b` must be 1 unless `method=lora`, but got {self.optim.lr_ratio_b!r} "
                 f"with `method={self.method.name}`, where it has no effect."
             )
-        if self.model.quantization != "none" and self.method.name not in METHODS_ON_QUANTISED_BASE:
+        if self.model.quantization != "none" and not self.method.works_quantised:
             raise ConfigError(
                 f"`model.quantization` must be none with `method={self.method.name}`, which needs weights of the base, "
                 f"but got {self.model.quantization!r}. Use `method=lora`, or in a sweep set it once for all arms."

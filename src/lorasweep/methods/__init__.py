@@ -1,22 +1,34 @@
-"""Training methods. `METHODS` maps each `method.name` to its `Method`."""
+"""Training methods. `bind` returns the `Method` of a run's settings."""
 
 from collections.abc import Mapping
+from typing import Any
 
+from lorasweep.config.method import (
+    FrozenConfig,
+    FullConfig,
+    IntrinsicConfig,
+    LoraConfig,
+    MethodConfig,
+    MethodSettings,
+    PeftConfig,
+)
 from lorasweep.methods.base_weights import FrozenMethod, FullMethod
 from lorasweep.methods.intrinsic import IntrinsicMethod
-from lorasweep.methods.lora import LoraMethod, add_head_to_modules_to_save
+from lorasweep.methods.lora import LoraMethod
 from lorasweep.methods.method import Method, ParameterGroup, copy_sharing_weights, draw_head
 from lorasweep.methods.peft import PeftMethod
 
-METHODS: Mapping[str, Method] = {
-    method.name: method
-    for method in (
-        LoraMethod(),
-        FullMethod(),
-        IntrinsicMethod(),
-        FrozenMethod(),
-        PeftMethod(),
-    )
+METHODS: Mapping[type[MethodSettings], type[Method[Any]]] = {
+    LoraConfig: LoraMethod,
+    FullConfig: FullMethod,
+    IntrinsicConfig: IntrinsicMethod,
+    FrozenConfig: FrozenMethod,
+    PeftConfig: PeftMethod,
 }
 
-__all__ = ["METHODS", "Method", "ParameterGroup", "add_head_to_modules_to_save", "copy_sharing_weights", "draw_head"]
+__all__ = ["METHODS", "Method", "ParameterGroup", "bind", "copy_sharing_weights", "draw_head"]
+
+
+def bind(config: MethodConfig) -> Method[Any]:
+    """Returns the method of these settings."""
+    return METHODS[type(config)](config)

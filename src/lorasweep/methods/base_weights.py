@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasweep.config.method import ALL_PARAMETERS, FullConfig, MethodConfig
+from lorasweep.config.method import ALL_PARAMETERS, FrozenConfig, FullConfig
 from lorasweep.errors import ConfigError
 from lorasweep.methods.method import Method, clear_tie_setting, replace_by_trainable_copies
 from lorasweep.models.load import BaseModel
 from lorasweep.wording import shorten
 
 
-class FullMethod(Method):
+class FullMethod(Method[FullConfig]):
     """Trains fp32 copies of all weights, or of those that `method.parameters` names, and of a new head.
 
     Examples are the biases (BitFit, Ben Zaken et al. 2022, arXiv 2106.10199) and an output head. A tied weight of which
@@ -27,30 +27,29 @@ class FullMethod(Method):
     the dtype of the frozen ones. With a bf16 base, autocast rounds them in the same way during training.
     """
 
-    name = "full"
     needs_autocast = True
     weights_file = "model.safetensors"
 
-    def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:
+    def check(self, model: nn.Module, *, new_head_names: Sequence[str] = ()) -> None:
         """Raises a ConfigError if `method.parameters` is no regular expression, or matches no parameter."""
-        assert isinstance(config, FullConfig)
+        pattern = self.config.parameters
         try:
-            found = find_parameters(model, config.parameters)
+            found = find_parameters(model, pattern)
         except re.error as error:
             raise ConfigError(
-                f"`method.parameters` must be a regular expression, but got {config.parameters!r}: {error}."
+                f"`method.parameters` must be a regular expression, but got {pattern!r}: {error}."
             ) from error
         if not found and not new_head_names:
             names = [name for name, _ in model.named_parameters()]
             raise ConfigError(
-                f"`method.parameters` must match whole names of parameters, but {config.parameters!r} matches none. "
+                f"`method.parameters` must match whole names of parameters, but {pattern!r} matches none. "
                 f"The last of {type(model).__name__} are {shorten(names[-4:], 400)}."
             )
 
-    def _make_trainable(self, model: nn.Module, config: Any, *, base: BaseModel, **_: Any) -> None:
+    def _make_trainable(self, model: nn.Module, *, base: BaseModel, **_: Any) -> None:
         head = {f"{name}.{key}" for name in base.new_head_names for key in find_parameters(model.get_submodule(name))}
-        replace_by_trainable_copies(model, find_parameters(model, config.parameters) | head)
-        if config.kind == "full":
+        replace_by_trainable_copies(model, find_parameters(model, self.config.parameters) | head)
+        if self.config.trains_all:
             return
         for norm in (module for module in model.modules() if "norm" in type(module).__name__.lower()):
             parameters = dict(norm.named_parameters(recurse=False))
@@ -81,16 +80,14 @@ def find_parameters(model: nn.Module, pattern: str = ALL_PARAMETERS) -> set[str]
     return {name for name in names if re.fullmatch(pattern, name)}
 
 
-class FrozenMethod(Method):
+class FrozenMethod(Method[FrozenConfig]):
     """Trains nothing and saves nothing, as a baseline for the other methods.
 
     A base without a head of its own knows no labels. Its new head gives the constant answer, such as the most frequent
     class of train, because a random head scores by chance: MiniLM on film reviews 0.585, 0.495, 0.545 on three seeds.
     """
 
-    name = "frozen"
-
-    def _make_trainable(self, model: nn.Module, config: Any, *, base: BaseModel, **_: Any) -> None:
+    def _make_trainable(self, model: nn.Module, *, base: BaseModel, **_: Any) -> None:
         layer = find_output_layer(model, base)
         if layer is not None and base.labels is not None:
             weight = layer.weight

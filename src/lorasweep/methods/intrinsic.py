@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from torch.nn.utils import parametrize
 
-from lorasweep.config.method import IntrinsicConfig, MethodConfig
+from lorasweep.config.method import IntrinsicConfig
 from lorasweep.errors import ConfigError
 from lorasweep.lora.patterns import get_block_name
 from lorasweep.methods.method import Method, ParameterGroup
@@ -38,30 +38,28 @@ WEIGHTS_PER_CHUNK = 2**18
 """Number of weights that are projected at a time, so that temporary tensors stay in the CPU's cache."""
 
 
-class IntrinsicMethod(Method):
+class IntrinsicMethod(Method[IntrinsicConfig]):
     """Trains all weights θ in a random subspace, and a scale λ_i of each layer i of m: θ_i = θ0_i + λ_i P_i θ_(d-m).
 
     θ_(d-m) and λ are saved with the seed of P. Each forward pass computes every weight in fp32 and rounds it once to
     the base's dtype. Until the end of the backward pass, the computed weights take as much memory as the base.
     """
 
-    name = "intrinsic"
     weights_file = "intrinsic.safetensors"
 
-    def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:
+    def check(self, model: nn.Module, *, new_head_names: Sequence[str] = ()) -> None:
         """Raises a ConfigError if d is above the number of weights, or not above the number of layers."""
-        assert isinstance(config, IntrinsicConfig)
         layers = find_layers(model)
         num_weights = sum(weight.numel() for layer in layers for weight in layer)
-        if not len(layers) < config.dim <= num_weights:
+        if not len(layers) < self.config.dim <= num_weights:
             raise ConfigError(
                 f"`{len(layers)} < method.dim <= {num_weights}` must hold (number of layers, each of which has "
-                f"a scale, and number of weights), but got {config.dim!r}."
+                f"a scale, and number of weights), but got {self.config.dim!r}."
             )
 
-    def _make_trainable(self, model: nn.Module, config: Any, *, generator: torch.Generator, **_: Any) -> None:
+    def _make_trainable(self, model: nn.Module, *, generator: torch.Generator, **_: Any) -> None:
         layers = find_layers(model)
-        intrinsic = IntrinsicParameters(config, num_scales=len(layers))
+        intrinsic = IntrinsicParameters(self.config, num_scales=len(layers))
         updates = {
             id(weight): ProjectedUpdate(intrinsic, layer=index, weight=weight)
             for index, layer in enumerate(layers)

@@ -6,12 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from lorasweep.config.method import REGEX_PREFIX, LoraConfig, MethodConfig
+from lorasweep.config.method import REGEX_PREFIX, LoraConfig
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.lora import (
     Coverage,
@@ -26,23 +25,26 @@ from lorasweep.methods.method import Method, ParameterGroup, clear_tie_setting
 from lorasweep.models.load import BaseModel
 
 
-class LoraMethod(Method):
+class LoraMethod(Method[LoraConfig]):
     """Trains A and B of each adapted layer in fp32, and a new head in full. The adapter is saved in PEFT's format.
 
     No autocast is needed, because LoRA layers cast A and B to the base's dtype.
     """
 
-    name = "lora"
-
-    def find_coverage(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> Coverage:
-        assert isinstance(config, LoraConfig)
+    def find_coverage(self, model: nn.Module, *, new_head_names: Sequence[str] = ()) -> Coverage:
         try:
-            return find_targets(model, add_head_to_modules_to_save(config, new_head_names))
+            return find_targets(model, self.get_slot_config(new_head_names))
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    def _make_trainable(self, model: nn.Module, config: Any, *, base: BaseModel, generator: torch.Generator) -> None:
-        inject_lora(model, add_head_to_modules_to_save(config, base.new_head_names), generator=generator)
+    def get_slot_config(self, new_head_names: Sequence[str]) -> LoraConfig:
+        """Returns the settings with the modules of a new head in `modules_to_save`."""
+        # a regular expression matches only the whole name, a plain name would also match other modules with this ending
+        patterns = tuple(f"{REGEX_PREFIX}{re.escape(name)}" for name in new_head_names)
+        return replace(self.config, modules_to_save=(*self.config.modules_to_save, *patterns))
+
+    def _make_trainable(self, model: nn.Module, *, base: BaseModel, generator: torch.Generator) -> None:
+        inject_lora(model, self.get_slot_config(base.new_head_names), generator=generator)
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
         """Returns A and B as one group, or as two groups if `lr_ratio_b` is not 1 (LoRA+, arXiv 2402.12354).
@@ -67,10 +69,3 @@ class LoraMethod(Method):
         """Replaces each LoRA layer by a plain layer with the merged weight, which is no longer tied."""
         merge_lora(model)
         clear_tie_setting(model)
-
-
-def add_head_to_modules_to_save(config: LoraConfig, new_head_names: Sequence[str]) -> LoraConfig:
-    """Returns the settings with the modules of a new head in `modules_to_save`."""
-    # a regular expression matches only the whole name, a plain name would also match other modules with this ending
-    patterns = tuple(f"{REGEX_PREFIX}{re.escape(name)}" for name in new_head_names)
-    return replace(config, modules_to_save=(*config.modules_to_save, *patterns)) if patterns else config

@@ -1,7 +1,7 @@
 """The base class of the training methods, and functions that several methods share.
 
 A method makes a copy of the base model trainable, groups the trained parameters by learning rate, and saves them. Each
-has an entry in `METHODS`.
+has an entry in `METHODS`, from which `bind` takes it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorasweep.config.method import MethodConfig
+from lorasweep.config.method import LoraConfig, MethodSettings
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.lora.targets import Coverage
 from lorasweep.models.load import BaseModel
 
 Module = TypeVar("Module", bound=nn.Module)
+Config = TypeVar("Config", bound=MethodSettings)
 
 DEFAULT_HEAD_DEVIATION = 0.02
 """Standard deviation of a new head's weights if the model's settings have no `initializer_range`. BERT and GPT-2 use
@@ -42,11 +43,11 @@ class ParameterGroup:
     lr_factor: float
 
 
-class Method(ABC):
-    """A training method without state. The implementations below are for one that trains parameters of the model."""
+@dataclass(frozen=True)
+class Method(ABC, Generic[Config]):
+    """A training method with its settings. What is implemented here is for one that trains parameters of the model."""
 
-    name: ClassVar[str]
-    """The value of `method.name`, and the name of the file in `conf/method/`."""
+    config: Config
     needs_autocast: ClassVar[bool] = False
     """Whether a bf16 base must run under bf16 autocast, because this method puts fp32 parameters into the model. Enter
     a new autocast context at each step: within one context, autocast keeps its bf16 copies of the first weights."""
@@ -54,17 +55,19 @@ class Method(ABC):
     loads_onto_base: ClassVar[bool] = False
     """Whether `load` takes a copy of the base instead of a prepared model, because the files say how to adapt it."""
 
-    def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:
+    def check(self, model: nn.Module, *, new_head_names: Sequence[str] = ()) -> None:
         """Raises a ConfigError if the settings do not fit the model, without changing the model."""
-        self.find_coverage(model, config, new_head_names=new_head_names)
+        self.find_coverage(model, new_head_names=new_head_names)
 
-    def find_coverage(
-        self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()
-    ) -> Coverage | None:
+    def find_coverage(self, model: nn.Module, *, new_head_names: Sequence[str] = ()) -> Coverage | None:
         """Returns the layers that the settings adapt; None if the method has no targets. Raises as `check`."""
         return None
 
-    def prepare(self, base: BaseModel, config: MethodConfig, *, generator: torch.Generator) -> nn.Module:
+    def get_slot_config(self, new_head_names: Sequence[str]) -> LoraConfig:
+        """Returns the LoRA that a run trains in a slot. Only methods whose settings say `packs` have one."""
+        raise NotImplementedError
+
+    def prepare(self, base: BaseModel, *, generator: torch.Generator) -> nn.Module:
         """Returns a trainable copy of the base, whose tensors do not change. Only trained parameters need gradients.
 
         Every method draws a new head from `generator`, the CPU stream of `seeds.init`, before its own values. Raises
@@ -73,12 +76,12 @@ class Method(ABC):
         model = copy_sharing_weights(base.model)
         # before the check, because drawing unties the head, and the check depends on ties
         draw_head(model, base.new_head_names, generator=generator)
-        self.check(model, config, new_head_names=base.new_head_names)
-        self._make_trainable(model, config, base=base, generator=generator)
+        self.check(model, new_head_names=base.new_head_names)
+        self._make_trainable(model, base=base, generator=generator)
         return model
 
     @abstractmethod
-    def _make_trainable(self, model: nn.Module, config: Any, *, base: BaseModel, generator: torch.Generator) -> None:
+    def _make_trainable(self, model: nn.Module, *, base: BaseModel, generator: torch.Generator) -> None:
         """Replaces parameters or modules of a copy. `check` has accepted the copy, and its new head is drawn."""
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
@@ -87,7 +90,7 @@ class Method(ABC):
         `lr_ratio_b` is the learning rate of LoRA's B divided by that of A. Other methods ignore it.
         """
         params = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
-        return [ParameterGroup(name=self.name, params=params, lr_factor=1.0)] if params else []
+        return [ParameterGroup(name=self.config.name, params=params, lr_factor=1.0)] if params else []
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
         """Writes the trained weights of a prepared model atomically.

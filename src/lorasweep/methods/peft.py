@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lorasweep.config.components import require_package
-from lorasweep.config.method import MethodConfig, PeftConfig
+from lorasweep.config.method import PeftConfig
 from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError, RecordError, describe_error
 from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, find_task_type
@@ -46,27 +46,25 @@ REFUSED_KEYS = (
 """Keys of PEFT's configuration that are refused, because a run can't follow them."""
 
 
-class PeftMethod(Method):
+class PeftMethod(Method[PeftConfig]):
     """Trains an adapter of PEFT in fp32, and a new head in full, and saves both with PEFT.
 
     The adapter's layers are inside the model, and PEFT's `PeftModel` around it is kept as `_peft_model`, out of the
     module tree. So the model keeps its class, its names and its `forward`.
     """
 
-    name = "peft"
     needs_autocast = True
     loads_onto_base = True
 
-    def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:
+    def check(self, model: nn.Module, *, new_head_names: Sequence[str] = ()) -> None:
         """Raises a ConfigError if a key is wrong, or PEFT can't make these layers for the model."""
-        assert isinstance(config, PeftConfig)
-        peft_config = build_peft_config(config.config, model, new_head_names=new_head_names)
+        peft_config = build_peft_config(self.config.config, model, new_head_names=new_head_names)
         copy = copy_sharing_weights(model)
         with torch.random.fork_rng(devices=[]):
             add_adapter(copy, peft_config, new_head_names=new_head_names, has_values=False)
 
-    def _make_trainable(self, model: nn.Module, config: Any, *, base: BaseModel, generator: torch.Generator) -> None:
-        peft_config = build_peft_config(config.config, model, new_head_names=base.new_head_names)
+    def _make_trainable(self, model: nn.Module, *, base: BaseModel, generator: torch.Generator) -> None:
+        peft_config = build_peft_config(self.config.config, model, new_head_names=base.new_head_names)
         with torch.random.fork_rng(devices=[]):  # PEFT draws from torch's default stream
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             add_adapter(model, peft_config, new_head_names=base.new_head_names)

@@ -24,13 +24,12 @@ from transformers import PreTrainedModel
 
 from lorasweep.config.build import flatten
 from lorasweep.config.data import ConversationSettings
-from lorasweep.config.method import PeftConfig
 from lorasweep.config.run import ModelConfig, RunConfig, refuse_code, require_exportable
 from lorasweep.data.chat_template import digest_template, read_template
 from lorasweep.disk import require_new_folder
 from lorasweep.errors import ConfigError, RecordError, RunError, first_line
 from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_peft_settings
-from lorasweep.methods import METHODS
+from lorasweep.methods import bind
 from lorasweep.models.load import EMBEDDED_PREFIX, BaseModel, find_local_path, fingerprint_weights, load_tokenizer
 from lorasweep.models.pretrained import NF4_ARGUMENTS, load_pretrained, quiet_transformers
 from lorasweep.record import RunRecord, read_run, restore_config
@@ -117,11 +116,10 @@ def _create_folder_atomically(out: Path) -> Iterator[Path]:
 
 
 def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> None:
-    method = config.method.name
     require_exportable(config)
-    if format == "peft" and method not in ("lora", "peft"):
+    if format == "peft" and config.method.adapter_kind is None:
         raise ConfigError(
-            f"`--format peft` must have a run of `method=lora` or `method=peft`, but got {method!r}. "
+            f"`--format peft` must have a run of `method=lora` or `method=peft`, but got {config.method.name!r}. "
             "Use `--format merged`, or name a LoRA arm: `SWEEP/ARM`."
         )
     require_new_folder(out, key="--out", remedy="Name another folder.")
@@ -194,7 +192,7 @@ def _write_merged(
 ) -> tuple[type[PreTrainedModel], torch.dtype, str]:
     model = restore_model(config, base, folder=best)
     assert isinstance(model, PreTrainedModel)  # `_check_request` refuses other models
-    METHODS[config.method.name].merge(model)
+    bind(config.method).merge(model)
     model.config.use_cache = True  # training switched it off
     with quiet_transformers():
         model.save_pretrained(folder)
@@ -214,8 +212,9 @@ def _build_card(record: RunRecord, config: RunConfig, *, format: str, dtype: str
         tags=["lorasweep", config.method.name],
         model_name=repository.rpartition("/")[2],
     )
-    kind = config.method.config["peft_type"] if isinstance(config.method, PeftConfig) else "LoRA"
-    what = f"An adapter ({kind}, {dtype}) for" if format == "peft" else f"A model ({dtype}, merged) fine-tuned from"
+    what = f"A model ({dtype}, merged) fine-tuned from"
+    if format == "peft":
+        what = f"An adapter ({config.method.adapter_kind}, {dtype}) for"
     facts = {
         "base": {"revision": config.model.revision, "fingerprint": record.base.get("fingerprint")},
         "data": {"name": config.data.name, **{name: split.get("fingerprint") for name, split in record.data.items()}},

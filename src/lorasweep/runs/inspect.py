@@ -11,11 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import refuse_code
 from lorasweep.errors import RecordError
 from lorasweep.lora.layer_kinds import weight_to_matrix
-from lorasweep.methods import METHODS, copy_sharing_weights, draw_head
+from lorasweep.methods import bind, copy_sharing_weights, draw_head
 from lorasweep.record import read_run, restore_config
 from lorasweep.training.restore import check_kept_files, restore_model, restore_unquantised_base
 
@@ -50,14 +49,12 @@ def inspect_run(folder: str | Path, *, trust: bool = False) -> pandas.DataFrame:
     refuse_code(config, trust=trust)
     check_kept_files(record, folder, part="best")
     config, base = restore_unquantised_base(record, config)
-    method = config.method
+    method = bind(config.method)
     base.model.float()  # merging into bf16 would round the updates
-    ranks = {}
-    if isinstance(method, LoraConfig):
-        coverage = METHODS["lora"].find_coverage(base.model, method, new_head_names=base.new_head_names)
-        ranks = {name: target.rank for name, target in coverage.targets.items()} if coverage else {}
+    coverage = method.find_coverage(base.model, new_head_names=base.new_head_names)
+    ranks = {name: target.rank for name, target in coverage.targets.items()} if coverage else {}
     model = restore_model(config, base, folder=folder / "best")
-    METHODS[method.name].merge(model)
+    method.merge(model)
     # the head as the run drew it before training
     start = copy_sharing_weights(base.model)
     draw_head(start, base.new_head_names, generator=torch.Generator().manual_seed(config.seeds.init))

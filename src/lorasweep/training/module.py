@@ -18,10 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lorasweep.config.build import as_settings
-from lorasweep.config.method import LoraConfig
 from lorasweep.data.split import Batch
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.methods import METHODS
+from lorasweep.methods import bind
 from lorasweep.objectives.objective import EXAMPLE_FIELDS, Evaluation, ExampleScores
 from lorasweep.training.checkpoint import read_rng_state, restore_rng_state
 from lorasweep.training.data_module import DataModule
@@ -75,7 +74,7 @@ class TrainingModule(lightning.LightningModule):
             check_run(self.config, inputs.base)
         self.base, self.objective = inputs.base, inputs.data.objective
         self.accumulate = accumulate or self.config.trainer.accumulate
-        self.method = METHODS[self.config.method.name]
+        self.method = bind(self.config.method)
         self.evaluation = Evaluation(self.objective)
         # in `lorasweep train`, `start_loggers` has already logged the settings
         self.save_hyperparameters({"config": as_settings(self.config)}, logger=in_own_trainer)
@@ -93,9 +92,8 @@ class TrainingModule(lightning.LightningModule):
         with torch.device("cpu"):  # Lightning makes the GPU the default device here, but initial values are CPU draws
             model = prepare_model(self.config, self.base)
         if self._device_mesh is not None:
-            keep_trained_whole = isinstance(self.config.method, LoraConfig)
             mesh = self._device_mesh["data_parallel"]
-            shard_model(model, mesh, keep_trained_whole=keep_trained_whole)
+            shard_model(model, mesh, keep_trained_whole=self.config.method.has_rank)
         self.model = model
         # Each process draws the dropout masks of its own examples, so it needs its own random stream.
         torch.manual_seed(dropout_seed(self.config.seeds.dropout, rank=self.global_rank))

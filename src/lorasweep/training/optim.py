@@ -13,7 +13,7 @@ from torch import nn
 from lorasweep.config.components import Component, instantiate, list_argument_names
 from lorasweep.config.run import OptimConfig, OptimizerComponent, RunConfig, ScheduleConfig
 from lorasweep.errors import ConfigError, describe_error
-from lorasweep.methods import METHODS, ParameterGroup
+from lorasweep.methods import ParameterGroup, bind
 
 
 def build_optimizer(
@@ -105,7 +105,7 @@ def build_schedule(config: RunConfig, optimizer: torch.optim.Optimizer) -> torch
 
 def configure_optimizers(config: RunConfig, model: nn.Module) -> dict[str, Any]:
     """Returns what Lightning's `configure_optimizers` returns, for a prepared model."""
-    groups = METHODS[config.method.name].trainable_groups(model, lr_ratio_b=config.optim.lr_ratio_b)
+    groups = bind(config.method).trainable_groups(model, lr_ratio_b=config.optim.lr_ratio_b)
     optimizer = build_optimizer(config.optim, groups)
     schedule = build_schedule(config, optimizer)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

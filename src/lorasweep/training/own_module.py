@@ -33,7 +33,7 @@ from lorasweep.data.split import SplitFacts, Splits
 from lorasweep.disk import csv_text
 from lorasweep.errors import ConfigError
 from lorasweep.lora.layer_kinds import count_parameters
-from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.methods import bind, copy_sharing_weights
 from lorasweep.methods.method import replace_parameters
 from lorasweep.models.load import BaseModel, fingerprint_weights
 from lorasweep.training.checkpoint import read_rng_state, restore_rng_state
@@ -286,13 +286,13 @@ class OwnModuleRun(lightning.Callback):
         prepared: Any = prepare_model(config, replace(base, model=module))
         self.data = SeededData(_get_data(inputs), seed=config.seeds.data_order)
         self.module: LightningModule = prepared
-        self.base, self.method = base, METHODS[config.method.name]
+        self.base, self.method = base, bind(config.method)
         self.metric = str(config.metric.name)
         self.progress = TrainingProgress()
         self.step_losses = torch.zeros(0)
         self._step_began = 0.0
         prepared.strict_loading = False  # a checkpoint has only the trained parameters
-        if config.method.kind != "full":
+        if not config.method.trains_all:
             # Running statistics belong to the frozen base, and the files of other methods could not keep them.
             for norm in (part for part in prepared.modules() if hasattr(part, "running_mean")):
                 norm.eval()

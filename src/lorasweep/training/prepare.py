@@ -22,7 +22,7 @@ from lorasweep.lora.dropout import FunctionalDropout, drop_from_default_stream
 from lorasweep.lora.inject import replace_dropout
 from lorasweep.lora.packed.layers import packed_trained_modules
 from lorasweep.lora.packed.slots import Slots
-from lorasweep.methods import METHODS
+from lorasweep.methods import bind
 from lorasweep.models.load import BaseModel
 from lorasweep.objectives.data_splits import list_objectives, read_slot_settings
 from lorasweep.training.fsdp import check_shardable
@@ -39,7 +39,7 @@ def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
     # may change the dropout masks.
     torch.manual_seed(config.seeds.dropout)
     generator = torch.Generator().manual_seed(config.seeds.init)
-    model = METHODS[config.method.name].prepare(base, config.method, generator=generator)
+    model = bind(config.method).prepare(base, generator=generator)
     replace_dropout(model)
     torch.manual_seed(config.seeds.dropout)
     model.train()  # turns dropout on; Lightning switches modes for evaluations and restores them
@@ -53,7 +53,7 @@ def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
 
 def check_run(config: RunConfig, base: BaseModel) -> None:
     """Refuses settings that do not fit the base model or have no effect, before anything is written."""
-    METHODS[config.method.name].check(base.model, config.method, new_head_names=base.new_head_names)
+    bind(config.method).check(base.model, new_head_names=base.new_head_names)
     check_optim(config)
     check_components(config)
     for objective in list_objectives(config.objective):

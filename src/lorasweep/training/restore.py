@@ -13,7 +13,7 @@ from lorasweep.config.build import as_settings, build
 from lorasweep.config.run import RunConfig
 from lorasweep.disk import open_inside
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.methods import bind, copy_sharing_weights
 from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.record import RunRecord, compute_sha256, restore_config
 from lorasweep.training.environment import DTYPES
@@ -84,11 +84,11 @@ def _load_recorded_base(record: RunRecord, config: RunConfig) -> BaseModel:
 
 def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Module:
     """Returns a copy of the base with the weights in `folder` (a run's `best` or `last`), in evaluation mode."""
-    method = METHODS[config.method.name]
+    method = bind(config.method)
     if method.loads_onto_base:
         model = copy_sharing_weights(base.model)
     else:
-        model = method.prepare(base, config.method, generator=torch.Generator().manual_seed(config.seeds.init))
+        model = method.prepare(base, generator=torch.Generator().manual_seed(config.seeds.init))
     method.load(model, folder)
     model.train(False)
     return model

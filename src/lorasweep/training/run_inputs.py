@@ -16,7 +16,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.data.split import Splits
 from lorasweep.errors import ConfigError
 from lorasweep.lora.targets import Coverage
-from lorasweep.methods import METHODS
+from lorasweep.methods import bind
 from lorasweep.models.attention import AttentionChoice
 from lorasweep.models.load import BaseModel
 from lorasweep.objectives.data_splits import DataSplits
@@ -56,7 +56,7 @@ class RunInputs:
 
     def needs_autocast(self, config: RunConfig) -> bool:
         """Returns whether a run computes in bf16 by autocast, because its method adds fp32 weights to a bf16 base."""
-        return self.precision == "bf16" and (self.always_autocasts or METHODS[config.method.name].needs_autocast)
+        return self.precision == "bf16" and (self.always_autocasts or bind(config.method).needs_autocast)
 
     def lightning_precision(self, config: RunConfig) -> Literal["bf16-mixed", "32-true"]:
         """Returns `precision` of a run's `lightning.Trainer`."""
@@ -75,8 +75,7 @@ class RunInputs:
 
     def find_coverage(self, config: RunConfig) -> Coverage | None:
         """Returns the layers that a run adapts; None if its method has no targets."""
-        method = METHODS[config.method.name]
-        return method.find_coverage(self.base.model, config.method, new_head_names=self.base.new_head_names)
+        return bind(config.method).find_coverage(self.base.model, new_head_names=self.base.new_head_names)
 
     def list_notes(self, config: RunConfig) -> tuple[str, ...]:
         """Returns `notes`, and a sentence on the share of the model that a run adapts."""

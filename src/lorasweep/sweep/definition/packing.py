@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.config.method import LoraConfig, PeftConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import Arm, Definition
@@ -65,7 +64,7 @@ def explain_solo_arms(definition: Definition) -> list[str]:
         f"`{arm.name}`: its trials run alone. {plans[arm.name].reason}"
         for arm in definition.arms
         if plans[arm.name].key is None
-        and isinstance(plans[arm.name].largest.method, LoraConfig | PeftConfig)
+        and plans[arm.name].largest.method.adapter_kind is not None
         and arm.sweep_config.worker.pack_size != 1
         and arm.trials > 1
     ]

@@ -48,7 +48,7 @@ from lorasweep.lora import (
     slot_model,
 )
 from lorasweep.lora.packed.inject import find_slots
-from lorasweep.methods import add_head_to_modules_to_save, copy_sharing_weights, draw_head
+from lorasweep.methods import bind, copy_sharing_weights, draw_head
 from lorasweep.objectives.objective import read_metrics
 from lorasweep.record import RunRecord, RunStatus
 from lorasweep.training.checkpoint import (
@@ -329,7 +329,7 @@ class PackTrainer:
         run = SlotRun(request, inputs=self.inputs, slot=slot, slots=max(len(self.runs), slot + 1))
         self.runs[slot : slot + 1] = [run]
         generator = torch.Generator().manual_seed(request.config.seeds.init)
-        method, prepare_copy = _build_lora_config(request.config, self.inputs), _build_head_init(self.inputs)
+        method, prepare_copy = _get_slot_config(request.config, self.inputs), _build_head_init(self.inputs)
         coverage = fill_slot(self.model, slot, method, generator=generator, prepare_copy=prepare_copy)
         self._prepare_run(slot, trainable_params=coverage.trainable_params)
         return True
@@ -346,7 +346,7 @@ class PackTrainer:
 
     def _arrange(self, kept: Iterable[int]) -> None:
         """Drops all other slots, and sorts the kept ones by rank, because neighbours of similar rank train faster."""
-        order = sorted(kept, key=lambda slot: _get_method(self.runs[slot].request.config).rank)
+        order = sorted(kept, key=lambda slot: _get_slot_config(self.configs[slot], self.inputs).rank)
         compact_slots(self.model, order)
         self.runs = [self.runs[slot] for slot in order]
 
@@ -371,7 +371,7 @@ def build_pack(configs: Sequence[RunConfig], *, inputs: RunInputs) -> tuple[nn.M
     model: nn.Module = copy_sharing_weights(inputs.base.model).to(get_device(configs[0].trainer))
     coverages = inject_packed_lora(
         model,
-        [_build_lora_config(config, inputs) for config in configs],
+        [_get_slot_config(config, inputs) for config in configs],
         generators=[torch.Generator().manual_seed(config.seeds.init) for config in configs],
         prepare_copy=_build_head_init(inputs),
     )
@@ -385,13 +385,8 @@ def _set_training_mode(model: nn.Module, settings: TrainerConfig) -> None:
         checkpoint_activations(model, save_block_contexts(find_slots(model)))
 
 
-def _build_lora_config(config: RunConfig, inputs: RunInputs) -> LoraConfig:
-    return add_head_to_modules_to_save(_get_method(config), inputs.base.new_head_names)
-
-
-def _get_method(config: RunConfig) -> LoraConfig:
-    assert isinstance(config.method, LoraConfig)
-    return config.method
+def _get_slot_config(config: RunConfig, inputs: RunInputs) -> LoraConfig:
+    return bind(config.method).get_slot_config(inputs.base.new_head_names)
 
 
 def _build_head_init(inputs: RunInputs) -> functools.partial[None]:

@@ -15,7 +15,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import MicroBatch, StepBatchSampler
 from lorasweep.errors import RecordError
 from lorasweep.lora import split_lora_parameters
-from lorasweep.methods import METHODS
+from lorasweep.methods import bind
 from lorasweep.record import RunStatus, read_run
 from lorasweep.training.checkpoint import SLOT_CHECKPOINT, get_step, read_checkpoint
 from lorasweep.training.environment import get_device
@@ -149,7 +149,7 @@ class SlotOptimizer:
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
         parts = [
             replace(group, params=params)
-            for group in METHODS["lora"].trainable_groups(model, lr_ratio_b=config.optim.lr_ratio_b)
+            for group in bind(config.method).trainable_groups(model, lr_ratio_b=config.optim.lr_ratio_b)
             for is_matrix in (True, False)
             if (params := tuple(p for p in group.params if (p.ndim >= 2) == is_matrix))
         ]
