@@ -72,6 +72,17 @@ def test_settings_of_the_user_are_kept(here):
     assert (settings["data.text"], settings["sweep.trials"]) == ("review", 3)
 
 
+def test_texts_and_numbers_are_read_as_they_were_drafted(here):
+    write_topics(here / "topics.csv", header="no,1e-3,yes\n")
+    words = ["data.label='no'", "data.text='1e-3'", "data.group='yes'", "optim.eps=1e-5", "optim.weight_decay=0.25"]
+    sweep = draft(MODEL, "data.train=topics.csv", *words)
+    expected = {"data.label": "no", "data.text": "1e-3", "data.group": "yes", "optim.eps": 1e-5}
+    assert sweep["settings"].items() >= expected.items()
+    written = read_definition(here / "mine.yaml").raw["file"]
+    assert written["settings"] == {**sweep["settings"], "data.train": str(here / "topics.csv")}
+    assert written["arms"] == sweep["arms"]
+
+
 def test_other_metric_is_suggested_if_most_examples_have_one_label(here, capsys):
     rows = [f"text {n},{'rare' if n % 10 == 0 else 'usual'}\n" for n in range(300)]
     (here / "rare.csv").write_text("text,label\n" + "".join(rows))

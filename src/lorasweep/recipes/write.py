@@ -184,7 +184,7 @@ def edit_text(text: str, wanted: Sequence[Change], *, name: str, evidence: str) 
     before, changed = yaml.safe_load(text), list[Change]()
     tool = YAML()
     tool.preserve_quotes, tool.width, tool.explicit_start = True, sys.maxsize, text.startswith("---")
-    tool.Representer = _NullRepresenter if re.search(r": +null\b", text) else RoundTripRepresenter
+    tool.Representer = NullRepresenter if re.search(r": +null\b", text) else RoundTripRepresenter
     offset = len(found[2]) - len(found[1]) if (found := FIRST_LIST.search(text)) else 0
     tool.indent(sequence=offset + 2, offset=offset)
     try:
@@ -217,11 +217,11 @@ def edit_text(text: str, wanted: Sequence[Change], *, name: str, evidence: str) 
     return edited, changed
 
 
-class _NullRepresenter(RoundTripRepresenter):
+class NullRepresenter(RoundTripRepresenter):
     """Writes empty values as `null`, for files that write them so."""
 
 
-_NullRepresenter.add_representer(type(None), lambda one, _: one.represent_scalar("tag:yaml.org,2002:null", "null"))
+NullRepresenter.add_representer(type(None), lambda one, _: one.represent_scalar("tag:yaml.org,2002:null", "null"))
 
 
 def _read_value(value: Any) -> Any:

@@ -6,7 +6,7 @@ from the kind of model; nothing is trained.
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import re
 import sys
@@ -15,9 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from lorasweep.activity import doing
 from lorasweep.config.compose import SWEEP_GROUPS, compose_run, merge_settings
@@ -32,6 +35,7 @@ from lorasweep.data.reading.preferences import PROMPT_COLUMNS
 from lorasweep.data.reading.tables import load_tables
 from lorasweep.errors import ConfigError
 from lorasweep.recipes.read import Recipe
+from lorasweep.recipes.write import NullRepresenter
 from lorasweep.sweep.checks import MAX_STEPS, count_steps
 from lorasweep.sweep.definition.arms import Definition, read_definition
 from lorasweep.sweep.definition.confirm import MAX_LAW_FACTOR
@@ -83,33 +87,14 @@ as high, which is the ratio of "LoRA Without Regret" (2025)."""
 PREFERENCE_RATE_TIMES_WIDTH = 0.002
 """The same for pairs of answers: 5e-7 at a width of 4,096 (Zephyr, arXiv 2310.16944; Tülu 3, arXiv 2411.15124)."""
 COMMENT_WIDTH = 116
+Place: TypeAlias = tuple[str, ...]
+"""The keys that lead to a value of a sweep file."""
 SWEEP_SETTINGS = {"sweep.trials": 16, "confirm.seeds": [3, 6, 10], "confirm.margin": "5%"}
 COMMENTS = {
     "confirm.seeds": "numbers of seeds at which the questions are tested",
     "confirm.margin": "smallest difference that matters: a number, or a share of full fine-tuning's gain over frozen",
     "data.max_validation_examples": "evenly spaced; an evaluation of all takes longer",
 }
-TEMPLATE = """\
-# {compared} beside the frozen base. First look at the cost, then start:
-#   lorasweep plan {path}
-#   lorasweep sweep {path}
-{facts}
-name: {name}
-settings:
-{settings}
-arms:
-  frozen: {{settings: {{method: frozen}}}} # the base as it is
-{present}  full:
-    settings: {{method: full}}
-    space:
-      optim.lr: {{low: {full_low}, high: {full_high}, log: true}} # if the best is at an end, widen it
-{present_full}  lora:
-    settings: {lora}
-    space:
-      {rank}: {ranks}
-      optim.lr: {{low: {lora_low}, high: {lora_high}, log: true}} # {lora_lr}
-    confirm_each: {rank} # each rank is confirmed with the learning rate that is predicted best for it
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,11 +181,20 @@ def draft_sweep(
     inputs.splits.test()  # reads every row, because the confirm stage would fail after hours of training
     metric = {} if any(key.startswith("data.metric") for key in chosen) else {"data.metric": inputs.splits.metric}
     numbered = {**chosen, **metric, **_choose_numbers(inputs, chosen, recipe)}
-    text = _fill_template(path, numbered, {**SWEEP_SETTINGS, **of_sweep}, left_out, inputs, notes=notes, recipe=recipe)
-    for key in left_out:
-        text = re.sub(rf"^  {key.removeprefix('arms.')}:.*\n(    .*\n)*", "", text, flags=re.MULTILINE)
-    definition = read_definition(yaml.safe_load(text))  # a draft must be a sweep that starts
-    return Draft(text=text, definition=definition, notes=notes)
+    arms, comments = _build_arms(inputs, recipe, kind=chosen["data"])
+    kept = {name: arm for name, arm in arms.items() if f"arms.{name}" not in left_out}
+    comments |= _list_comments(numbered, inputs, recipe, has_full="full" in kept)
+    content = {"name": path.stem, "settings": {**numbered, **SWEEP_SETTINGS, **of_sweep}, "arms": kept}
+    head = [
+        f"{'LoRA and full fine-tuning' if 'full' in kept else 'LoRA'} beside the frozen base. First look at the cost, "
+        "then start:",
+        f"  lorasweep plan {path}",
+        f"  lorasweep sweep {path}",
+        *_list_facts(inputs, recipe),
+        *notes,
+    ]
+    text = _write_yaml(content, comments, head)
+    return Draft(text=text, definition=read_definition(content), notes=notes)  # it must be a sweep that starts
 
 
 def _follow_recipe(recipe: Recipe, typed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -346,30 +340,26 @@ def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any], recipe: Recipe
     return {key: number for key, number in numbers.items() if key not in chosen}
 
 
-def _fill_template(
-    path: Path,
-    settings: Mapping[str, Any],
-    of_sweep: Mapping[str, Any],
-    left_out: Sequence[str],
-    inputs: RunInputs,
-    *,
-    notes: Sequence[str],
-    recipe: Recipe | None,
-) -> str:
-    """Returns a draft with every arm. Its comments hold without those that are left out."""
-    has_full = "arms.full" not in left_out
-    searches = ["all ranks of LoRA share one search"]
-    searches += ["an arm that searches one key gets half of them"] if has_full else []
-    train, trainer, labels = inputs.data.train, compose_run(settings).trainer, inputs.base.labels
+def _list_facts(inputs: RunInputs, recipe: Recipe | None) -> list[str]:
+    """Returns lines on the recipe's keys, and on the model and the data."""
+    labels = inputs.base.labels
     named = "" if labels is None or len(labels.names) < 2 else f" and {len(labels.names)} labels"
-    facts = [
+    return [
         *(line for fact in (recipe.describe() if recipe else ()) for line in textwrap.wrap(fact, COMMENT_WIDTH)),
-        f"The base has {format_count(inputs.base.num_parameters)} parameters. The data has {len(train):,} training "
-        f"sequences{named}.",
+        f"The base has {format_count(inputs.base.num_parameters)} parameters. The data has {len(inputs.data.train):,} "
+        f"training sequences{named}.",
         *inputs.splits.notes,
         *inputs.splits.test().notes,
-        *notes,
     ]
+
+
+def _list_comments(
+    settings: Mapping[str, Any], inputs: RunInputs, recipe: Recipe | None, *, has_full: bool
+) -> dict[Place, str]:
+    """Returns the comments on the settings. They hold without an arm of full fine-tuning too."""
+    searches = ["all ranks of LoRA share one search"]
+    searches += ["an arm that searches one key gets half of them"] if has_full else []
+    train, trainer = inputs.data.train, compose_run(settings).trainer
     others = [name for name in inputs.data.objective.metrics if name != inputs.splits.metric]
     constant = inputs.splits.score_constant_answer(inputs.splits.validation).get("accuracy", 0.0)
     counts = getattr(train, "facts", {}).get("labels") or {"": len(train)}  # empty for numbers, none for text
@@ -391,63 +381,84 @@ def _fill_template(
         STEPS_KEY: f"{epochs:.1f} epochs of {len(train):,} training examples"
         + (f"; the draft has at most {MAX_STEPS} steps, set more if needed" if trainer.max_steps == MAX_STEPS else ""),
     }
-    lines = [
-        f"  {key}: {_format_value(value)}" + (f" # {comments[key]}" if key in comments else "")
-        for key, value in {**settings, **of_sweep}.items()
-    ]
-    times_width = PREFERENCE_RATE_TIMES_WIDTH if settings["data"] == "preferences" else RATE_TIMES_WIDTH
+    return {("settings", key): comment for key, comment in comments.items()}
+
+
+def _build_arms(inputs: RunInputs, recipe: Recipe | None, *, kind: str) -> tuple[dict[str, Any], dict[Place, str]]:
+    """Returns the arms with that of the recipe's settings, and the comments on them. `kind` is that of the data."""
+    times_width = PREFERENCE_RATE_TIMES_WIDTH if kind == "preferences" else RATE_TIMES_WIDTH
     middle = times_width / (getattr(inputs.base.model.config, "hidden_size", None) or DEFAULT_WIDTH)
     low, high = (float(f"{rate:.0e}") for rate in (middle / 10, middle * 10))
-    return TEMPLATE.format(
-        path=path,
-        compared="LoRA and full fine-tuning" if has_full else "LoRA",
-        facts="\n".join(f"# {fact}" for fact in facts),
-        name=_format_value(path.stem),
-        settings="\n".join(lines),
-        full_low=f"{low:.1e}",
-        full_high=f"{high:.1e}",
-        **_describe_arms(recipe, low=10 * low, high=10 * high),
-    )
-
-
-def _describe_arms(recipe: Recipe | None, *, low: float, high: float) -> dict[str, Any]:
-    """Returns the template's settings, ranks and rates of LoRA, and the arm of the recipe's settings."""
+    arms: dict[str, Any] = {
+        "frozen": {"settings": {"method": "frozen"}},
+        "full": {"settings": {"method": "full"}, "space": {LR: _build_rates(low, high)}},
+    }
+    comments: dict[Place, str] = {
+        ("arms", "frozen"): "the base as it is",
+        ("arms", "full", "space", LR): "if the best is at an end, widen it",
+        ("arms", "lora", "confirm_each"): "each rank is confirmed with the learning rate that is predicted best for it",
+    }
+    low, high, rates = 10 * low, 10 * high, "ten times as high as for full fine-tuning"
     method: dict[str, Any] = dict(recipe.method) if recipe else {"method": "lora"}
-    present, rates = "", "ten times as high as for full fine-tuning"
     if recipe is not None:
-        settings = _format_value({**method, LR: recipe.lr})
-        present = f"  present: {{settings: {settings}}} # as in {recipe.path.name}; it is trained first\n"
-    is_full = method["method"] == "full"
-    method = {"method": "lora"} if is_full else method
+        arms["present"] = {"settings": {**method, LR: recipe.lr}}
+        comments["arms", "present"] = f"as in {recipe.path.name}; it is trained first"
+        if method["method"] == "full":  # others are compared with the first arm of full fine-tuning
+            method = {"method": "lora"}
+        else:
+            arms["full"] = arms.pop("full")
     peft: dict[str, Any] = dict(method.pop("method.config", {}))
     rank, own = ("method.config.r", peft.pop("r")) if peft else (RANK, method.pop(RANK, None))
-    note = ""
     if ALPHA in method or peft:
         given = peft["lora_alpha"] if peft else method[ALPHA]
         alpha = float(min(given, MAX_LAW_FACTOR * RANKS[0])) or LoraConfig.alpha
         if alpha != given:
-            note = f" # α {alpha:g}, because at α {given:g} one search can't serve rank {RANKS[0]}"
+            note = f"α {alpha:g}, because at α {given:g} one search can't serve rank {RANKS[0]}"
+            comments["arms", "lora", "settings"] = note
         method |= {"method.config": {**peft, "lora_alpha": alpha}} if peft else {ALPHA: alpha}
         times = math.sqrt(LoraConfig.alpha / alpha)  # the best rate of all ranks is one number times 1 / √α
         low, high = low * times, high * times
         rates += f" at α {LoraConfig.alpha:g}, times 1 / √α"
     if recipe is not None:
         low, high = min(low, recipe.lr), max(high, recipe.lr)
-    return {
-        "present": "" if is_full else present,
-        # the first arm of full fine-tuning is what others are compared with
-        "present_full": present if is_full else "",
-        "lora": f"{_format_value(method)}{note}",
-        "rank": rank,
-        "ranks": sorted({*RANKS, *([] if own is None else [own])}),
-        "lora_low": f"{low:.1e}",
-        "lora_high": f"{high:.1e}",
-        "lora_lr": rates,
-    }
+    comments["arms", "lora", "space", LR] = rates
+    ranks = sorted({*RANKS, *([] if own is None else [own])})
+    space = {rank: ranks, LR: _build_rates(low, high)}
+    return {**arms, "lora": {"settings": method, "space": space, "confirm_each": rank}}, comments
 
 
-def _format_value(value: Any) -> str:
-    if isinstance(value, str) and "\n" in value:
-        return json.dumps(value)  # YAML's own form has several lines
-    written: str = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True)
-    return written.removesuffix("...\n").strip()
+def _build_rates(low: float, high: float) -> dict[str, Any]:
+    return {"low": float(f"{low:.1e}"), "high": float(f"{high:.1e}"), "log": True}
+
+
+def _write_yaml(content: Mapping[str, Any], comments: Mapping[Place, str], head: Sequence[str]) -> str:
+    """Returns content as YAML with the lines of `head` as comments before it, and comments behind the keys."""
+    tool = YAML()
+    tool.width, tool.Representer = sys.maxsize, NullRepresenter
+    commented = _add_comments(content, comments)
+    commented.yaml_set_start_comment("\n".join(head))
+    tool.dump(commented, stream := io.StringIO())
+    return stream.getvalue()
+
+
+def _add_comments(value: Any, comments: Mapping[Place, str], place: Place = ()) -> Any:
+    """Returns nested values as ruamel.yaml writes them. A mapping without a comment inside stands on one line.
+
+    Sweep files are read as YAML 1.1, which takes `no` for false and `1e-05` for a text.
+    """
+    if isinstance(value, str):
+        return DoubleQuotedScalarString(value) if yaml.safe_dump(value)[0] in "\"'" else value
+    if isinstance(value, float):
+        return YAML().load(yaml.safe_dump(value))
+    commented: Any = None
+    if isinstance(value, list | tuple):
+        commented = CommentedSeq(_add_comments(one, {}) for one in value)
+    elif isinstance(value, Mapping):
+        commented = CommentedMap({key: _add_comments(one, comments, (*place, key)) for key, one in value.items()})
+        for key in [key for key in value if (*place, key) in comments]:
+            commented.yaml_add_eol_comment(f"# {comments[*place, key]}", key, column=0)
+    else:
+        return value
+    if not any(len(other) > len(place) and other[: len(place)] == place for other in comments):
+        commented.fa.set_flow_style()
+    return commented
