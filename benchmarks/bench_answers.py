@@ -213,7 +213,6 @@ def _build_arm(table: Table, method: str, *, trials: int) -> Arm:
     base = compose_run(settings)
     return Arm(
         name=method,
-        base=base,
         space=space,
         settings=settings,
         corner_configs=(base,),

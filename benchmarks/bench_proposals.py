@@ -153,7 +153,6 @@ def measure(table: Table, way: Way, *, n: int, draws: int) -> tuple[float, float
     base_config = compose_run(settings)
     base = Arm(
         name="lora",
-        base=base_config,
         settings=settings,
         corner_configs=(base_config,),
         space={

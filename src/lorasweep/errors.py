@@ -21,7 +21,11 @@ class LoraSweepError(Exception):
 
 
 class ConfigError(LoraSweepError, ValueError):
-    """A setting, a sweep file or a command line is wrong."""
+    """A setting, a sweep file or a command line is wrong. `key` is the dotted key of the setting, if it is known."""
+
+    def __init__(self, message: str, *, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class RecordError(LoraSweepError):

@@ -72,10 +72,6 @@ class Settings:
 class UnknownSettingError(ConfigError):
     """A key is no field of its settings."""
 
-    def __init__(self, message: str, *, key: str) -> None:
-        super().__init__(message)
-        self.key = key
-
 
 def get_union_tag(value: Any) -> str:
     """Returns the tag of a value in a union of our own settings and a component: `component` or `settings`."""
@@ -165,7 +161,7 @@ def _make_error(errors: Sequence[ErrorDetails], values: Any, *, key: str) -> Con
     # A union such as `int | Literal["auto"]` has an error for each member.
     words = [error["ctx"]["expected"] for error in errors[1:] if error["type"] == "literal_error"]
     is_union = words and errors[0]["type"] != "literal_error"
-    return ConfigError(f"{sentence} It may also be {words[0]}." if is_union else sentence)
+    return ConfigError(f"{sentence} It may also be {words[0]}." if is_union else sentence, key=key)
 
 
 def _describe(error: ErrorDetails, key: str) -> str:

@@ -144,7 +144,7 @@ def _build(kind: type[T], values: Mapping[str, Any]) -> T:
         files = sorted((packaged_folder("conf") / group).glob("*.yaml")) if group else []
         options = [f"`{group}={file.stem}`" for file in files if name in OmegaConf.load(file).keys()]  # noqa: SIM118 (`in` skips keys that are `???`)
         known = f"`{error.key}` is a setting of {join_words(options, last='and of')} only."
-        raise ConfigError(known if options else str(error)) from error
+        raise ConfigError(known if options else str(error), key=error.key) from error
 
 
 def refuse_secrets(values: Mapping[str, Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import field, fields
+from itertools import groupby
+from operator import itemgetter
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from pydantic import Tag
@@ -23,6 +25,7 @@ from lorasweep.config.build import (
     as_settings,
     convert,
     dotted_items,
+    list_declared_types,
     make_unknown_error,
 )
 from lorasweep.config.components import Component
@@ -441,3 +444,10 @@ def refuse_code(config: RunConfig, *, trust: bool, groups: Container[str] = ("mo
                 f"`{key}` of a recorded run must not name code, but got {value!r}: only commands that train run it. If "
                 "you trust the author, add `--trust` to the command, or `trust=True` in Python."
             )
+
+
+DECLARED_TYPES: Mapping[str, frozenset[Any]] = {
+    key: frozenset(kind for _, kind in pairs)
+    for key, pairs in groupby(sorted(list_declared_types(RunConfig), key=itemgetter(0)), itemgetter(0))
+}
+"""The types of each setting of a run by dotted key. Arguments of other packages' classes are missing."""

@@ -15,16 +15,10 @@ from lorasweep.config.build import (
     Positive,
     PositiveFloat,
     convert,
-    list_declared_types,
 )
-from lorasweep.config.run import RunConfig
+from lorasweep.config.run import DECLARED_TYPES
 from lorasweep.wording import shorten
 
-DECLARED: Mapping[str, frozenset[Any]] = {
-    name: frozenset(kind for key, kind in list_declared_types(RunConfig) if key == name)
-    for name, _ in list_declared_types(RunConfig)
-}
-"""The types of each setting of a run."""
 FACT_TYPES: Mapping[str, Any] = {
     **dict.fromkeys(("recipe.micro_batch", "recipe.accumulate", "recipe.batch"), Positive),
     "recipe.epochs": PositiveFloat,
@@ -122,7 +116,7 @@ def _find_reason(key: str, table: Mapping[str, Any]) -> tuple[str, str]:
 
 def _convert(key: str, value: Any, *, name: str) -> Any:
     """Returns a value in the type of our key: `1e-4`, which YAML reads as a text, becomes a number."""
-    kinds = DECLARED.get(key, frozenset())
+    kinds = DECLARED_TYPES.get(key, frozenset())
     if kinds & {int, float, bool} and kinds <= {int, float, bool, type(None)}:
         return convert(float if float in kinds else int if int in kinds else bool, value, key=name)
     return convert(FACT_TYPES[key], value, key=name) if key in FACT_TYPES else value

@@ -128,7 +128,7 @@ def read_recipe(path: Path, *, has_data: bool = False) -> Recipe:
     try:
         compose_run({"model": "causal_lm", **known, **recipe.method, LR: recipe.lr}, require_all=False)
     except ConfigError as error:
-        theirs = [key for key, ours in found.followed.items() if f"`{ours}" in str(error)]
+        theirs = [key for key, ours in found.followed.items() if f"{error.key}.".startswith(f"{ours}.")]
         raise ConfigError(f"{str(path)!r}: {error}{f' There it is `{theirs[0]}`.' if theirs else ''}") from error
     return recipe
 

@@ -96,7 +96,6 @@ def make_arm(space, sampler, *, name="lora", trials=16, seed=0, confirm_each=Non
     base = compose_run({})
     return Arm(
         name=name,
-        base=base,
         space=space,
         settings={},
         corner_configs=(base,),

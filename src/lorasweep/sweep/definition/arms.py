@@ -16,12 +16,12 @@ from omegaconf import OmegaConf
 from lorasweep.config.build import as_settings, build
 from lorasweep.config.compose import SWEEP_GROUPS, compose_options, compose_run, compose_sweep
 from lorasweep.config.data import DataConfig
-from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
+from lorasweep.config.run import DECLARED_TYPES, METHODS_ON_QUANTISED_BASE, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
 from lorasweep.record import Subject, is_number
 from lorasweep.sweep.definition.overrides import Layer, Overrides, merge_layers
-from lorasweep.sweep.definition.ranges import DECLARED_KEYS, Range, Space, describe_space
+from lorasweep.sweep.definition.ranges import Range, Space, describe_space
 from lorasweep.sweep.definition.sweep_file import (
     ArmConfig,
     SweepFile,
@@ -46,8 +46,6 @@ class Arm:
     """One method, or one method at one rank, with its own search space, budget and study."""
 
     name: str
-    base: RunConfig
-    """Settings of a run with every swept key at its first end."""
     space: Space
     settings: Mapping[str, Any]
     """The settings of `base` that differ from the defaults and are not swept, by dotted key."""
@@ -58,6 +56,11 @@ class Arm:
     sweep_config: SweepConfig
     confirm_each: str | None = None
     """The swept key whose choices are confirmed one by one."""
+
+    @property
+    def base(self) -> RunConfig:
+        """Settings of a run with every swept key at its first end."""
+        return self.corner_configs[0]
 
     @cached_property
     def subjects(self) -> tuple[Subject, ...]:
@@ -168,7 +171,7 @@ def _define(content: Any, typed: Overrides, *, source: Path | None) -> Definitio
     if unused:
         raise ConfigError(
             f"`{unused[0]}` must be a setting of at least one arm ({', '.join(file.arms)}), but is not."
-            f"{suggest_nearest(unused[0], DECLARED_KEYS)} Write `arms.ARM.KEY=VALUE` for one arm only."
+            f"{suggest_nearest(unused[0], sorted(DECLARED_TYPES))} Write `arms.ARM.KEY=VALUE` for one arm only."
         )
     sweep_config = compose_sweep(merge_layers([file.settings, typed.common])[0])
     arms = [fold(name, file, typed, common=common[name], sweep_config=sweep_config) for name in file.arms]
@@ -227,7 +230,7 @@ def fold(name: str, file: SweepFile, typed: Overrides, *, common: Layer, sweep_c
         is_own = not {"model", QUANTIZATION}.isdisjoint([*arm.settings, *own])
         if is_quantised and not is_own and options["method"].get("name") not in METHODS_ON_QUANTISED_BASE:
             settings[QUANTIZATION] = "none"
-        base, *others = (compose_run({**settings, **params, **TRIAL_SETTINGS}) for params in _list_corners(space))
+        corners = tuple(compose_run({**settings, **params, **TRIAL_SETTINGS}) for params in _list_corners(space))
     num_trials = _count_trials(name, arm, fields, space, shared=sweep_config.sweep.trials)
     each = fields.get("confirm_each", arm.confirm_each)
     if each and (each not in space or len(space[each].choices) < 2):
@@ -238,10 +241,9 @@ def fold(name: str, file: SweepFile, typed: Overrides, *, common: Layer, sweep_c
         )
     return Arm(
         name=name,
-        base=base,
         space=space,
         settings=settings,
-        corner_configs=(base, *others),
+        corner_configs=corners,
         trials=num_trials,
         sweep_config=sweep_config,
         confirm_each=each,

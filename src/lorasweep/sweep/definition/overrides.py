@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 from lorasweep.config.build import TARGET, Positive, build, convert
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import SWEEP_GROUPS, default_options, is_hydra_override, merge_settings
+from lorasweep.config.run import DECLARED_TYPES
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.definition.ranges import DECLARED, Range, Space
+from lorasweep.sweep.definition.ranges import Range, Space
 from lorasweep.sweep.definition.sweep_file import ArmConfig, SweepFile, make_paths_absolute
 from lorasweep.wording import suggest_nearest
 
@@ -99,7 +100,7 @@ def _parse_content(key: str, content: Any) -> Any:
     has_form_of_range = isinstance(content, list) or (
         isinstance(content, Mapping) and not {"low", "high"}.isdisjoint(content) and TARGET not in content
     )
-    is_value = key.split(".")[0] in SWEEP_GROUPS or not DECLARED.isdisjoint([(key, tuple), (key, Mapping)])
+    is_value = key.split(".")[0] in SWEEP_GROUPS or not {tuple, Mapping}.isdisjoint(DECLARED_TYPES.get(key, ()))
     return content if is_value or not has_form_of_range else Range.parse(key, content)
 
 

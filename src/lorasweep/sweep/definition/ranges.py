@@ -11,16 +11,12 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from lorasweep.config.build import list_declared_types
-from lorasweep.config.run import RunConfig
+from lorasweep.config.run import DECLARED_TYPES
 from lorasweep.config.sweep import MAX_CHOICES
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import is_number
 
 BOUNDS = ("low", "high", "log", "step")
-DECLARED = frozenset(list_declared_types(RunConfig))
-"""The dotted key of each setting of a run with each of its types. Arguments of other packages' classes are missing."""
-DECLARED_KEYS = sorted({key for key, _ in DECLARED})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +60,8 @@ class Range:
                 f"the range of `{key}` must be a list of choices, or a mapping with `low`, `high`, and perhaps "
                 f"`log: true` or `step`, but got {value!r}."
             )
-        is_whole = all(isinstance(bound, int) for bound in value.values())
-        if key in DECLARED_KEYS:
-            is_whole = (key, int) in DECLARED and (key, float) not in DECLARED
+        declared = DECLARED_TYPES.get(key) or set(map(type, value.values())) - {bool}
+        is_whole = int in declared and float not in declared
         numbers = {name: number for name, number in value.items() if name != "log" and (name, number) != ("step", None)}
         for name, number in numbers.items():
             # Optuna computes the size of a range of whole numbers in 64 bits

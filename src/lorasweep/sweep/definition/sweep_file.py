@@ -134,7 +134,7 @@ def name_in_errors(what: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"{what}: {error}") from error
+        raise ConfigError(f"{what}: {error}", key=error.key) from error
 
 
 def require_folder_name(what: str, name: str) -> None:
