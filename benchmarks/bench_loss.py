@@ -27,7 +27,7 @@ import transformers
 from saved_bytes import count_saved_bytes
 from torch import Tensor, nn
 
-from lorasweep.data.split import IGNORED, Batch
+from lorasweep.data.rows import IGNORED, Batch
 from lorasweep.lora import LoraConfig, inject_packed_lora
 from lorasweep.lora.packed.inject import find_slots
 from lorasweep.objectives.next_tokens import NextTokens

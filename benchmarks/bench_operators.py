@@ -38,7 +38,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, Llam
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import RunConfig
-from lorasweep.data.split import Batch, select_model_inputs
+from lorasweep.data.rows import Batch, select_model_inputs
 from lorasweep.lora.packed.stacks import StepStacks
 from lorasweep.models import tiny
 from lorasweep.training.inputs import load_inputs

@@ -44,13 +44,13 @@ from side_by_side import print_head, print_row, time_in_turn
 from torch import Tensor, nn
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data.split import IGNORED, Batch
+from lorasweep.data.rows import IGNORED, Batch
 from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, slot_model
 from lorasweep.models.load import load_base
-from lorasweep.objectives.labels import Classification
 from lorasweep.objectives.next_tokens import NextTokens
 from lorasweep.objectives.objective import Objective
 from lorasweep.record import RunRecord
+from lorasweep.tasks.table.objective import Classification
 from lorasweep.training.environment import DTYPES
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.packs.pack import train_pack

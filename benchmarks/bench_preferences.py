@@ -93,7 +93,7 @@ def prepare_work(arguments: argparse.Namespace, folder: Path, *, method: str, nu
     """Writes the data, the tokens in the order of training, and LoRA's initial values, and returns the work."""
     from lorasweep.config.compose import compose_run  # noqa: PLC0415 (torch reads OMP_NUM_THREADS at its import)
     from lorasweep.data.batching import StepBatchSampler  # noqa: PLC0415
-    from lorasweep.data.split import IGNORED, PreferenceSplit  # noqa: PLC0415
+    from lorasweep.data.rows import IGNORED  # noqa: PLC0415
     from lorasweep.methods import bind  # noqa: PLC0415
     from lorasweep.training.inputs import load_inputs  # noqa: PLC0415
     from lorasweep.training.prepare import prepare_model  # noqa: PLC0415
@@ -124,13 +124,12 @@ def prepare_work(arguments: argparse.Namespace, folder: Path, *, method: str, nu
     config = compose_run(settings)
     inputs = load_inputs(config)
     split = inputs.data.train
-    assert isinstance(split, PreferenceSplit)
     if len(split) != num_train:
         raise SystemExit(f"The first {num_train} pairs must all be usable, but {num_train - len(split)} are not.")
 
     def read_row(row: int) -> tuple[list[int], list[int]]:
         """Returns the tokens before the answer, and those of the answer."""
-        targets, tokens = split.completions.targets[row].tolist(), split.completions.tokens[row].tolist()
+        targets, tokens = (split.sequences[name][row].tolist() for name in ("targets", "input_ids"))
         first = sum(target == IGNORED for target in targets)
         assert IGNORED not in targets[first:]
         return tokens[: first + 1], targets[first:]

@@ -21,10 +21,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data.reading import read_source
-from lorasweep.data.split import IGNORED
-from lorasweep.data.tokenise import tokenise_chats
+from lorasweep.data.rows import IGNORED
 from lorasweep.errors import ConfigError
+from lorasweep.tasks.chat.tokenise import tokenise_chats
+from lorasweep.tasks.task import read_source
 from lorasweep.wording import shorten
 
 MARKERS = re.compile(r"<[|｜][^<>|｜\s']{1,40}[|｜]?>|<[a-z]+\|>|<(?:start|end)_of_[a-z]+>|\[/?INST\]|</s>")
@@ -102,7 +102,7 @@ def check(tokenizer, case, examples, config):
     except ConfigError as error:
         return f"refused: {error}"
     inputs, targets = columns["input_ids"], columns["targets"]
-    rows = [(inputs[n].tolist(), targets[n].tolist()) for n in range(len(inputs.ends))]
+    rows = [(inputs[n].tolist(), targets[n].tolist()) for n in range(len(inputs))]
     wrong = [fault for index in range(len(case["messages"])) if (fault := find_fault(tokenizer, case, index, rows))]
     if wrong:
         return f"WRONG: {wrong[0]}"

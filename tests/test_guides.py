@@ -10,12 +10,12 @@ import yaml
 from lorasweep.cli import run
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import compose_run
-from lorasweep.data.reading import read_source
 from lorasweep.outcome import DONE
 from lorasweep.sweep.controller.lifecycle import grow_definition
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.confirm import draw_confirm_seeds, find_warnings
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
+from lorasweep.tasks.task import read_source
 
 pytestmark = pytest.mark.docs
 DOCS = Path(__file__).parents[1] / "docs"

@@ -103,20 +103,20 @@ def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, sho
 def _show_examples(config: RunConfig, number: int) -> None:
     """Prints the first training examples. What is scored is green on a terminal, elsewhere between brackets."""
     with quick_imports():
-        from lorasweep.data.build_splits import build_splits  # noqa: PLC0415 (torch is slow to import)
-        from lorasweep.data.reading import read_source  # noqa: PLC0415
-        from lorasweep.data.split import list_passages  # noqa: PLC0415
+        from lorasweep.data.rows import list_passages  # noqa: PLC0415 (torch is slow to import)
         from lorasweep.models.load import load_tokenizer  # noqa: PLC0415
+        from lorasweep.tasks.splits import tokenise_splits  # noqa: PLC0415
+        from lorasweep.tasks.task import read_source  # noqa: PLC0415
 
     if number < 1:
         raise ConfigError(f"`--show-examples >= 1` must hold, but got {number}.")
-    if not config.data.has_text:
+    if config.data.task_path is None:
         raise ConfigError(
             f"`--show-examples` must be missing with `data={config.data.name}`, which has no text. Remove it."
         )
     tokenizer = load_tokenizer(config.model)
     source = read_source(config.data)
-    splits = build_splits(config.data, source=source, tokenizer=tokenizer, model_kind=config.model.kind)
+    splits = tokenise_splits(config.data, source=source, tokenizer=tokenizer, model_kind=config.model.kind)
     for note in splits.notes:
         say(f"• {note}", file=sys.stderr)
     console = EscapingConsole(highlight=False, soft_wrap=True)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data.reading import read_source
-from lorasweep.data.split import Ragged
+from lorasweep.data.rows import Ragged
+from lorasweep.tasks.task import read_source
 
 SPLITS = ("train", "validation", "test")
 
@@ -21,7 +21,7 @@ def make_ragged(sequences):
     """Sequences of different lengths from lists."""
     lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
     values = torch.tensor([value for sequence in sequences for value in sequence], dtype=torch.int64)
-    return Ragged(values=values, ends=lengths.cumsum(0))
+    return Ragged.join(values, lengths=lengths)
 
 
 @pytest.fixture

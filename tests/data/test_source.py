@@ -4,16 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasweep.data.source import (
-    Conversation,
-    Document,
-    LabelledText,
-    Message,
-    assign_splits,
-    collect_examples,
-    content_key,
-)
+from lorasweep.data.source import assign_splits, collect_examples, content_key
 from lorasweep.errors import ConfigError
+from lorasweep.tasks.chat.read import Conversation, Message
+from lorasweep.tasks.table.read import LabelledText
+from lorasweep.tasks.text.read import Document
 
 
 def fingerprint(items):

@@ -7,10 +7,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.normalizers import Lowercase
 from transformers import PreTrainedTokenizerFast
 
-import lorasweep.data.tokenise as tokenise_file
-from lorasweep.data.source import Conversation, Document, LabelledText, Message, collect_examples
-from lorasweep.data.split import IGNORED
-from lorasweep.data.tokenise import cache_key, tokenise_chats, tokenise_documents, tokenise_labelled
+import lorasweep.tasks.text.rows as text_rows
+from lorasweep.data.rows import IGNORED
+from lorasweep.data.source import collect_examples
+from lorasweep.data.tokenise import cache_key
+from lorasweep.tasks.chat.read import Conversation, Message
+from lorasweep.tasks.chat.tokenise import tokenise_chats
+from lorasweep.tasks.table.read import LabelledText
+from lorasweep.tasks.table.rows import tokenise_labelled
+from lorasweep.tasks.text.read import Document
+from lorasweep.tasks.text.rows import tokenise_documents
 
 
 @pytest.fixture
@@ -25,7 +31,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def rows(ragged):
-    return [ragged[n].tolist() for n in range(len(ragged.ends))]
+    return [ragged[n].tolist() for n in range(len(ragged))]
 
 
 def chat(*contents):
@@ -67,7 +73,7 @@ def test_the_same_rows_come_from_the_cache_and_one_that_cant_be_written_costs_on
     def fail(*_):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(tokenise_file, "tokenise_plain", fail)
+    monkeypatch.setattr(text_rows, "tokenise_plain", fail)
     again = tokenise_text(tokenizer, "ab", "cde")
     assert rows(again) == rows(made)
     assert [path.suffix for path in (own_cache / "lorasweep").iterdir()] == [".safetensors"]

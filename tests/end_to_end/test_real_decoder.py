@@ -9,7 +9,7 @@ from real_weights import smollm_folder
 from tests.training.runs import losses, train, train_together
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data.split import list_passages
+from lorasweep.data.rows import list_passages
 from lorasweep.runs.export import export_run
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.restore import restore_model

@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lorasweep.config.build import NonNegativeFloat
-from lorasweep.data.split import IGNORED, Batch
+from lorasweep.data.rows import IGNORED, Batch
 from lorasweep.objectives.objective import ExampleScores, Objective
 from lorasweep.objectives.scored_tokens import compute_logits
 

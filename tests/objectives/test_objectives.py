@@ -14,12 +14,12 @@ from torchmetrics.functional import auroc
 from torchmetrics.functional.classification import binary_average_precision
 
 from lorasweep.config.data import MetricComponent, ScoreMetric
-from lorasweep.data.split import IGNORED, LabelledSplit, repeat_batch
+from lorasweep.data.rows import IGNORED, Rows, repeat_batch
 from lorasweep.errors import ConfigError
-from lorasweep.objectives.data_splits import DataSplits
-from lorasweep.objectives.labels import Classification, Regression
 from lorasweep.objectives.next_tokens import NextTokens
 from lorasweep.objectives.objective import Evaluation, ExampleScores, build_own_metric
+from lorasweep.tasks.splits import DataSplits
+from lorasweep.tasks.table.objective import Classification, Regression
 
 
 class SquaredGap(torchmetrics.Metric):
@@ -223,13 +223,13 @@ def test_a_metric_that_can_not_score_is_refused(target, arguments):
 def make_splits(objective, train, validation, dtype):
     """Splits of labels alone."""
     found = [
-        LabelledSplit(
+        Rows(
             name=name,
             fingerprint="0",
-            tokens=make_ragged([[1]] * len(labels)),
-            pad_token=0,
-            bytes=len(labels),
-            labels=torch.tensor(labels, dtype=dtype),
+            sequences={"input_ids": make_ragged([[1]] * len(labels))},
+            columns={"targets": torch.tensor(labels, dtype=dtype)},
+            weights=torch.ones(len(labels)),
+            facts={},
         )
         for name, labels in (("train", train), ("validation", validation))
     ]

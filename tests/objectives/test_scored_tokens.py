@@ -8,7 +8,7 @@ import transformers
 from saved_bytes import count_saved_bytes
 from torch import nn
 
-from lorasweep.data.split import IGNORED, repeat_batch
+from lorasweep.data.rows import IGNORED, repeat_batch
 from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, set_dropout_streams, slot_model
 from lorasweep.lora.inject import replace_dropout
 from lorasweep.lora.packed.inject import find_slots

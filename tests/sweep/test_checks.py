@@ -14,7 +14,6 @@ from lorasweep.cli import run
 from lorasweep.errors import ConfigError
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.models.load import load_base
-from lorasweep.objectives.labels import Classification
 from lorasweep.outcome import WRONG_REQUEST
 from lorasweep.sweep.checks import (
     check_definition,
@@ -26,6 +25,7 @@ from lorasweep.sweep.checks import (
     score_constant_answer,
 )
 from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.tasks.table.objective import Classification
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.run_inputs import RunInputs
 

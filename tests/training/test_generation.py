@@ -187,9 +187,11 @@ def test_a_function_gets_the_row_of_the_table_and_its_own_arguments(make):
     found = score_answers(copy_sharing_weights(inputs.base.model), inputs.splits.test(), config=config, inputs=inputs)
     split = inputs.splits.test()
     lines = list(csv.DictReader(found.lines.splitlines()))
-    assert [float(line["score"]) for line in lines] == [split.rows[int(line["row"])]["number"] + 1 for line in lines]
+    assert [float(line["score"]) for line in lines] == [
+        split.answers.table_rows[int(line["row"])]["number"] + 1 for line in lines
+    ]
     assert config.data.answers.metric.direction == "minimize"
-    assert split.rows[0].keys() == {"prompt", "completion", "number"}
+    assert split.answers.table_rows[0].keys() == {"prompt", "completion", "number"}
 
 
 def test_a_limit_is_spread_over_prompts_and_cut_examples_are_left_out(make):

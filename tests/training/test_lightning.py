@@ -99,7 +99,7 @@ def test_the_best_checkpoint_is_small_loads_and_scores_the_same(words, data, mak
     trainer.fit(lorasweep.TrainingModule(words), data)
     checkpoint = torch.load(best.best_model_path, weights_only=True)
     assert all("lora" in name for name in checkpoint["state_dict"])
-    assert Path(best.best_model_path).stat().st_size < data.splits.train.tokens.nbytes + 400_000
+    assert Path(best.best_model_path).stat().st_size < data.splits.train.sequences["input_ids"].values.nbytes + 400_000
     assert checkpoint["hyper_parameters"]["config"]["method"]["rank"] == 2
     logged = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
     assert "lr-AdamW" in logged

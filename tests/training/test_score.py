@@ -67,12 +67,12 @@ def test_the_scores_are_those_of_the_best_weights_and_not_of_the_last(make_confi
     assert record.best["step"] < record.last["step"]
     scored = score_run(folder, inputs=inputs)
     losses = {}
-    blocks = inputs.splits.test().tokens
+    batch = inputs.splits.test().batch(range(len(inputs.splits.test())))
     for which in ("best", "last"):
         model = restore_model(config, inputs.base, folder=folder / which)
         with torch.no_grad():
-            logits = model(input_ids=blocks[:, :-1]).logits
-        losses[which] = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item()
+            logits = model(input_ids=batch["input_ids"]).logits
+        losses[which] = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten()).item()
     assert scored.test["loss"] == pytest.approx(losses["best"], rel=1e-4)  # sums of 256 logits and 128 losses in fp32
     assert scored.test["loss"] != pytest.approx(losses["last"], rel=1e-3)
 

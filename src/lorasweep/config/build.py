@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
+from pkgutil import resolve_name
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import Discriminator, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, PydanticKnownError, core_schema
 
 from lorasweep.errors import ConfigError
 from lorasweep.wording import shorten, suggest_nearest
@@ -82,6 +83,55 @@ def get_union_tag(value: Any) -> str:
 SETTINGS_OR_COMPONENT = Discriminator(get_union_tag)
 
 
+class ChosenByName(NamedTuple):
+    """Annotates settings whose field `name` chooses their class in a registry, such as `lorasweep.tasks.DATA`.
+
+    A registry is a mapping of names to classes. It may be in a package that imports this one, because it is found when
+    settings are built.
+    """
+
+    registry: str
+    """Import path of the mapping."""
+
+    @property
+    def classes(self) -> Mapping[str, type]:
+        found: Mapping[str, type] = resolve_name(self.registry)
+        return found
+
+    def find_class(self, name: Any) -> type:
+        """Returns the class of a name. Raises pydantic's error of a wrong tag."""
+        if not isinstance(name, str) or name not in self.classes:
+            names = ", ".join(map(repr, self.classes))
+            context = {"discriminator": "'name'", "tag": str(name), "expected_tags": names}
+            raise PydanticKnownError("union_tag_invalid", context)
+        return self.classes[name]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        def validate(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return _adapter(self.find_class(value.get("name"))).validate_python(value)
+            if isinstance(value, source):
+                return value
+            raise PydanticKnownError("dataclass_type", {"class_name": source.__name__})
+
+        return core_schema.no_info_plain_validator_function(validate)
+
+
+def list_classes(hint: Any) -> list[type]:
+    """Returns the classes of settings that a type allows."""
+    if get_origin(hint) is Annotated and (classes := _find_chosen(hint)):
+        return classes
+    if get_origin(hint) in (Union, UnionType, Annotated):
+        return [kind for inner in get_args(hint) for kind in list_classes(inner)]
+    return [hint] if is_dataclass(hint) and isinstance(hint, type) else []
+
+
+def _find_chosen(hint: Any) -> list[type]:
+    """Returns the classes of a type that is annotated with `ChosenByName`."""
+    marks = [mark for mark in get_args(hint) if isinstance(mark, ChosenByName)]
+    return list(dict.fromkeys(kind for mark in marks for kind in mark.classes.values()))
+
+
 def build(kind: type[T], values: Mapping[str, Any], *, key: str = "") -> T:
     """Creates settings from a mapping with a value for every field without a default. `key` is the mapping's own key.
 
@@ -129,11 +179,15 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def list_declared_types(kind: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Yields the dotted key and each type of every setting that a class declares: `("method.targets", tuple)`."""
-    if get_origin(kind) in (Union, UnionType):
-        for member in get_args(kind):
+    if get_origin(kind) is Annotated and (classes := _find_chosen(kind)):
+        for member in classes:
+            yield from list_declared_types(member, key)
+    elif get_origin(kind) in (Union, UnionType, Annotated):
+        members = get_args(kind)
+        for member in members[:1] if get_origin(kind) is Annotated else members:
             yield from list_declared_types(member, key)
     elif is_dataclass(kind):
-        for name, member in get_type_hints(kind).items():
+        for name, member in get_type_hints(kind, include_extras=True).items():
             yield from list_declared_types(member, f"{key}.{name}".lstrip("."))
     else:
         yield key, get_origin(kind) or kind

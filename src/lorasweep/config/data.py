@@ -1,34 +1,28 @@
 """Settings of data: sources, columns, maximum lengths and metrics.
 
-Each file in `conf/data/` sets the fields of a class `...Config`. The classes `...Settings` are bases of these.
+Each file in `conf/data/` sets the fields of a class of `lorasweep.tasks.DATA`. The classes here are bases of these.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import field
-from datetime import date
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from lorasweep.config.build import AtLeastTwo, Positive, Settings
+from lorasweep.config.build import AtLeastTwo, ChosenByName, Positive, Settings
 from lorasweep.config.components import Component
 from lorasweep.errors import ConfigError
 
+ModelKind = Literal["causal_lm", "classifier"]
 Direction = Literal["minimize", "maximize"]
 """Whether a lower or a higher score is better."""
-TextMetric = Literal["bits_per_byte", "loss", "perplexity"]
-"""Scores of predicted text, per token or byte; lower is better for each."""
-LabelMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss"]
-"""Scores of predicted labels. `auto`: accuracy of classes, Pearson's correlation of numbers."""
-PreferenceMetric = Literal["auto", "preference_accuracy", "reward_margin", "loss"]
-"""Scores of pairs of answers. `auto`: the accuracy, which is 0.5 for the base."""
 AnswerMetric = Literal["exact_match", "last_number"]
 """Scores of a generated answer: 1 if its whole text, or the last number in it, is right, else 0."""
-LabelTask = Literal["single_label", "regression"]
+LabelKind = Literal["single_label", "regression"]
+"""Whether a label is one of several classes, or a number."""
 Delimiter = Literal["auto", "comma", "semicolon", "tab", "pipe"]
 Quoting = Literal["auto", "csv", "none"]
 
@@ -104,11 +98,28 @@ class AnswersConfig(Settings):
         return ScoreMetric(name=str(self.score), direction="maximize")
 
 
+@dataclass(frozen=True, kw_only=True)
 class DataSettings(Settings):
     """Settings of data."""
 
-    has_text: ClassVar[bool] = True
-    """Whether the examples are texts that can be shown."""
+    task_path: ClassVar[str | None] = None
+    """Import path of the `lorasweep.tasks.task.Task` that reads the data; None for data of the user's own module."""
+    model_kind: ClassVar[ModelKind] = "causal_lm"
+    """The kind of model that learns from the examples."""
+    limit_keys: ClassVar[tuple[str, ...]] = ()
+    """Settings that limit the number of scored examples: of validation, then of test."""
+    cuts_examples: ClassVar[bool] = False
+    """Whether the examples have lengths of their own, which `data.max_length` cuts."""
+    reads_whole_files: ClassVar[bool] = False
+    """Whether `lorasweep new` chooses these settings for files that are no tables."""
+
+    name: str
+    metric: str | MetricComponent
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Maximum number of tokens of a row; None if it is not known before the data is read."""
+        return None
 
     @property
     def generated(self) -> AnswersConfig | None:
@@ -117,8 +128,13 @@ class DataSettings(Settings):
 
     @property
     def groups_by_length(self) -> bool:
-        """Whether a training batch has rows of similar lengths. Blocks of running text have one length."""
+        """Whether a training batch has rows of similar lengths."""
         return False
+
+    @property
+    def template_file(self) -> str | None:
+        """The user's own chat template; None if there is none."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +195,9 @@ class SplitSettings(DataSettings):
 class RowSettings(SplitSettings):
     """Settings of data whose examples are rows of a table: how files are cut into fields, and maximum sizes."""
 
+    limit_keys = ("max_validation_examples", "max_test_examples")
+    cuts_examples = True
+
     columns: tuple[str, ...] | None
     """Names of all columns of csv, tsv and txt files without a header; null takes the names from the first line."""
     delimiter: Delimiter
@@ -198,6 +217,10 @@ class RowSettings(SplitSettings):
     """Whether a training batch has rows of similar lengths, which saves padding. False: random batches."""
 
     @property
+    def max_tokens(self) -> int:
+        return self.max_length
+
+    @property
     def groups_by_length(self) -> bool:
         return self.group_by_length
 
@@ -211,175 +234,13 @@ class RowSettings(SplitSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockSettings(DataSettings):
-    """How running text is cut into blocks."""
-
-    block_length: AtLeastTwo
-    """Tokens per training and evaluation sequence, >= 2."""
-    max_train_documents: Positive | None
-    """Maximum number of training documents, evenly spaced; null uses all."""
-    max_validation_blocks: Positive | None
-    """Maximum number of validation blocks, evenly spaced; null uses all."""
-    max_test_blocks: Positive | None
-    """Maximum number of test blocks, evenly spaced; null uses all."""
-    metric: TextMetric | MetricComponent
-    """Metric that is the run's score. Lower is better, except for a `_target_` that says otherwise."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StdlibConfig(BlockSettings):
-    """Text that every Python installation has: `stdlib_docs` and `stdlib_code`."""
-
-    name: Literal["stdlib_docs", "stdlib_code"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextConfig(SplitSettings, BlockSettings):
-    """Plain text, cut into blocks that are predicted token by token."""
-
-    name: Literal["text"]
-    text: str
-    """Column of the texts in a data set of the hub; files are read whole."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.path is None and self.group is not None:
-            raise ConfigError(
-                f"`data.group` must be null for files of text, which have no columns, but got {self.group!r}. "
-                "Each file is a group."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableConfig(RowSettings):
-    """Texts or pairs of texts with labels, from csv, tsv, txt, jsonl, json or parquet files, or from the hub."""
-
-    name: Literal["table"]
-    text: str
-    """Column of the text."""
-    text_pair: str | None
-    """Column of a second text that is read together with the first."""
-    label: str
-    """Column of the label: a name or a number."""
-    labels: tuple[str, ...] | None
-    """Names of the classes in the sorted order of the labels, such as `[negative, positive]` for 0 and 1; null takes
-    the labels themselves."""
-    task: Literal["auto", LabelTask]
-    """Kind of prediction. `auto` decides from the labels and prints its choice."""
-    class_weights: Literal["none", "balanced"]
-    """`balanced` weighs a class by examples / (classes · its examples) of the training split."""
-    metric: LabelMetric | MetricComponent
-    """Metric that is the score of the run. `auto`: accuracy of a label, Pearson's correlation of numbers."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
-            raise ConfigError(f"`data.labels` must be two or more different names, but got {list(self.labels)}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConversationSettings(RowSettings):
-    """Settings of data whose examples are conversations: how they become text, and which answers are generated."""
-
-    template: str
-    """`model`: the tokenizer's chat template; `plain`: texts with `separator` between them; `auto`: `model` if the
-    tokenizer has a template, else `plain`; or a template's file, whose name ends with `.jinja`."""
-    template_arguments: Mapping[str, Any] = field(hash=False)
-    """Variables of the template by name, such as `{enable_thinking: false}`. Serve the model with the same."""
-    template_date: str
-    """The day that a template gets as today, as YEAR-MONTH-DAY, so that the data does not change from day to day."""
-    separator: str
-    """Text between the prompt and the answer of a `plain` template."""
-    metric: TextMetric | PreferenceMetric | MetricComponent
-    answers: AnswersConfig
-    """Generated answers and their score."""
-
-    @property
-    def generated(self) -> AnswersConfig | None:
-        return None if self.answers.score is None else self.answers
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        name, own = self.answers.metric.name, getattr(self.metric, "name", None)
-        if name in (*get_args(TextMetric), *get_args(PreferenceMetric), own):
-            raise ConfigError(
-                f"`data.answers.score` must have another name than a metric of the loss, but got {name!r}. Rename it."
-            )
-        if self.template not in ("auto", "model", "plain") and not self.template.endswith(".jinja"):
-            raise ConfigError(
-                f"`data.template` must be auto, model, plain or the name of a .jinja file, but got {self.template!r}."
-            )
-        try:
-            date.fromisoformat(self.template_date)
-        except ValueError:
-            raise ConfigError(
-                f"`data.template_date` must be a day such as 2024-07-26, but got {self.template_date!r}."
-            ) from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatConfig(ConversationSettings):
-    """Prompts with completions, or conversations. The loss covers only the answers of the assistant."""
-
-    name: Literal["chat"]
-    prompt: str | None
-    """Column of the prompt. If `completion` and `messages` are null too, the columns are found by their usual names."""
-    input: str | None
-    """Column of a text that follows the prompt on a new line, unless it is empty, as in Alpaca's files."""
-    completion: str | None
-    """Column of the answer, which the model learns."""
-    messages: str | None
-    """Column of a list of messages, each with `role` and `content`; instead of `prompt` and `completion`."""
-    turns: Literal["all", "last"]
-    """Answers of a conversation that are scored: all, or only the last."""
-    metric: TextMetric | MetricComponent
-    """Metric of the answers that is the run's score. Lower is better, except for a `_target_` that says otherwise."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.messages is not None and (self.prompt, self.completion) != (None, None):
-            raise ConfigError(
-                f"`data.messages` must be null if `data.prompt` or `data.completion` is set, but got {self.messages!r}."
-            )
-        if (self.prompt is None) != (self.completion is None):
-            raise ConfigError(
-                "`data.prompt` and `data.completion` must be set together, but got "
-                f"{self.prompt!r} and {self.completion!r}."
-            )
-        if self.input is not None and self.prompt is None:
-            raise ConfigError(f"`data.input` must be null without `data.prompt`, but got {self.input!r}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreferencesConfig(ConversationSettings):
-    """Pairs of answers to one prompt, of which one was preferred. The last answer of each conversation is scored."""
-
-    turns: ClassVar[Literal["last"]] = "last"
-
-    name: Literal["preferences"]
-    prompt: str | None
-    """Column of the prompt, a text or a list of messages; null finds it by its usual names. Without such a column, the
-    prompt is what both answers begin with."""
-    chosen: str
-    """Column of the preferred answer: a text, a message, or a list of messages."""
-    rejected: str
-    """Column of the other answer, in the same form."""
-    metric: PreferenceMetric | MetricComponent
-    """Metric of the pairs that is the run's score. `auto`: the accuracy."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ModuleDataConfig(DataSettings):
     """The data of `datamodule._target_`, for the user's own LightningModule."""
-
-    has_text: ClassVar[bool] = False
 
     name: Literal["module"]
     metric: Literal["auto"]
     """Not used: `metric.name` is the run's score."""
 
 
-DataConfig = Annotated[
-    StdlibConfig | TextConfig | TableConfig | ChatConfig | PreferencesConfig | ModuleDataConfig,
-    Field(discriminator="name"),
-]
+DataConfig = Annotated[DataSettings, ChosenByName("lorasweep.tasks.DATA")]
+"""The settings of a kind of example (`lorasweep.tasks`), or of the user's own module."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 import yaml
 
-from lorasweep.config.build import TARGET, TYPE_DESCRIPTIONS
+from lorasweep.config.build import TARGET, TYPE_DESCRIPTIONS, list_classes
 from lorasweep.config.components import Component
 from lorasweep.config.compose import Primary, default_options, packaged_folder
 from lorasweep.config.run import RunConfig
@@ -48,12 +48,12 @@ def list_settings(primary: Primary) -> Iterator[Setting]:
     for group, hint in hints.items():
         files = sorted((packaged_folder("conf") / group).glob("*.yaml"))
         options, known = {path.stem: _read_option(path) for path in files}, {"defaults", "name", TARGET}
-        for kind in (classes := _list_classes(hint)):
+        for kind in (classes := [kind for kind in list_classes(hint) if kind is not Component]):
             names = get_args(get_type_hints(kind).get("name"))
             own = {name: one for name, one in options.items() if (TARGET in one) is issubclass(kind, Component)}
             own = {name: one for name, one in own.items() if not names or one["name"] in names}
             known |= {f.name for f in fields(kind)}
-            yield from list_fields(kind, group, own or {"": content[group] or {}})
+            yield from list_fields(kind, group, own or {"": content.get(group) or {}})
         if not classes:
             default = f"`{show_value(content.get(group, groups.get(group)))}`"
             yield Setting(group, tuple(options), meanings[group], default, describe_type(hint), meanings[group])
@@ -70,7 +70,7 @@ def list_fields(kind: type, group: str, options: Mapping[str, Mapping[str, Any]]
     for field in (f.name for f in fields(kind) if f.name not in skipped):
         name, hint = TARGET if field == "target" else field, hints[field]
         given = {option: values[name] for option, values in options.items() if name in values}
-        if _list_classes(hint) == [hint]:
+        if list_classes(hint) == [hint]:
             yield from list_fields(hint, f"{group}.{name}", given)
             continue
         by_value: dict[str, list[str]] = {}
@@ -124,7 +124,7 @@ def show_value(value: Any) -> str:
 def _read_option(path: Path) -> dict[str, Any]:
     """Returns the content of a file in `conf/` with the files that its defaults list names."""
     content = _read_yaml(path)
-    parents = [name for name in content.pop("defaults", []) if name != "_self_"]
+    parents = [name for name in content.pop("defaults", []) if isinstance(name, str) and name != "_self_"]
     return {key: value for name in parents for key, value in _read_option(path.with_stem(name)).items()} | content
 
 
@@ -142,10 +142,3 @@ def _read_docstrings(kind: type) -> dict[str, str]:
             if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
                 found[ast.unparse(statement.target)] = " ".join(ast.literal_eval(following.value).split())
     return found
-
-
-def _list_classes(hint: Any) -> list[type]:
-    """Returns the classes of settings in a type, which may be a union or annotated."""
-    if get_origin(hint) in (Union, types.UnionType, Annotated):
-        return [kind for inner in get_args(hint) for kind in _list_classes(inner)]
-    return [hint] if is_dataclass(hint) and isinstance(hint, type) and hint is not Component else []

@@ -29,12 +29,12 @@ from lorasweep.config.build import (
     make_unknown_error,
 )
 from lorasweep.config.components import Component
-from lorasweep.config.data import DataConfig, Direction
+from lorasweep.config.data import DataConfig, Direction, ModelKind
 from lorasweep.config.method import METHOD_CONFIGS, MethodConfig
+from lorasweep.config.objective import AnyObjectiveConfig, ObjectiveConfig
 from lorasweep.errors import ConfigError
 from lorasweep.wording import join_words
 
-ModelKind = Literal["causal_lm", "classifier"]
 Attention = Literal["auto", "sdpa", "sdpa_fp32", "eager", "flash_attention_2"]
 Quantization = Literal["none", "nf4"]
 StrategyName = Literal["auto", "ddp", "fsdp"]
@@ -226,16 +226,6 @@ class ModuleComponent(Component):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig(Settings):
-    """The objective: what is learned from the data. All keys beside `_target_` are its arguments."""
-
-    target: str | None = None
-    """A class of your own; null is the objective of the data: next tokens, classes, numbers or preferences (DPO), which
-    has `beta` (default 0.1) and `label_smoothing` (0)."""
-    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoggedMetric(Settings):
     """The score of `module`."""
 
@@ -322,7 +312,7 @@ class RunConfig(Settings):
     """Default of every seed in `seeds`."""
     seeds: SeedsConfig
 
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: AnyObjectiveConfig = field(default_factory=ObjectiveConfig)
     module: ModuleComponent | None = None
     """The user's own LightningModule, instead of `model`, `data` and lorasweep's module."""
     datamodule: Component | None = None

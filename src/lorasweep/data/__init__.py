@@ -1,1 +1,1 @@
-"""From files to batches: `reading`, `source`, `tokenise`, `build_splits`, `batching`; `tasks` defines the metrics."""
+"""What all tasks share, from files to batches: `reading`, `source`, `tokenise`, `rows`, `batching`."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lorasweep.activity import doing
-from lorasweep.data.split import Batch, Split, SplitFacts
+from lorasweep.data.rows import Batch, Rows, SplitFacts
 
 BYTES_PER_POSITION = 16
 """Bytes of a token position in a batch: an int64 token and an int64 target."""
@@ -252,7 +252,7 @@ class EvaluationSampler(MicroBatchSampler):
 class BatchDataset(Dataset[Batch]):
     """A torch data set that returns a whole batch for a micro-batch's indices."""
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: Rows) -> None:
         self.split = split
 
     def __len__(self) -> int:
@@ -278,7 +278,7 @@ class BatchLoader(DataLoader[Batch]):
         """Does nothing, because a checkpoint has no state of the loader."""
 
 
-def build_loader(split: Split, batches: Iterable[MicroBatch]) -> DataLoader[Batch]:
+def build_loader(split: Rows, batches: Iterable[MicroBatch]) -> DataLoader[Batch]:
     # Each iterator of a DataLoader draws a seed for worker processes. With a generator of its own, it leaves torch's
     # global generator as it is.
     generator = torch.Generator().manual_seed(0)
@@ -286,7 +286,7 @@ def build_loader(split: Split, batches: Iterable[MicroBatch]) -> DataLoader[Batc
 
 
 def build_evaluation_loader(
-    split: Split, *, batch_size: int, fraction: float = 1.0, share: ProcessShare = SINGLE_PROCESS
+    split: Rows, *, batch_size: int, fraction: float = 1.0, share: ProcessShare = SINGLE_PROCESS
 ) -> DataLoader[Batch]:
     """Returns a loader of the process's examples of a part of the split, each once, sorted by length."""
     return build_loader(split, EvaluationSampler(split, batch_size=batch_size, fraction=fraction, share=share))

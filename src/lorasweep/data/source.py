@@ -9,91 +9,30 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
+from lorasweep.config.data import LabelKind
 from lorasweep.errors import ConfigError
 
-Role = Literal["system", "developer", "user", "assistant", "tool"]
 MAX_NAMED_ROWS = 10
 """Maximum number of wrong rows that an error names."""
-DataKind = Literal["documents", "single_label", "regression", "conversations", "preferences"]
-Label = int | float
-"""A class index; for regression a number."""
 
 
-class Document(NamedTuple):
-    """A whole text, which is later cut into blocks, and its name."""
-
-    name: str
-    text: str
-    group: str | None = None
-    """Value of the column `data.group`; None if each document is a group."""
-
-
-class LabelledText(NamedTuple):
-    """A text, or a pair of texts, with the label to predict."""
-
-    text: str
-    pair: str | None
-    label: Label
-    group: str | None = None
-    """Value of the column `data.group`; None if each row is a group."""
-
-
-class Message(NamedTuple):
-    """One message of a conversation."""
-
-    role: Role
-    content: str
-    fields: str = ""
-    """A JSON object with `tool_calls`, `reasoning_content`, `tool_call_id` and `name` if the message has them, and
-    `weight` if it is 0."""
+class AnyExample(Protocol):
+    """An example of a task."""
 
     @property
-    def texts(self) -> tuple[str, ...]:
-        """The fields that are not empty. So a message without tools keeps its hash, and its split."""
-        return self if self.fields else self[:2]
+    def group(self) -> str | None:
+        """The value of the column `data.group`; None if each example is a group."""
 
-    @property
-    def is_trained(self) -> bool:
-        """Whether the model learns the message: it is the assistant's, and its weight is not 0."""
-        return self.role == "assistant" and "weight" not in json.loads(self.fields or "{}")
+    def list_texts(self) -> Iterator[str]:
+        """Yields every text and label, which make the fingerprint of the data."""
 
 
-class Conversation(NamedTuple):
-    """Messages, the last one from the assistant and trained. A prompt with its completion has two messages."""
-
-    messages: list[Message]
-    group: str | None = None
-    """Value of the column `data.group`, or a hash of the prompt; None if each conversation is a group."""
-    tools: str = ""
-    """A JSON list of the tools' schemas; empty if there are none."""
-    row: Mapping[str, Any] | None = None
-    """The row of the table by column; None unless the function of `data.answers.score` needs it."""
-    number: int = 0
-    """Its place in `source`, from 1 on, for errors."""
-    source: str = ""
-
-
-class Preference(NamedTuple):
-    """Two conversations with the same prompt, whose last message is the preferred answer or the other one."""
-
-    chosen: Conversation
-    rejected: Conversation
-    has_messages: bool = False
-    """Whether the row has lists of messages, which only a chat template can write."""
-
-    def replace_both(self, **values: Any) -> Preference:
-        """Returns the pair with these fields of both conversations."""
-        return self._replace(chosen=self.chosen._replace(**values), rejected=self.rejected._replace(**values))
-
-
-Example = TypeVar("Example")
-"""A `Document`, `LabelledText`, `Conversation` or `Preference`."""
+Example = TypeVar("Example", bound=AnyExample)
 FIRST_BUCKETS: Mapping[str, int] = {"validation": 0, "test": 10}
 """The first of the hash buckets, out of 100, whose examples go to a split that the data set lacks. A larger share for
 test leaves validation as it is."""
@@ -131,7 +70,8 @@ class Examples(Generic[Example]):
 class DataSource:
     """The checked examples of a data set in their splits."""
 
-    kind: DataKind
+    label_kind: LabelKind | None = None
+    """The kind of labels; None for examples without labels."""
     label_names: tuple[str, ...] = ()
     """Names of the classes in the order of their indices; empty for data without classes."""
     train: Examples[Any]
@@ -145,38 +85,21 @@ class DataSource:
 def collect_examples(name: str, items: list[Example], notes: tuple[str, ...] = ()) -> Examples[Example]:
     """Returns the examples of a split with their fingerprint."""
     digest = hashlib.sha256()
-    for text in (text for item in items for text in list_texts(item)):
+    for text in (text for item in items for text in item.list_texts()):
         data = text.encode()
         # The length keeps texts apart: ("ab", "c") is not ("a", "bc").
         digest.update(len(data).to_bytes(8, "little") + data)
     return Examples(name=name, items=items, fingerprint=digest.hexdigest()[:16], notes=notes)
 
 
-def list_texts(item: Any) -> Iterator[str]:
-    """Yields every text and label of an example, and a document's name, but not its group."""
-    if isinstance(item, Preference):
-        yield from (text for side in (item.chosen, item.rejected) for text in list_texts(side))
-    elif isinstance(item, Conversation):
-        yield str(len(item.messages))  # keeps two conversations apart from one long one
-        for message in item.messages:
-            yield from message.texts
-        if item.tools:
-            yield item.tools
-    elif isinstance(item, Document):
-        yield from (item.name, item.text)
-    else:
-        values = (item.text, item.pair, item.label)
-        yield from (value if isinstance(value, str) else repr(value) for value in values)
-
-
 def build_source(
     train: ReadExamples[Example],
     read: Callable[[str], ReadExamples[Example]],
     *,
-    kind: DataKind,
     missing: Mapping[str, int],
     key: Callable[[Example], int],
     describe: Callable[[list[Example], list[Example]], list[str]],
+    label_kind: LabelKind | None = None,
     label_names: tuple[str, ...] = (),
     shared: str = "text",
     max_examples: Mapping[str, int | None] = MappingProxyType({}),
@@ -221,7 +144,7 @@ def build_source(
     repeated = len(train_items) - len(keys["train"])
     repeats = [f"{repeated} of {len(train_items)} examples of train: their {shared} is that of another one."]
     return DataSource(
-        kind=kind,
+        label_kind=label_kind,
         label_names=label_names,
         train=collect_examples("train", train_items),
         validation=collect_examples("validation", validation_items),

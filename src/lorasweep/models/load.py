@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from lorasweep.config.components import require_package
-from lorasweep.config.run import ModelConfig, ModelKind
+from lorasweep.config.data import LabelKind, ModelKind
+from lorasweep.config.run import ModelConfig
 from lorasweep.errors import ConfigError, describe_error, first_line
 from lorasweep.lora.layer_kinds import count_parameters, list_scales
 from lorasweep.models.pretrained import (
@@ -52,7 +53,7 @@ LAYER_DROP_NAMES = ("layerdrop", "layer_drop", "drop_path")
 class Labels:
     """The labels that a classifier predicts."""
 
-    kind: Literal["single_label", "regression"]
+    kind: LabelKind
     names: tuple[str, ...]
     """Names of the classes in the order of the model's outputs. For regression: only `value`."""
     constant: tuple[float, ...] = ()

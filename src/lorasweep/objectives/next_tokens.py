@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lorasweep.config.data import Direction
+from lorasweep.data.rows import IGNORED, Batch, Rows
 from lorasweep.data.source import DataSource
-from lorasweep.data.split import IGNORED, Batch, Split
 from lorasweep.objectives.objective import ExampleScores, Objective
 from lorasweep.objectives.scored_tokens import can_score_by_chunk, score_tokens
 
@@ -52,8 +52,8 @@ class NextTokens(TokenObjective):
     bytes_per_token: float = math.nan
     """Number of UTF-8 bytes of the scored text divided by its number of tokens, > 0. `for_split` sets it."""
 
-    def for_split(self, split: Split) -> NextTokens:
-        return replace(self, bytes_per_token=split.bytes_per_token)  # type: ignore[attr-defined]
+    def for_split(self, split: Rows) -> NextTokens:
+        return replace(self, bytes_per_token=split.bytes_per_token)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return score_tokens(model, batch, by_chunk=self.by_chunk)[0].sum(-1)

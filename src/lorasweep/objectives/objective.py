@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -14,8 +14,9 @@ from torchmetrics import Metric
 
 from lorasweep.config.components import instantiate
 from lorasweep.config.data import Direction, MetricComponent, ScoreMetric
+from lorasweep.config.objective import ObjectiveComponent, ObjectiveConfig
+from lorasweep.data.rows import Batch, Rows
 from lorasweep.data.source import DataSource
-from lorasweep.data.split import Batch, Split, SplitFacts
 from lorasweep.errors import ConfigError, describe_error
 
 EXAMPLE_FIELDS = ("loss", "items", "prediction", "target")
@@ -105,21 +106,23 @@ def _never() -> bool:
 class Objective(ABC):
     """What is learned from examples: the loss, the metrics, and the value of each example.
 
-    The fields of a subclass are its settings, which `objective` has beside `_target_`, and facts of `find_facts`. One
-    object serves all runs on the same data, also those in the slots of a pack.
+    The fields of a subclass are facts of `find_facts`, and for a class of `objective._target_` all further keys of
+    `objective`. One object serves all runs on the same data, also those in the slots of a pack.
     """
 
     metrics: ClassVar[Mapping[str, Direction]]
     """The objective's metrics, and whether a lower or a higher value is better. `auto` means the first one."""
+    settings_type: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
+    """The settings of an objective of a task. Its `slot_keys` may differ between the slots of a pack."""
     slot_settings: ClassVar[Mapping[str, Any]] = {}
-    """Numbers that may differ between the slots of a pack, each with its type, such as `PositiveFloat`. They are no
-    fields: a batch has the number of each row."""
-    slot_defaults: ClassVar[Mapping[str, float]] = {}
-    """Values of `slot_settings` that need not be set."""
+    """For a class of `objective._target_`: settings that may differ between the slots of a pack, each with its type,
+    such as `PositiveFloat`. They are no fields: a batch has the number of each row."""
     needs_reference: ClassVar[bool] = False
     """Whether each row of a batch needs a number of the frozen base, which `compute_reference` returns. It is computed
     once for all runs, and a batch has it as `reference`."""
 
+    settings: ObjectiveConfig | ObjectiveComponent = field(default_factory=ObjectiveConfig)
+    """The settings of one of the runs. Other runs may have other numbers for the slots (`get_slot_numbers`)."""
     own_metric: OwnMetric | None = None
     """The metric of `data.metric._target_`, which `compute` adds to the objective's metrics."""
 
@@ -128,7 +131,14 @@ class Objective(ABC):
         """Returns fields that follow from the data and the base model, such as the number of classes."""
         return {}
 
-    def for_split(self, split: Split) -> Objective:
+    def get_slot_numbers(self, config: ObjectiveConfig | ObjectiveComponent) -> dict[str, float]:
+        """Returns the numbers that a batch has for each row of a run.
+
+        A run that learns by another objective, and is only scored by this one, has the numbers of `settings`.
+        """
+        return (config if type(config) is type(self.settings) else self.settings).slot_numbers
+
+    def for_split(self, split: Rows) -> Objective:
         """Returns the objective that scores a split. It differs if a metric needs a fact of the split."""
         return self
 
@@ -169,15 +179,15 @@ class Objective(ABC):
         """Returns the metric whose values have this mean."""
         return mean
 
-    def fit_constant(self, train: Split) -> Tensor | None:
+    def fit_constant(self, train: Rows) -> Tensor | None:
         """Returns the model outputs of the best answer that is the same for all examples; None if there is none."""
         return None
 
-    def score_constant(self, train: Split, split: SplitFacts, indices: Sequence[int]) -> ExampleScores | None:
+    def score_constant(self, train: Rows, split: Rows, indices: Sequence[int]) -> ExampleScores | None:
         """Returns the scores of examples of a split if nothing is trained; None if only the base can tell."""
         return None
 
-    def describe_constant(self, train: Split) -> str:
+    def describe_constant(self, train: Rows) -> str:
         """Returns the answer of `fit_constant` as text."""
         return ""
 

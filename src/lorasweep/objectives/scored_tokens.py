@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from lorasweep.data.split import IGNORED, Batch, select_model_inputs
+from lorasweep.data.rows import IGNORED, Batch, select_model_inputs
 
 MAX_CHUNK_BYTES: Mapping[str, int] = {"cpu": 2**26, "cuda": 2**29}
 """Maximum size of a chunk's logits in fp32, by device. A chunk takes three times as much for a moment: logits,

@@ -23,9 +23,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from lorasweep.config.build import flatten
-from lorasweep.config.data import ConversationSettings
 from lorasweep.config.run import ModelConfig, RunConfig, refuse_code, require_exportable
-from lorasweep.data.chat_template import digest_template, read_template
+from lorasweep.data.template_file import digest_template, read_template_file
 from lorasweep.disk import require_new_folder
 from lorasweep.errors import ConfigError, RecordError, RunError, first_line
 from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_peft_settings
@@ -127,15 +126,14 @@ def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> Non
 
 def _read_own_template(record: RunRecord, config: RunConfig) -> str | None:
     """Returns the chat template of the user's file; None if the run has the tokenizer's template, or none."""
-    if not isinstance(config.data, ConversationSettings) or not config.data.template.endswith(".jinja"):
+    if (file := config.data.template_file) is None:
         return None
-    template = read_template(config.data, load_tokenizer(config.model))
-    if template is None or digest_template(template) != record.data["train"].get("template"):
+    text = read_template_file(file)
+    if digest_template(text) != record.data["train"].get("template"):
         raise RecordError(
-            f"`data.template` must be the file with which the run trained, but {config.data.template!r} has changed. "
-            "Restore the file."
+            f"`data.template` must be the file with which the run trained, but {file!r} has changed. Restore the file."
         )
-    return template.text
+    return text
 
 
 def _copy_adapter(config: ModelConfig, best: Path, folder: Path) -> None:

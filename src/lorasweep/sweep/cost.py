@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from lorasweep.config.compose import choose_evaluation_interval
-from lorasweep.config.data import BlockSettings, DataConfig, RowSettings
 from lorasweep.config.run import STEPS_KEY, RunConfig
 from lorasweep.config.sweep import MINUTES_KEY, RayWorkers
 from lorasweep.errors import ConfigError
@@ -54,9 +53,7 @@ class Budget:
         if self.looks is not None:
             settings["confirm.seeds"] = self.looks[-1] if isinstance(confirm.seeds, int) else list(self.looks)
         if (examples := self.examples) is not None:
-            settings |= {
-                f"data.{key}": min(examples, getattr(data, key) or examples) for key in list_example_keys(data)
-            }
+            settings |= {f"data.{key}": min(examples, getattr(data, key) or examples) for key in data.limit_keys}
         return {key: value for key, value in settings.items() if value is not None}
 
     def limit_trials(self, arm: Arm) -> int:
@@ -273,7 +270,7 @@ def list_cuts(definition: Definition, rates: Sequence[Rates]) -> dict[str, list[
             given_up = f"{number} of {most} trials an arm (a better learning rate may be missed)"
             add("trials", unit * number, loss, given_up)
     most = max(size for group in rates for size in (*group.num_scored.values(), 0))
-    most = most if list_example_keys(definition.arms[0].base.data) else 0
+    most = most if definition.arms[0].base.data.limit_keys else 0
     for size in (most >> number for number in range(1, 20) if most >> number >= MIN_EXAMPLES):
         loss = 2.0 * math.log2(most / size) + 20.0 * MIN_EXAMPLES / size
         add("examples", size, loss, f"at most {size:,} of {most:,} scored examples (small differences stay open)")
@@ -285,13 +282,6 @@ def list_cuts(definition: Definition, rates: Sequence[Rates]) -> dict[str, list[
         steps = max(least, 2 * (steps // 3))
         add("steps", steps, 10 * math.log2(most / steps), _describe_steps(steps, most))
     return cuts
-
-
-def list_example_keys(data: DataConfig) -> Sequence[str]:
-    """Returns the settings of data that limit the examples on which a run is scored."""
-    if isinstance(data, BlockSettings):
-        return "max_validation_blocks", "max_test_blocks"
-    return ("max_validation_examples", "max_test_examples") if isinstance(data, RowSettings) else ()
 
 
 def cut_sweep(definition: Definition, budget: Budget) -> Definition:

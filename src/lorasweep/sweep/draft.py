@@ -11,10 +11,9 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TypeAlias
 
 import yaml
@@ -24,14 +23,12 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from lorasweep.activity import doing
 from lorasweep.config.compose import SWEEP_GROUPS, compose_run, merge_settings
-from lorasweep.config.data import RowSettings, TableConfig
+from lorasweep.config.data import DataSettings, RowSettings
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import ALPHA, LR, RANK, STEPS_KEY
 from lorasweep.console import say
-from lorasweep.data.reading.conversations import KNOWN_COLUMNS, TOOLS_COLUMN
 from lorasweep.data.reading.files import find_files, find_suffix, open_text
 from lorasweep.data.reading.local import DEFAULT_DIALECTS, TABLE_SUFFIXES
-from lorasweep.data.reading.preferences import PROMPT_COLUMNS
 from lorasweep.data.reading.tables import load_tables
 from lorasweep.errors import ConfigError
 from lorasweep.recipes.read import Recipe
@@ -42,34 +39,25 @@ from lorasweep.sweep.definition.confirm import MAX_LAW_FACTOR
 from lorasweep.sweep.definition.overrides import Overrides
 from lorasweep.sweep.definition.ranges import Range
 from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS, make_paths_absolute
+from lorasweep.tasks import DATA
+from lorasweep.tasks.task import GivenTable, find_task
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.wording import format_count, format_share, join_words, shorten
 
-LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "sentiment", "score", "rating", "stars")
-"""Usual names of the column of labels, in the order in which they are tried."""
-TEXT_COLUMNS: Mapping[str, str | None] = {
-    "text": "text_pair",
-    "sentence": None,
-    "sentence1": "sentence2",
-    "question": "answer",
-    "question1": "question2",
-    "premise": "hypothesis",
-    **dict.fromkeys(("review", "content", "body")),
-}
-"""Usual names of the column of texts, in the order in which they are tried, each with the column of second texts."""
-CHAT_COLUMNS = ("prompt", "input", "completion", "messages")
-COLUMN_KEYS = frozenset((*CHAT_COLUMNS, "chosen", "rejected"))
-"""Settings that name columns of conversations and of pairs of answers."""
+COLUMN_KEYS = frozenset(("prompt", "input", "completion", "messages", "chosen", "rejected"))
+"""Settings of data that name columns of a recipe's table."""
 DATA_KEYS = frozenset(("data", "data.train", "data.path"))
 SOURCE_KEYS = ("data.path", "data.train", "data.subset", "data.revision")
-ROW_KEYS = frozenset(field.name for field in fields(RowSettings))
+PLAIN_TEXT = next(name for name, kind in DATA.items() if kind.reads_whole_files)
+"""The value of `data` for files that are no tables."""
+ROW_DATA = next(name for name, kind in DATA.items() if issubclass(kind, RowSettings))
+"""A value of `data` for tables, with whose settings the first one is read."""
+ROW_KEYS = frozenset(field.name for field in fields(RowSettings)) - {"name", "metric"}
 """Settings that say how rows are read, whatever they hold."""
 RANKS = (1, 4, 16, 64)
 EPOCHS = 3
 MAX_VALIDATION_EXAMPLES = 1000
-MEASURED_DATA = ("table", "chat", "preferences")
-"""Kinds of data whose examples have lengths that `data.max_length` may cut."""
 MAX_MEASURED_TOKENS = 4096
 """Length up to which examples are measured."""
 MAX_BALANCED_SHARE = 0.8
@@ -79,13 +67,6 @@ MIN_LABEL_SHARE = 0.05
 COVERED_SHARE = 0.99
 """Share of the examples that `data.max_length` does not cut."""
 DEFAULT_WIDTH = 768
-RATE_TIMES_WIDTH = 0.05
-"""The middle of the two decades of learning rates for full fine-tuning, times the model's width: Adam's best rate is
-proportional to 1 / width (Yang et al. 2022, arXiv 2203.03466). So the middle is 3e-4 at a width of 160, 6.5e-5 at 768
-and 1.2e-5 at 4,096, and the best recorded rates, 7e-4 at 160 and 1.6e-4 at 384, lie inside. LoRA's rates are ten times
-as high, which is the ratio of "LoRA Without Regret" (2025)."""
-PREFERENCE_RATE_TIMES_WIDTH = 0.002
-"""The same for pairs of answers: 5e-7 at a width of 4,096 (Zephyr, arXiv 2310.16944; Tülu 3, arXiv 2411.15124)."""
 COMMENT_WIDTH = 116
 Place: TypeAlias = tuple[str, ...]
 """The keys that lead to a value of a sweep file."""
@@ -153,21 +134,18 @@ def draft_sweep(
             notes.append(
                 f"These data have other columns than {recipe.path.name} names; not used: {join_words(unused)}."
             )
-        if chosen["data"] == "table":  # a causal model learns texts, not labels
-            plain = {"data": "text", "data.text": expected.get("data.text", "text")}
-            chosen = {
-                key: value for key, value in chosen.items() if key not in ("data.label", "data.text_pair")
-            } | plain
-        if chosen["data"] == "text":
+        if _find_kind(chosen).model_kind != "causal_lm":  # a causal model learns texts, not labels
+            of_text = _list_keys(DATA[PLAIN_TEXT])
+            chosen = {key: value for key, value in chosen.items() if key in of_text or not key.startswith("data.")}
+            chosen |= {"data": PLAIN_TEXT, "data.text": expected.get("data.text", "text")}
+        if chosen["data"] == PLAIN_TEXT:
             if chosen.pop("data.template", None):
                 notes.append("Plain text has no template.")
             chosen = {"data.block_length": recipe.length, **chosen}
-    if chosen["data"] == "chat" and "data.answers.score" not in chosen:
-        notes.append(
-            "`data.answers.score=exact_match confirm.metric=exact_match` (or `last_number`) asks about generated "
-            "answers, not about the loss."
-        )
-    chosen = {"model": "classifier" if chosen["data"] == "table" else "causal_lm", **chosen}
+    kind = _find_kind(chosen)
+    if (hint := find_task(kind).hint) and hint[0] not in chosen:
+        notes.append(hint[1])
+    chosen = {"model": kind.model_kind, **chosen}
     if chosen["model"] in ("classifier", "causal_lm") and "model.path" not in chosen:
         raise ConfigError(
             "a drafted sweep must know the model: add `model.path=FOLDER-OR-HUB-ID`. `model.path=embedded:tiny` is the "
@@ -175,13 +153,13 @@ def draft_sweep(
         )
 
     # blocks of text have a fixed length; the length of examples is measured
-    lengths = {"data.max_length": MAX_MEASURED_TOKENS} if chosen["data"] in MEASURED_DATA else {}
+    lengths = {"data.max_length": MAX_MEASURED_TOKENS} if kind.cuts_examples else {}
     # absolute paths as in a definition, which then shares what is loaded here
     inputs = inputs_cache.load(compose_run(make_paths_absolute({**lengths, **chosen})))
     inputs.splits.test()  # reads every row, because the confirm stage would fail after hours of training
     metric = {} if any(key.startswith("data.metric") for key in chosen) else {"data.metric": inputs.splits.metric}
-    numbered = {**chosen, **metric, **_choose_numbers(inputs, chosen, recipe)}
-    arms, comments = _build_arms(inputs, recipe, kind=chosen["data"])
+    numbered = {**chosen, **metric, **_choose_numbers(inputs, chosen, recipe, kind=kind)}
+    arms, comments = _build_arms(inputs, recipe, kind=kind)
     kept = {name: arm for name, arm in arms.items() if f"arms.{name}" not in left_out}
     comments |= _list_comments(numbered, inputs, recipe, has_full="full" in kept)
     content = {"name": path.stem, "settings": {**numbered, **SWEEP_SETTINGS, **of_sweep}, "arms": kept}
@@ -233,88 +211,52 @@ def _choose_data(
             with open_text(first) as file:
                 is_table = "\t" in file.readline()
         if not is_table:
-            return {"data": "text"}, []
+            return {"data": PLAIN_TEXT}, []
     # the kind of data decides which other keys there are, so that these are checked when it is known
     of_rows = {key: value for key, value in settings.items() if key.partition("data.")[2] in ROW_KEYS}
-    config = compose_run({"data": "table", **of_rows, "model": "tiny"}, require_all=False).data
-    assert isinstance(config, TableConfig)
+    config = compose_run({"data": ROW_DATA, **of_rows, "model": "tiny"}, require_all=False).data
+    assert isinstance(config, RowSettings)
     table, *_ = load_tables(config, "train", lambda names, source: names)
-    names = list(table.columns)
-    columns = {name: table.get_values(name) for name in names}
-    if expected.get("data.input") not in names:
+    columns = {name: table.get_values(name) for name in table.columns}
+    if expected.get("data.input") not in columns:
         expected = {key: value for key, value in expected.items() if key != "data.input"}
-    of_expected = [value for key, value in expected.items() if key.partition("data.")[2] in COLUMN_KEYS]
-    if of_expected and set(of_expected) <= set(names):
-        return dict(expected), _describe_unused(columns, [*of_expected, TOOLS_COLUMN])
-    of_others = {"data.label", "data.text", "data.text_pair", "data.completion", "data.messages"} & settings.keys()
-    answers = [settings.get(f"data.{key}", key) for key in ("chosen", "rejected")]
-    if set(answers) <= set(names) and not of_others:
-        prompts = [settings["data.prompt"]] if "data.prompt" in settings else PROMPT_COLUMNS
-        of_pairs = [*prompts, *answers, TOOLS_COLUMN, settings.get("data.group")]
-        return {"data": "preferences", **_choose_texts(columns, answers, texts)}, _describe_unused(columns, of_pairs)
-    known = next((known.split() for known in KNOWN_COLUMNS if set(known.split()) <= set(names)), None)
-    of_chat = [settings[f"data.{key}"] for key in CHAT_COLUMNS if f"data.{key}" in settings]
-    if of_chat or (known and not of_others):
-        of_conversations = [*(of_chat or known or []), TOOLS_COLUMN, settings.get("data.group")]
-        form = _choose_texts(columns, of_conversations[:1], texts)
-        return {"data": "chat", **form}, _describe_unused(columns, of_conversations)
-    guessed = _guess_columns(columns, settings)
-    label, is_named = guessed.get("data.label"), "data.columns" in settings
-    is_delimited = first is not None and find_suffix(first) in DEFAULT_DIALECTS
-    if is_delimited and not is_named and label and label not in LABEL_COLUMNS and label in columns[label]:
-        named = {label: "label", guessed.get("data.text"): "text"}
-        shown = ",".join(named.get(name, f"column{number}") for number, name in enumerate(names, 1))
-        raise ConfigError(
-            f"the first line of {train!r} must name its columns, but looks like data, because {label!r} occurs again "
-            f"in its column. Name the columns in their order, such as `'data.columns=[{shown}]'`."
-        )
-    used = {**guessed, **settings}
-    of_table = [used.get(f"data.{key}") for key in ("label", "text", "text_pair", "group")]
-    return {"data": "table", **guessed}, _describe_unused(columns, of_table)
+    of_expected = {value for key, value in expected.items() if key.partition("data.")[2] in COLUMN_KEYS}
+    is_expected = bool(of_expected) and of_expected <= columns.keys()
+    is_unsure = first is not None and find_suffix(first) in DEFAULT_DIALECTS and "data.columns" not in settings
+    given = GivenTable(
+        columns=columns,
+        settings={**expected, **settings} if is_expected else settings,
+        unsure_header=train if is_unsure else None,
+    )
+    typed = {key for key in settings if key.startswith("data.")}
+    kinds = {name: kind for name, kind in DATA.items() if kind.task_path}
+    fitting = {name: kind for name, kind in kinds.items() if typed <= _list_keys(kind)}
+    if is_expected:
+        fitting = {expected["data"]: kinds[expected["data"]]}
+    for name, kind in {**fitting, **kinds}.items():
+        if (found := find_task(kind).recognise(given)) is not None:
+            unused = [column for column in columns if column not in found.columns]
+            notes = [f"Columns that are not used: {shorten(unused, 400)}."] if unused else []
+            if is_expected:
+                return dict(expected), notes
+            values = [value for column in found.texts for value in columns.get(column, ())[:1]]
+            of_texts = texts if found.texts and all(isinstance(value, str) for value in values) else {}
+            return {"data": name, **found.settings, **of_texts}, notes
+    raise ConfigError(f"`data` must be set, because no task recognises the columns {shorten(list(columns), 400)}.")
 
 
-def _choose_texts(
-    columns: Mapping[str, Sequence[Any]], names: Sequence[Any], texts: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    """Returns the settings `texts` if the named columns have texts and no messages."""
-    found = [value for name in names for value in columns.get(name, ())[:1]]
-    return texts if all(isinstance(value, str) for value in found) else {}
+def _find_kind(settings: Mapping[str, Any]) -> type[DataSettings]:
+    """Returns the class of the settings that `data` chooses."""
+    return type(compose_run({"data": settings["data"], "model": "tiny"}, require_all=False).data)
 
 
-def _describe_unused(columns: Iterable[str], used: Sequence[str | None]) -> list[str]:
-    """Returns a sentence that names the columns that are not used."""
-    unused = [name for name in columns if name not in used]
-    return [f"Columns that are not used: {shorten(unused, 400)}."] if unused else []
+def _list_keys(kind: type[DataSettings]) -> set[str]:
+    return {f"data.{field.name}" for field in fields(kind)}
 
 
-def _guess_columns(columns: Mapping[str, Sequence[Any]], settings: Mapping[str, Any]) -> dict[str, str]:
-    """Returns `data.label`, `data.text` and for pairs `data.text_pair`, as far as the user did not name them."""
-    named = [settings.get(key) for key in ("data.label", "data.text", "data.text_pair", "data.group")]
-    free = [name for name in columns if name not in named]
-    guessed: dict[str, str] = {}
-
-    def guess(key: str, kind: str, usual: Iterable[str], others: Sequence[str]) -> str:
-        name = next(iter([*(name for name in usual if name in free), *others]), None)
-        if name is None:
-            raise ConfigError(f"`{key}` must name a column of {kind}, but the columns are {join_words(list(columns))}.")
-        free.remove(name)
-        guessed[key] = name
-        return name
-
-    if "data.label" not in settings:
-        counts = {name: len(set(map(str, columns[name]))) for name in free}
-        several = [name for name in free if counts[name] > 1]
-        guess("data.label", "labels", LABEL_COLUMNS, sorted(several, key=counts.__getitem__))
-    if "data.text" not in settings:
-        free = [name for name in free if columns[name] and all(isinstance(value, str) for value in columns[name])]
-        lengths = {name: fmean(map(len, columns[name])) for name in free}
-        text = guess("data.text", "texts", TEXT_COLUMNS, sorted(free, key=lengths.__getitem__, reverse=True))
-        if "data.text_pair" not in settings and TEXT_COLUMNS.get(text) in free:
-            guess("data.text_pair", "second texts", [str(TEXT_COLUMNS[text])], ())
-    return guessed
-
-
-def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any], recipe: Recipe | None) -> dict[str, Any]:
+def _choose_numbers(
+    inputs: RunInputs, chosen: Mapping[str, Any], recipe: Recipe | None, *, kind: type[DataSettings]
+) -> dict[str, Any]:
     """Returns limits of the data, batch size and steps that the user did not set.
 
     The steps are those of `EPOCHS`, or of the recipe's epochs, and its steps of warm-up are a share of them.
@@ -322,8 +264,8 @@ def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any], recipe: Recipe
     train = inputs.data.train
     batch_size = int(chosen.get("trainer.batch_size", min(16, len(train))))
     numbers: dict[str, Any] = {}
-    if chosen["data"] in MEASURED_DATA:
-        covered = int((train.sequences or train).lengths.double().quantile(COVERED_SHARE))
+    if kind.cuts_examples:
+        covered = int(train.sequences["input_ids"].lengths.double().quantile(COVERED_SHARE))
         limit = getattr(inputs.base.model.config, "max_position_embeddings", None) or MAX_MEASURED_TOKENS
         needed = recipe.length if recipe else min(MAX_MEASURED_TOKENS, 8 * math.ceil(covered / 8))
         numbers["data.max_length"] = min(limit, needed)
@@ -362,14 +304,14 @@ def _list_comments(
     train, trainer = inputs.data.train, compose_run(settings).trainer
     others = [name for name in inputs.data.objective.metrics if name != inputs.splits.metric]
     constant = inputs.splits.score_constant_answer(inputs.splits.validation).get("accuracy", 0.0)
-    counts = getattr(train, "facts", {}).get("labels") or {"": len(train)}  # empty for numbers, none for text
+    counts = train.facts.get("labels") or {"": len(train)}  # empty for numbers, none for text
     rarest = min(counts.values()) / len(train)
     advice = f"; one label has {format_share(constant)} of the examples, so matthews says more"
     is_advised = "matthews" in others and constant > MAX_BALANCED_SHARE
     if not is_advised and "f1" in others and rarest < MIN_LABEL_SHARE:
         is_advised, advice = True, f"; a label has {format_share(rarest)} of the examples, so f1 says more"
     epochs = trainer.max_steps * trainer.batch_size / len(train)
-    lengths = (train.sequences or train).lengths.double()
+    lengths = train.sequences["input_ids"].lengths.double()
     longest = int(lengths.max())
     is_cut = "; longer ones are cut off" if longest > settings.get("data.max_length", longest) else ""
     comments = {
@@ -384,9 +326,11 @@ def _list_comments(
     return {("settings", key): comment for key, comment in comments.items()}
 
 
-def _build_arms(inputs: RunInputs, recipe: Recipe | None, *, kind: str) -> tuple[dict[str, Any], dict[Place, str]]:
+def _build_arms(
+    inputs: RunInputs, recipe: Recipe | None, *, kind: type[DataSettings]
+) -> tuple[dict[str, Any], dict[Place, str]]:
     """Returns the arms with that of the recipe's settings, and the comments on them. `kind` is that of the data."""
-    times_width = PREFERENCE_RATE_TIMES_WIDTH if kind == "preferences" else RATE_TIMES_WIDTH
+    times_width = find_task(kind).full_rate_times_width
     middle = times_width / (getattr(inputs.base.model.config, "hidden_size", None) or DEFAULT_WIDTH)
     low, high = (float(f"{rate:.0e}") for rate in (middle / 10, middle * 10))
     arms: dict[str, Any] = {

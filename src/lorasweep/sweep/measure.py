@@ -19,18 +19,17 @@ import torch
 
 from lorasweep.activity import doing
 from lorasweep.config.build import as_settings
-from lorasweep.config.data import ConversationSettings
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import LengthBuckets, choose_part
-from lorasweep.data.split import SplitFacts
+from lorasweep.data.rows import SplitFacts
 from lorasweep.errors import OutOfMemory, RunError
 from lorasweep.methods import copy_sharing_weights
-from lorasweep.objectives.data_splits import DataSplits
 from lorasweep.record import RunRecord, read_run
 from lorasweep.sweep.cost import Rates, count_workers
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.sweep.workers.worker import choose_slots, list_pack_arms
+from lorasweep.tasks.splits import DataSplits
 from lorasweep.training.generation import score_answers
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.packs.pack import train_pack
@@ -163,7 +162,7 @@ def train_briefly(config: RunConfig, inputs: RunInputs, *, slots: int, is_pack: 
     trainer = replace(trainer, max_steps=NUM_STEPS + 2, eval_every_steps=NUM_STEPS, devices=1, num_nodes=1)
     config = replace(config, trainer=trainer, logger={})
     splits = inputs.splits
-    if isinstance(splits, DataSplits):  # without the time of the real numbers of the base
+    if isinstance(splits, DataSplits) and splits.objective.needs_reference:  # not the real ones, which take time
         train, validation = splits.train.fill_reference(), splits.validation.fill_reference()
         splits = replace(splits, train=train, validation=validation)
     # telemetry of its own, because a sweep that begins after the measurement records the telemetry of `inputs`
@@ -212,12 +211,12 @@ def measure_answers(config: RunConfig, inputs: RunInputs) -> dict[str, float]:
     """
     if (answers := config.data.generated) is None:
         return {}
-    assert isinstance(config.data, ConversationSettings)
     num_rows, seconds = min(len(inputs.splits.validation), config.trainer.eval_batch_size), list[float]()
     for num_tokens in (1, 1, NUM_MEASURED_TOKENS):  # the first warms up
-        few = replace(config.data, answers=replace(answers, max_examples=num_rows, max_new_tokens=num_tokens))
+        few = replace(answers, max_examples=num_rows, max_new_tokens=num_tokens)
+        data = replace(config.data, answers=few)  # type: ignore[call-arg]  # a field of all data with `generated`
         model, began = copy_sharing_weights(inputs.base.model), time.perf_counter()
-        score_answers(model, inputs.splits.validation, config=replace(config, data=few), inputs=inputs)
+        score_answers(model, inputs.splits.validation, config=replace(config, data=data), inputs=inputs)
         seconds.append(time.perf_counter() - began)
         model.cpu()
     next_s = max(0.0, seconds[2] - seconds[1]) / (NUM_MEASURED_TOKENS - 1)

@@ -14,9 +14,9 @@ from lorasweep.data.batching import (
     build_evaluation_loader,
     build_loader,
 )
-from lorasweep.data.split import Batch, move_batch
+from lorasweep.data.rows import Batch, move_batch
 from lorasweep.errors import ConfigError
-from lorasweep.objectives.data_splits import DataSplits
+from lorasweep.tasks.splits import DataSplits
 from lorasweep.training.inputs import SHARED_INPUTS, RunSettings, read_settings
 
 

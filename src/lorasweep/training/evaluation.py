@@ -10,10 +10,10 @@ from torch import nn
 
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler
-from lorasweep.data.split import Split, move_batch, repeat_batch
+from lorasweep.data.rows import Rows, move_batch, repeat_batch
 from lorasweep.disk import csv_text
-from lorasweep.objectives.data_splits import DataSplits
 from lorasweep.objectives.objective import EXAMPLE_FIELDS, Evaluation, ExampleScores, Objective, read_metrics
+from lorasweep.tasks.splits import DataSplits
 from lorasweep.training.environment import get_device
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.step import add_slot_settings
@@ -56,7 +56,7 @@ def score_split(model: nn.Module, splits: DataSplits, *, config: RunConfig, inpu
 
 
 def evaluate_model(
-    model: nn.Module, split: Split, *, objective: Objective, config: RunConfig, inputs: RunInputs
+    model: nn.Module, split: Rows, *, objective: Objective, config: RunConfig, inputs: RunInputs
 ) -> Scores:
     """Evaluates a prepared model on every example of a split, in the precision and batch size of its run.
 
@@ -74,7 +74,7 @@ def evaluate_model(
 
 @torch.no_grad()
 def evaluate_slots(
-    model: nn.Module, split: Split, batches: EvaluationSampler, *, objective: Objective, configs: Sequence[RunConfig]
+    model: nn.Module, split: Rows, batches: EvaluationSampler, *, objective: Objective, configs: Sequence[RunConfig]
 ) -> list[Evaluation]:
     """Evaluates a model, or each slot of a packed model, on a split. Afterwards the model is in evaluation mode.
 

@@ -17,10 +17,10 @@ from transformers import GenerationConfig
 
 from lorasweep.activity import Activity, doing
 from lorasweep.config.components import find_function
-from lorasweep.config.data import AnswersConfig, AnswerScore, ConversationSettings
+from lorasweep.config.data import AnswersConfig, AnswerScore
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import batch_by_length
-from lorasweep.data.split import CompletionSplit, Split, SplitFacts, choose_evenly
+from lorasweep.data.rows import Answers, Rows, SplitFacts, choose_evenly
 from lorasweep.disk import csv_text
 from lorasweep.errors import ConfigError, describe_error
 from lorasweep.models.pretrained import quiet_transformers
@@ -53,11 +53,11 @@ def check_answers(config: RunConfig, split: SplitFacts, *, inputs: RunInputs) ->
 
     A user's function is called for one example, because a call may take long.
     """
-    settings, split, chosen = _choose_examples(config, split)
+    settings, split, answers, chosen = _choose_examples(config, split)
     score = build_score(settings)
     for index in chosen[:1] if isinstance(settings.score, AnswerScore) else chosen:
         reference = _decode(split.split_last_answer(index)[1][:-1], inputs)
-        score(reference, reference, split.rows[index])
+        score(reference, reference, answers.table_rows[index])
 
 
 def score_answers(model: nn.Module, split: SplitFacts, *, config: RunConfig, inputs: RunInputs) -> ScoredAnswers:
@@ -67,7 +67,7 @@ def score_answers(model: nn.Module, split: SplitFacts, *, config: RunConfig, inp
     and its other scores.
     """
     try:
-        settings, split, chosen = _choose_examples(config, split)
+        settings, split, known, chosen = _choose_examples(config, split)
         prompts, references = zip(*map(split.split_last_answer, chosen), strict=True)
         with doing(f"answering {split.name}", unit="example", total=len(chosen)) as activity:
             answers, num_cut_off = _generate(
@@ -81,7 +81,7 @@ def score_answers(model: nn.Module, split: SplitFacts, *, config: RunConfig, inp
             )
     except Exception as error:  # of the model's code, or because memory ran out
         return ScoredAnswers(facts={"problem": f"No answers were generated: {describe_error(error)}."})
-    left_out = int((split.answer_starts == 0).sum())
+    left_out = int((known.starts == 0).sum())
     facts: dict[str, Any] = {"examples": len(chosen), "cut_off": num_cut_off, "left_out": left_out}
     texts = [_decode(ids, inputs) for ids in answers]
     wanted = [_decode(ids[:-1], inputs) for ids in references]  # without the end-of-turn token
@@ -91,7 +91,7 @@ def score_answers(model: nn.Module, split: SplitFacts, *, config: RunConfig, inp
         score, found = build_score(settings), []
         with doing("scoring the answers", unit="example", total=len(chosen)) as activity:
             for text, reference, index in zip(texts, wanted, chosen, strict=True):
-                found.append(score(text, reference, split.rows[index]))
+                found.append(score(text, reference, known.table_rows[index]))
                 activity.advance()
         scores, values = found, {settings.metric.name: math.fsum(found) / len(found)}
     except ConfigError as error:
@@ -149,23 +149,25 @@ def match_last_number(answer: str, reference: str, example: Any = None) -> float
     return float(found == wanted)
 
 
-def _choose_examples(config: RunConfig, split: SplitFacts) -> tuple[AnswersConfig, CompletionSplit, list[int]]:
-    """Returns the settings, the split, and the indices of the examples to answer, spread evenly over groups."""
-    assert isinstance(config.data, ConversationSettings)
-    answers, answered = config.data.answers, split.answered if isinstance(split, Split) else None
-    assert answered is not None
-    usable = answered.answer_starts.nonzero().flatten().tolist()
+def _choose_examples(config: RunConfig, split: SplitFacts) -> tuple[AnswersConfig, Rows, Answers, list[int]]:
+    """Returns the settings, the split, its answers, and the indices of the examples to answer, spread over groups."""
+    settings = config.data.generated
+    assert settings is not None
+    assert isinstance(split, Rows)
+    answers = split.answers
+    assert answers is not None
+    usable = answers.starts.nonzero().flatten().tolist()
     if not usable:
         raise ConfigError(
             f"`data.max_length` must fit the prompt and the answer of an example of {split.name}, which the model has "
-            f"to answer, but got {config.data.max_length}. Raise it."
+            f"to answer, but got {config.data.max_tokens}. Raise it."
         )
-    places = {group: place for place, group in enumerate(dict.fromkeys(answered.groups))}
-    usable.sort(key=lambda index: places[answered.groups[index]])
-    if (limit := answers.max_examples) is not None and limit < len(usable):
-        counts = Counter(answered.groups[index] for index in usable)  # in the order of `usable`
+    places = {group: place for place, group in enumerate(dict.fromkeys(split.groups))}
+    usable.sort(key=lambda index: places[split.groups[index]])
+    if (limit := settings.max_examples) is not None and limit < len(usable):
+        counts = Counter(split.groups[index] for index in usable)  # in the order of `usable`
         usable = [usable[place] for place in choose_evenly(list(counts.values()), limit=limit)]
-    return answers, answered, sorted(usable)
+    return settings, split, answers, sorted(usable)
 
 
 def _generate(

@@ -14,14 +14,14 @@ from lorasweep.config.build import build
 from lorasweep.config.data import DataConfig
 from lorasweep.config.run import ModelConfig, RunConfig, TrainerConfig, refuse_code
 from lorasweep.data.batching import count_batch_bytes
-from lorasweep.data.reading import read_source
+from lorasweep.data.rows import SplitFacts
 from lorasweep.data.source import DataSource
-from lorasweep.data.split import SplitFacts
 from lorasweep.errors import ConfigError
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.models.attention import choose_attention
 from lorasweep.models.load import BaseModel, Labels, load_base
-from lorasweep.objectives.data_splits import DataSplits, build_data_splits, drop_slot_settings
+from lorasweep.tasks.splits import DataSplits, build_data_splits
+from lorasweep.tasks.task import read_source
 from lorasweep.training.environment import DTYPES, get_device, has_cpu_bf16, resolve_precision
 from lorasweep.training.memory import free_memory_bytes
 from lorasweep.training.own_module import load_own_inputs
@@ -102,7 +102,7 @@ class InputsCache:
         return base
 
     def read_source(self, config: DataConfig) -> DataSource:
-        """Returns the examples of a data set. Errors as in `data.reading.read_source`."""
+        """Returns the examples of a data set. Errors as in `Task.read`."""
         for known, source in self._sources:
             differences = {name for name, value in vars(config).items() if vars(known).get(name) != value}
             if differences <= TOKENISING_SETTINGS:
@@ -142,7 +142,7 @@ def read_settings(given: RunSettings, *, trust: bool = False) -> RunConfig:
 
 def cache_key(config: RunConfig) -> tuple[Any, ...]:
     """Returns a key that is equal for runs that can share their inputs."""
-    trainer, objective = config.trainer, drop_slot_settings(config.objective)
+    trainer, objective = config.trainer, config.objective.shared
     return *config.loaded, objective, resolve_precision(trainer), trainer.device
 
 
@@ -173,10 +173,10 @@ def load_inputs(config: RunConfig, cache: InputsCache | None = None) -> RunInput
 
 
 def get_labels(source: DataSource) -> Labels | None:
-    if source.kind not in ("single_label", "regression"):
+    if source.label_kind is None:
         return None
-    names = ("value",) if source.kind == "regression" else source.label_names
-    return Labels(kind=source.kind, names=names)
+    names = ("value",) if source.label_kind == "regression" else source.label_names
+    return Labels(kind=source.label_kind, names=names)
 
 
 def check_batch_memory(config: TrainerConfig, split: SplitFacts) -> None:

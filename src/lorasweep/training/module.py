@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lorasweep.config.build import as_settings
-from lorasweep.data.split import Batch
+from lorasweep.data.rows import Batch
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import bind
 from lorasweep.objectives.objective import EXAMPLE_FIELDS, Evaluation, ExampleScores

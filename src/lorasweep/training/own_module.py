@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves  # see lora.fully_trained
 from lorasweep.config.components import Component, instantiate, list_argument_names
 from lorasweep.config.data import ScoreMetric
 from lorasweep.config.run import RunConfig
-from lorasweep.data.split import SplitFacts, Splits
+from lorasweep.data.rows import SplitFacts, Splits
 from lorasweep.disk import csv_text
 from lorasweep.errors import ConfigError
 from lorasweep.lora.layer_kinds import count_parameters
@@ -89,18 +89,12 @@ class SeededLoader:
 class OwnSplit(SplitFacts):
     """The size of a split of the user's data module, whose loaders make the batches. Each example counts as a token."""
 
-    num_examples: int
-
     @functools.cached_property
     def lengths(self) -> Tensor:
-        return torch.ones(self.num_examples, dtype=torch.int64)
-
-    @property
-    def weights(self) -> Tensor:
-        return self.lengths.float()
+        return self.weights.long()
 
     def describe(self) -> dict[str, Any]:
-        return {"examples": self.num_examples, "fingerprint": self.fingerprint}
+        return {"examples": len(self), "fingerprint": self.fingerprint}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -185,7 +179,7 @@ def _read_split(data: LightningDataModule, name: str) -> OwnSplit:
     for leaf in tree_leaves(next(iter(SeededLoader(loader=loader)))):
         is_tensor = isinstance(leaf, Tensor)
         digest.update(leaf.cpu().flatten().view(torch.uint8).numpy().tobytes() if is_tensor else repr(leaf).encode())
-    return OwnSplit(name=name, fingerprint=digest.hexdigest()[:16], num_examples=num_examples)
+    return OwnSplit(name=name, fingerprint=digest.hexdigest()[:16], weights=torch.ones(num_examples))
 
 
 def build_module(config: RunConfig) -> LightningModule:

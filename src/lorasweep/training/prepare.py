@@ -24,7 +24,6 @@ from lorasweep.lora.packed.layers import packed_trained_modules
 from lorasweep.lora.packed.slots import Slots
 from lorasweep.methods import bind
 from lorasweep.models.load import BaseModel
-from lorasweep.objectives.data_splits import list_objectives, read_slot_settings
 from lorasweep.training.fsdp import check_shardable
 from lorasweep.training.loggers import check_components
 from lorasweep.training.optim import check_optim
@@ -56,8 +55,7 @@ def check_run(config: RunConfig, base: BaseModel) -> None:
     bind(config.method).check(base.model, new_head_names=base.new_head_names)
     check_optim(config)
     check_components(config)
-    for objective in list_objectives(config.objective):
-        read_slot_settings(config.objective, objective)
+    _ = config.objective.slot_numbers  # raises if one of a user's objective is missing or wrong
     if config.trainer.is_sharded:
         check_shardable(base.model)
 

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save
 from lorasweep.activity import doing
 from lorasweep.config.run import TrainerConfig
 from lorasweep.data.batching import EvaluationSampler
-from lorasweep.data.split import PreferenceSplit, Split, move_batch
+from lorasweep.data.rows import Rows, move_batch
 from lorasweep.disk import write_atomically
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.models.load import BaseModel
-from lorasweep.objectives.data_splits import DataSplits
 from lorasweep.objectives.objective import Objective
+from lorasweep.tasks.splits import DataSplits
 from lorasweep.training.environment import get_device
 from lorasweep.training.failures import convert_memory_errors
 
@@ -45,18 +45,16 @@ def add_reference(
     return replace(splits, **chosen, test=functools.cache(lambda: add(splits.test())), has_reference=True)
 
 
-def _add(
-    split: Split, *, objective: Objective, base: BaseModel, trainer: TrainerConfig, folder: Path | None
-) -> PreferenceSplit:
-    assert isinstance(split, PreferenceSplit)
+def _add(split: Rows, *, objective: Objective, base: BaseModel, trainer: TrainerConfig, folder: Path | None) -> Rows:
     digest = hashlib.sha256(f"{base.fingerprint} {next(base.model.parameters()).dtype} {type(objective)}".encode())
-    for column in (split.completions.tokens, split.completions.targets):
-        digest.update(column.ends.numpy().tobytes() + column.values.numpy().tobytes())
+    for sequences in split.sequences.values():
+        for tensor in (sequences.starts, sequences.lengths, sequences.values):
+            digest.update(tensor.numpy().tobytes())
     name = f"{split.name}-{digest.hexdigest()[:16]}.safetensors"
     file = None if folder is None else folder / REFERENCE_FOLDER / name
     if file is not None and file.exists():
         return split.fill_reference(load_file(file)["values"])
-    values = torch.empty(len(split.completions), dtype=torch.float64)
+    values = torch.empty(len(split.sequences["input_ids"]), dtype=torch.float64)
     # the same batches in every process, because rounding depends on the shape of a batch
     batches = EvaluationSampler(split, batch_size=trainer.eval_batch_size).batches
     device, model = get_device(trainer), copy_sharing_weights(base.model)

@@ -13,14 +13,14 @@ from lorasweep.config.build import as_settings
 from lorasweep.config.components import find_own_files
 from lorasweep.config.data import SplitSettings
 from lorasweep.config.run import RunConfig
-from lorasweep.data.split import Splits
+from lorasweep.data.rows import Splits
 from lorasweep.errors import ConfigError
 from lorasweep.lora.targets import Coverage
 from lorasweep.methods import bind
 from lorasweep.models.attention import AttentionChoice
 from lorasweep.models.load import BaseModel
-from lorasweep.objectives.data_splits import DataSplits
 from lorasweep.record import compute_sha256
+from lorasweep.tasks.splits import DataSplits
 from lorasweep.training.environment import Precision, get_device
 from lorasweep.training.reference import add_reference
 from lorasweep.training.telemetry import Telemetry

@@ -19,7 +19,7 @@ from torch import Tensor
 from lorasweep.config.build import as_settings
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.batching import EvaluationSampler, LengthBuckets
-from lorasweep.data.split import padding_fraction as measure_padding
+from lorasweep.data.rows import padding_fraction as measure_padding
 from lorasweep.disk import remove_leftovers, write_atomically
 from lorasweep.errors import Diverged
 from lorasweep.record import (

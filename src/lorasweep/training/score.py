@@ -10,7 +10,6 @@ from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import choose_part
 from lorasweep.disk import write_atomically
 from lorasweep.methods import copy_sharing_weights
-from lorasweep.objectives.data_splits import DataSplits
 from lorasweep.record import (
     ANSWERS_FILE,
     RETAINED_SCORES_FILE,
@@ -21,6 +20,7 @@ from lorasweep.record import (
     restore_config,
     write_record,
 )
+from lorasweep.tasks.splits import DataSplits
 from lorasweep.training.environment import fork_random_streams, get_device
 from lorasweep.training.evaluation import evaluate_model, score_split
 from lorasweep.training.failures import convert_memory_errors

@@ -10,10 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorasweep.config.run import RunConfig
-from lorasweep.data.split import Batch, move_tensor
+from lorasweep.data.rows import Batch, move_tensor
 from lorasweep.lora.dropout import FunctionalDropout, drop_from_default_stream
 from lorasweep.lora.packed.slots import Slots
-from lorasweep.objectives.data_splits import read_slot_settings
 from lorasweep.objectives.objective import Objective
 from lorasweep.training.run_inputs import RunInputs
 
@@ -38,8 +37,8 @@ def compute_losses(
 
 
 def add_slot_settings(batch: Batch, configs: Sequence[RunConfig], objective: Objective) -> Batch:
-    """Returns a batch of all slots' rows with a number for each row for each setting of `Objective.slot_settings`."""
-    by_slot = [read_slot_settings(config.objective, type(objective)) for config in configs]
+    """Returns a batch of all slots' rows with the numbers of `Objective.get_slot_numbers` for each row."""
+    by_slot = [objective.get_slot_numbers(config.objective) for config in configs]
     ids = batch["input_ids"]
     values = {name: torch.tensor([settings[name] for settings in by_slot]) for name in by_slot[0]}
     rows = len(ids) // len(configs)

@@ -14,9 +14,9 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 import lorasweep
 from lorasweep.cli import run
-from lorasweep.data.source import LabelledText
 from lorasweep.errors import ConfigError
 from lorasweep.outcome import DONE, WRONG_REQUEST
+from lorasweep.tasks.table.read import LabelledText
 
 COMMIT, OTHER_COMMIT = "a" * 40, "b" * 40
 LABELLED = Features({"text": Value("string"), "label": ClassLabel(names=["pos", "neg"])})
@@ -70,7 +70,7 @@ TRAIN = rows_of(("good", 0), ("bad", 1), ("fine", 0))
 
 def test_folder_is_read_with_the_names_of_its_classes_in_their_order(read_folder):
     source = read_folder(train=TRAIN, validation=rows_of(("so", 1)), test=rows_of(("and so", 0)))
-    assert (source.kind, source.label_names) == ("single_label", ("pos", "neg"))
+    assert (source.label_kind, source.label_names) == ("single_label", ("pos", "neg"))
     assert source.train.items == [
         LabelledText(*row) for row in (("good", None, 0), ("bad", None, 1), ("fine", None, 0))
     ]
@@ -84,7 +84,7 @@ def test_cache_is_used_for_the_commit_and_subset_that_it_has_and_no_other(read, 
     source = read("table", {}, test="test", **settings)
     assert len(source.train) + len(source.validation) == 3
     assert source.test().items == [LabelledText("so", None, 1)]
-    assert read("table", {}, revision=COMMIT, **settings).kind == "single_label"
+    assert read("table", {}, revision=COMMIT, **settings).label_kind == "single_label"
     with pytest.raises(ConfigError, match=r"`data\.revision`"):
         read("table", {}, revision=OTHER_COMMIT, **settings)
     with pytest.raises(ConfigError, match=r"`data\.subset`"):

@@ -73,7 +73,7 @@ class Search:
     def _find_base_arm(self, arm: Arm) -> ArmTrials | None:
         """Returns the arm of the frozen language model on the same data; None without such an arm."""
         for base in self.arms.values():
-            if base.arm.name != arm.name and has_fixed_score(base.arm) and base.arm.base.data.has_text:
+            if base.arm.name != arm.name and has_fixed_score(base.arm) and base.arm.base.data.task_path:
                 same = all(config.data == base.arm.base.data for config in arm.corner_configs)
                 return base if same else None
         return None

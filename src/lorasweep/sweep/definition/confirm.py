@@ -9,7 +9,6 @@ import itertools
 import zlib
 from dataclasses import astuple
 
-from lorasweep.config.data import BlockSettings, ModuleDataConfig
 from lorasweep.config.method import LoraConfig, scaling_factor
 from lorasweep.config.run import LR, RunConfig, follows_rate_law
 from lorasweep.config.sweep import parse_margin
@@ -129,7 +128,4 @@ def exceeds_law(config: RunConfig) -> bool:
 
 def count_tokens(config: RunConfig) -> int:
     """Returns the maximum number of training tokens of a run; 0 under `method=frozen`."""
-    data, tokens = config.data, 1  # unknown before a module's data is read
-    if not isinstance(data, ModuleDataConfig):
-        tokens = data.block_length if isinstance(data, BlockSettings) else data.max_length
-    return config.num_steps * config.trainer.batch_size * tokens
+    return config.num_steps * config.trainer.batch_size * (config.data.max_tokens or 1)

@@ -87,11 +87,7 @@ def explain_bases(definition: Definition) -> list[str]:
 
 def _plan_arm(arm: Arm) -> ArmPacking:
     config, objective, own = arm.base, arm.base.objective, [*SLOT_GROUPS]
-    if objective.arguments or any(key.startswith("objective.") for key in arm.space):
-        from lorasweep.objectives.data_splits import drop_slot_settings, list_slot_settings  # noqa: PLC0415 (torch is slow to import)
-
-        own += [f"objective.{name}" for name in list_slot_settings(objective)]
-        objective = drop_slot_settings(objective)
+    own += [f"objective.{name}" for name in objective.slot_keys]
     obstacles = [
         f"`{key}` is swept, but all slots of a pack must have the same value. Write an arm for each value, and "
         "the trials of each arm share packs."
@@ -101,7 +97,7 @@ def _plan_arm(arm: Arm) -> ArmPacking:
     capabilities = [corner.capabilities.packs for corner in arm.corner_configs]
     obstacles += [sentence for sentence in capabilities if sentence is not True]
     return ArmPacking(
-        key=None if obstacles else (config.model, config.data, objective, config.trainer),
+        key=None if obstacles else (config.model, config.data, objective.shared, config.trainer),
         reason=" ".join(dict.fromkeys(obstacles)),
         largest=max(arm.corner_configs, key=lambda config: getattr(config.method, "rank", 0)),
     )

@@ -36,7 +36,7 @@ from lorasweep.activity import doing
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.batching import EvaluationSampler, MicroBatch
-from lorasweep.data.split import Batch, Split, move_batch
+from lorasweep.data.rows import Batch, Rows, move_batch
 from lorasweep.errors import Diverged
 from lorasweep.lora import (
     Coverage,
@@ -393,7 +393,7 @@ def _build_head_init(inputs: RunInputs) -> functools.partial[None]:
     return functools.partial(draw_head, names=inputs.base.new_head_names)
 
 
-def build_pack_batch(split: Split, micros: Sequence[MicroBatch]) -> Batch:
+def build_pack_batch(split: Rows, micros: Sequence[MicroBatch]) -> Batch:
     """Returns a slot-major batch of all slots' examples, padded to the longest slot.
 
     At one step all slots have one length. A run that joined later is at another step.

@@ -1,0 +1,1 @@
+"""Conversations: the model learns the answers of the assistant."""

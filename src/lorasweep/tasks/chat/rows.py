@@ -1,0 +1,102 @@
+"""Turns conversations into rows, in which only tokens of the assistant are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lorasweep.data.rows import IGNORED, Answers, Ragged, Rows, describe_cut
+from lorasweep.data.source import DataSource, Examples
+from lorasweep.data.tokenise import find_pad_token
+from lorasweep.errors import ConfigError
+from lorasweep.tasks.chat.read import Conversation
+from lorasweep.tasks.chat.settings import ConversationSettings
+from lorasweep.tasks.chat.tokenise import describe_chat_format, tokenise_chats
+
+
+def build_conversations(
+    examples: Examples[Conversation],
+    *,
+    config: ConversationSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    source: DataSource | None = None,
+    row_names: tuple[str, ...] = ("",),
+) -> Rows:
+    """Returns the rows of one split.
+
+    With several `row_names`, as many conversations in a row, each with one scored answer, are one example.
+
+    An example without a scored token in one of its rows, because its answer was cut off, is left out and counted.
+    Raises ConfigError if all are, and as `tokenise_chats`.
+    """
+    columns, size = tokenise_chats(examples, config=config, tokenizer=tokenizer), len(row_names)
+    targets, num_cut = columns["targets"], int((columns["full_length"].values > config.max_length).sum())
+    num_scored = count_scored(targets)
+    is_kept = (num_scored > 0).view(-1, size).all(1)
+    kept = is_kept.repeat_interleave(size).nonzero().flatten()
+    if not len(kept):
+        raise ConfigError(
+            f"the {examples.name} split of `data={config.name}` must have a token to predict, but all its answers are "
+            "cut off. Raise `data.max_length`, or use other data."
+        )
+    # an answer that was cut off, or is not scored at its end, is no reference for generated ones
+    last_targets = targets.values[targets.starts + targets.lengths - 1]
+    is_whole = (columns["full_length"].values <= config.max_length) & (last_targets != IGNORED)
+    starts = columns["answer_start"].values.where(is_whole, 0)[kept].view(-1, size)[:, 0]
+    items = columns["row"].values[kept].view(-1, size)[:, 0].tolist()  # the first conversation of each example
+    texts = [message.content for conversation in examples.items for message in conversation.messages]
+    num_scored = num_scored[kept]
+    facts = {
+        "examples": len(items),
+        "bytes": sum(len(text.encode()) for text in texts),
+        "truncated": num_cut,
+        "fingerprint": examples.fingerprint,
+        "conversations": len(examples),
+        "without_reasoning": int(columns["omits_reasoning"].values.sum()),
+        "after_added_end": int(columns["follows_added_end"].values.sum()),
+        **describe_chat_format(config, tokenizer),
+    }
+    what, lack = ("examples", "have no answer left") if size == 1 else ("answers", "pairs lack an answer then")
+    dropped = ""
+    if num_dropped := len(is_kept) - len(items):
+        facts["left_out"], dropped = num_dropped, f"; {num_dropped} {lack} and are not used"
+    cut = describe_cut(examples.name, num_cut, what=what, dropped=dropped)
+    of_train = _describe_template(len(kept), facts) if examples.name == "train" else ()
+    return Rows(
+        name=examples.name,
+        fingerprint=examples.fingerprint,
+        notes=(*examples.notes, *cut, *of_train),
+        groups=tuple(examples.items[item].group or str(item) for item in items),
+        sequences={"input_ids": columns["input_ids"].select(kept), "targets": targets.select(kept)},
+        weights=num_scored.float() if size == 1 else torch.ones(len(items)),
+        bytes_per_token=int(columns["scored_bytes"].values.sum()) / max(float(num_scored.sum()), 1.0),
+        row_names=row_names,
+        pad_token=find_pad_token(tokenizer),
+        answers=Answers(starts=starts, table_rows=tuple(examples.items[item].row for item in items)),
+        facts=facts,
+    )
+
+
+def count_scored(targets: Ragged) -> Tensor:
+    """Returns the number of scored tokens of each row, (rows,)."""
+    counts = torch.cat([targets.values.new_zeros(1), (targets.values != IGNORED).cumsum(0)])
+    return counts[targets.starts + targets.lengths] - counts[targets.starts]
+
+
+def _describe_template(number: int, facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yields sentences on how a chat template changed the conversations of train, which became `number` examples."""
+    if number > facts["conversations"]:
+        # most of the examples that begin inside a conversation
+        is_end = 2 * facts["after_added_end"] > number - facts["conversations"]
+        cause = "ends no answer with a special token, so the end-of-text token is added"
+        cause = cause if is_end else "rewrites earlier turns"
+        yield (
+            f"{facts['conversations']} conversations of train are {number} examples, because the chat template "
+            f"{cause}: each answer follows the prompt that a server gives."
+        )
+    if facts["without_reasoning"]:
+        yield f"{facts['without_reasoning']} examples of train lack reasoning: the template leaves it out."

@@ -1,0 +1,200 @@
+"""Renders conversations with a chat template as a server does, and separates each answer from its prompt."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from lorasweep.data.source import MAX_NAMED_ROWS
+from lorasweep.data.template_file import read_template_file
+from lorasweep.errors import ConfigError, first_line
+from lorasweep.tasks.chat.read import Conversation
+from lorasweep.tasks.chat.rendering import Renderer, Rendering
+from lorasweep.tasks.chat.settings import ConversationSettings
+from lorasweep.wording import join_words, shorten
+
+OPEN_THINKING = re.compile(r"<think>\s*\Z")
+"""The end of a generation prompt after which the model has to reason."""
+
+
+class Turn(NamedTuple):
+    """One answer of a conversation with its prompt."""
+
+    prompt: str
+    """The text that a server gives to the model."""
+    answer: list[tuple[str, bool]]
+    """The texts that the model generates after the prompt, up to its end-of-turn token; and whether each is scored."""
+    adds_end: bool
+    """Whether the answer ends with the end-of-text token, which the template does not write."""
+    omits_reasoning: bool
+    """Whether the template leaves out the reasoning that the message has."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChatTemplate:
+    """A chat template with its variables."""
+
+    tokenizer: PreTrainedTokenizerBase
+    text: str | None
+    """The text of the template; None for the tokenizer's own."""
+    arguments: Mapping[str, Any]
+    today: str
+    """The day that the template gets as today, as YEAR-MONTH-DAY."""
+
+    def render_turns(self, conversations: Sequence[Conversation], *, only_last: bool) -> Iterator[list[Turn]]:
+        """Yields for each conversation its trained answers in order, or only the last one.
+
+        Raises:
+            ConfigError: The template fails, leaves out an answer, or contradicts its own prompt.
+        """
+        problems: list[tuple[Conversation, ConfigError]] = []
+        for conversation in conversations:
+            try:
+                turns = self._render_conversation(conversation, only_last=only_last)
+            except ConfigError as error:  # the others are counted, because removing a few may be a remedy
+                problems.append((conversation, error))
+            else:
+                yield turns
+        if problems:
+            (conversation, first), count = problems[0], len(problems)
+            if count == len(conversations):
+                raise first
+            rows = [f"row {wrong.number}" for wrong, _ in problems[:MAX_NAMED_ROWS]]
+            named = join_words([*rows, *(["others"] if count > len(rows) else [])])
+            raise ConfigError(
+                f"{first} Or remove such rows, {count} of the {len(conversations)} that were rendered together: "
+                f"{named} of {conversation.source!r}."
+            ) from first
+
+    def _render_conversation(self, conversation: Conversation, *, only_last: bool) -> list[Turn]:
+        messages = [
+            {"role": m.role, "content": m.content, **json.loads(m.fields or "{}")} for m in conversation.messages
+        ]
+        for message in messages:
+            message.pop("weight", None)  # no server knows it
+        answers = [index for index, message in enumerate(conversation.messages) if message.is_trained]
+        answers = answers[-1:] if only_last else answers
+        try:
+            renderer = self._with_tools if conversation.tools else self._without_tools
+            tools = json.loads(conversation.tools) if conversation.tools else None
+            renderings = renderer.render(messages, tools=tools, answers=answers)
+        except Exception as error:  # a template can raise any class of error
+            place = f" in its line {error.lineno}" if hasattr(error, "lineno") else ""
+            said = next((message["content"] for message in messages if message["role"] == "user"), "")
+            raise ConfigError(
+                f"the chat template must accept each conversation, but fails ({first_line(error)}{place}) where the "
+                f"user begins with {shorten(said)}. Correct it, or use another `data.template`, such as `plain`."
+            ) from error
+        return [self._build_turn(messages[index], made) for index, made in zip(answers, renderings, strict=True)]
+
+    def _build_renderer(self, *, has_tools: bool) -> Renderer:
+        return Renderer(
+            text=self.tokenizer.get_chat_template(self.text, tools=[{}] if has_tools else None),
+            arguments={**self.tokenizer.special_tokens_map, **self.arguments},
+            today=self.today,
+            eos_token=str(self.tokenizer.eos_token or ""),
+            special_tokens=self._special_tokens,
+        )
+
+    @functools.cached_property
+    def _with_tools(self) -> Renderer:
+        return self._build_renderer(has_tools=True)
+
+    @functools.cached_property
+    def _without_tools(self) -> Renderer:
+        return self._build_renderer(has_tools=False)
+
+    def _build_turn(self, message: Mapping[str, Any], rendering: Rendering) -> Turn:
+        prompt, full, marks = rendering
+        start, opening = self._find_answer(prompt, full, message)
+        # A server stops at the end-of-turn token: a line break after it belongs to the next prompt.
+        end, end_token = len(full.rstrip()), ""
+        if not full[:end].endswith(self._special_tokens):
+            end, end_token = len(full), str(self.tokenizer.eos_token or "")
+        spans = [(max(first, start), last) for first, last in marks or [] if last > start]
+        if spans or marks is None:
+            spans[-1:] = [((spans or [(start, end)])[-1][0], end)]  # the end-of-turn token is scored with the last mark
+        borders = [start, *(border for span in spans for border in span), end]
+        texts = [full[first:last] for first, last in itertools.pairwise(borders)]  # every second one is scored
+        texts[1 if spans else 0] = opening + texts[1 if spans else 0]
+        texts[-2 if spans else 0] += end_token
+        answer = [(text, index % 2 == 1) for index, text in enumerate(texts) if text]
+        return Turn(prompt, answer, bool(end_token), omits_reasoning=_get_reasoning(message) not in "".join(texts))
+
+    def _find_answer(self, prompt: str, full: str, message: Mapping[str, Any]) -> tuple[int, str]:
+        """Returns where in the whole text the answer starts, and what the model generates before it.
+
+        Raises:
+            ConfigError: The whole text does not continue the prompt, or lacks the message.
+        """
+        start = len(os.path.commonprefix([prompt, full]))  # noqa: RUF071 (these are no paths)
+        opening = ""
+        if full.startswith(prompt.rstrip()):
+            # Nemotron's prompt ends with `<think>` and a line break, but answers without reasoning have
+            # `<think></think>`. So the prompt keeps its line break, and the model generates `</think>`.
+            pass
+        elif (opened := OPEN_THINKING.search(prompt)) and full.startswith(prompt[: opened.start()]):
+            # DeepSeek's prompt opens a block of reasoning that its template leaves out of answers.
+            start = opened.start()
+            if "</think>" not in full[start:]:
+                opening = f"{_get_reasoning(message)}\n</think>\n\n"
+        else:
+            shown, other = (shorten(text[max(start - 20, 0) :], 80) for text in (prompt, full))
+            raise ConfigError(
+                "the chat template's text with an answer must continue its generation prompt, but the prompt has "
+                f"{shown} and the text {other}. Set `data.template_arguments`, such as {{enable_thinking: true}} for "
+                "answers with reasoning, or use another `data.template`."
+            )
+        calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+        for part in (message["content"].rpartition("</think>")[2].strip(), *calls):
+            if part not in full[start:]:
+                raise ConfigError(
+                    f"the chat template must write each answer and tool call, but instead of {shorten(part)} it writes "
+                    f"{shorten(full[start:], 80)}. Use a `data.template` that writes it."
+                )
+        return start, opening
+
+    @functools.cached_property
+    def _special_tokens(self) -> tuple[str, ...]:
+        added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return (*self.tokenizer.all_special_tokens, *added)
+
+
+def read_template(config: ConversationSettings, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+    """Returns the template of the settings; None for `plain`, and for `auto` if the tokenizer has no template.
+
+    Raises ConfigError if the template's file can't be read, or the tokenizer has no template.
+    """
+    text = None
+    if config.template_file is not None:
+        text = read_template_file(config.template_file)
+    elif config.template == "plain" or (config.template == "auto" and tokenizer.chat_template is None):
+        return None
+    elif tokenizer.chat_template is None:
+        raise ConfigError(
+            "`data.template=model` needs a tokenizer with a chat template, but this model's tokenizer has none. "
+            "Use `data.template=plain`, or a file."
+        )
+    given = {"messages", *tokenizer.special_tokens_map, *inspect.signature(tokenizer.apply_chat_template).parameters}
+    if reserved := sorted(config.template_arguments.keys() & given):
+        raise ConfigError(
+            "`data.template_arguments` must be variables of the template alone, but lorasweep or the tokenizer gives "
+            f"`{reserved[0]}` to it. Remove it."
+        )
+    arguments, today = config.template_arguments, config.template_date
+    return ChatTemplate(tokenizer=tokenizer, text=text, arguments=arguments, today=today)
+
+
+def _get_reasoning(message: Mapping[str, Any]) -> str:
+    """Returns the reasoning of a message: its own field, or the start of its text up to `</think>`."""
+    inline = message["content"].rpartition("</think>")[0].replace("<think>", "")
+    return str(message.get("reasoning_content", inline)).strip()

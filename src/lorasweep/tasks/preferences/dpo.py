@@ -1,0 +1,42 @@
+"""DPO: the chosen answer must gain more probability over the frozen base than the rejected one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from lorasweep.data.rows import Batch
+from lorasweep.tasks.preferences.objective import PairObjective, split_pairs
+from lorasweep.tasks.preferences.settings import DpoConfig
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dpo(PairObjective):
+    """Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
+
+    The reward of an answer y to a prompt x is β · (log π(y|x) - log π₀(y|x)), where π₀ is the frozen base, and the
+    margin m of a pair is the reward of the chosen answer minus that of the rejected one: 0 for the base, whose
+    accuracy is 0.5. The loss is -(1 - ε) · log σ(m) - ε · log σ(-m) with ε = `label_smoothing`; ln 2 for the base.
+    """
+
+    settings_type = DpoConfig
+    needs_reference: ClassVar[bool] = True
+
+    settings: DpoConfig = field(default_factory=DpoConfig)
+
+    def compute_reference(self, model: nn.Module, batch: Batch) -> Float[Tensor, " rows"]:
+        return self.sum_log_probabilities(model, batch)
+
+    def compare(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        beta, _ = split_pairs(batch["beta"])
+        if any(parameter.requires_grad for parameter in model.parameters()):
+            chosen, rejected = split_pairs(self.sum_log_probabilities(model, batch) - batch["reference"])
+            margins = beta * (chosen - rejected)
+        else:  # the base: two batches of other shapes would differ by rounding, which must not decide who is preferred
+            margins = batch["reference"].new_zeros(len(beta))
+        # log σ(m) - log σ(-m) = m
+        return margins, softplus(-margins) + self.settings.label_smoothing * margins

@@ -1,0 +1,328 @@
+"""DPO equals its formula, alone and in packs; the base is its zero; the base's numbers survive kills."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.small_runs import SMALL_RUN
+from tests.tasks.preferences.pairs import make_pairs, make_preference_inputs
+from tests.training.runs import (
+    settings_of,
+    train,
+)
+from torch.nn.functional import logsigmoid
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from lorasweep.config.compose import compose_run
+from lorasweep.data.batching import ProcessShare, StepBatchSampler
+from lorasweep.data.rows import IGNORED, move_batch, padding_fraction
+from lorasweep.errors import ConfigError
+from lorasweep.lora import slot_model
+from lorasweep.lora.packed.inject import find_slots
+from lorasweep.methods import METHODS
+from lorasweep.objectives.objective import ExampleScores
+from lorasweep.sweep.cost import estimate_cost
+from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.measure import scale_up, train_briefly
+from lorasweep.tasks.preferences.dpo import Dpo
+from lorasweep.tasks.preferences.settings import DpoConfig
+from lorasweep.tasks.splits import build_objective
+from lorasweep.tasks.task import read_source
+from lorasweep.training.evaluation import evaluate_model, score_split
+from lorasweep.training.inputs import InputsCache, cache_key
+from lorasweep.training.packs.pack import build_pack, build_pack_batch
+from lorasweep.training.packs.size import PackSize
+from lorasweep.training.prepare import prepare_model
+from lorasweep.training.reference import REFERENCE_FOLDER
+from lorasweep.training.restore import restore_model
+from lorasweep.training.step import compute_losses
+
+RUN = SMALL_RUN | {"objective": "dpo", "trainer.batch_size": 6, "optim.lr": 3e-3, "logger": "none"}
+TIGHT = {"rtol": 1e-12, "atol": 1e-12}
+"""float64: sums of some hundred terms in another order."""
+
+
+def make_config(settings=None, /, *, beta=0.1):
+    return compose_run(RUN | {"objective.beta": beta} | (settings or {}))
+
+
+def make_small(dtype=torch.float32):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return (
+        LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=257, use_cache=False)).to(dtype).eval().requires_grad_(False)
+    )
+
+
+def make_inputs(config, *, dtype=torch.float32, model=None, folder=None, number=24):
+    """Inputs with a small random model, whose reference is computed."""
+    inputs = make_preference_inputs(config, number=number)
+    base = replace(inputs.base, model=make_small(dtype) if model is None else model)
+    return replace(inputs, base=base).prepare(config, folder=folder)
+
+
+@pytest.fixture
+def exact_norms(monkeypatch):
+    """Lets Llama's norms compute in the dtype of their input instead of fp32."""
+
+    def forward(norm, x):
+        return norm.weight * (x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt())
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
+def compute_plainly(model, base, split, index, *, beta, smoothing):
+    """Returns loss and margin of one pair by the formula, one row after the other and without padding."""
+    ratios = []
+    for row in (2 * index, 2 * index + 1):
+        ids, targets = split.sequences["input_ids"][row], split.sequences["targets"][row]
+        scored, sums = targets != IGNORED, []
+        for each in (model, base):
+            log_p = each(input_ids=ids[None]).logits[0].log_softmax(-1)
+            sums.append(log_p[scored].gather(-1, targets[scored][:, None]).sum())
+        ratios.append(sums[0] - sums[1])
+    margin = beta * (ratios[0] - ratios[1])
+    return -(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin), margin
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("by_chunk", [False, True])
+def test_loss_gradient_and_metrics_are_those_of_the_formula(smoothing, by_chunk, exact_norms):
+    config = make_config({"objective.label_smoothing": smoothing}, beta=0.5)
+    inputs = make_inputs(config, dtype=torch.float64)
+    objective, split = replace(inputs.data.objective, by_chunk=by_chunk), inputs.data.train
+    model = make_small(torch.float64).requires_grad_(True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, dtype=torch.float64)
+    indices = [3, 0, 7]
+    batch = move_batch(split.batch(indices), torch.device("cpu")) | {"beta": torch.full((6,), 0.5)}
+    found = objective.losses(model, batch)
+    gradients = torch.autograd.grad(found.sum(), [*model.parameters()])
+    plain = [
+        compute_plainly(model, inputs.base.model, split, index, beta=0.5, smoothing=smoothing) for index in indices
+    ]
+    expected, margins = (torch.stack(values) for values in zip(*plain, strict=True))
+    wanted = {"preference_accuracy": (margins > 0).double().mean(), "reward_margin": margins.mean()}
+    wanted = {name: float(value.detach()) for name, value in (wanted | {"loss": expected.mean()}).items()}
+    torch.testing.assert_close(found, expected, **TIGHT)
+    for one, two in zip(gradients, torch.autograd.grad(expected.sum(), [*model.parameters()]), strict=True):
+        torch.testing.assert_close(one, two, **TIGHT)
+    with torch.no_grad():
+        scores = objective.score(model, batch)
+    values = {name: float(value) for name, value in objective.compute(scores).items()}
+    assert values == pytest.approx(wanted, rel=1e-12)
+    for name, value in values.items():
+        by_pair, weights = objective.per_example(name, scores)
+        assert (len(by_pair), float((by_pair * weights).sum() / weights.sum())) == (3, pytest.approx(value))
+
+
+def test_a_tie_counts_half():
+    margins = torch.tensor([0.5, 0.0, -0.5, 0.0], dtype=torch.float64)
+    scores = ExampleScores(loss=margins, items=torch.ones(4), prediction=margins)
+    assert Dpo().per_example("preference_accuracy", scores)[0].tolist() == [1.0, 0.5, 0.0, 0.5]
+    assert Dpo().compute(scores)["preference_accuracy"] == 0.5
+
+
+@pytest.mark.parametrize("settings", [{}, {"trainer.eval_batch_size": 1}, {"trainer.eval_batch_size": 7}])
+def test_the_frozen_base_has_exactly_a_half_and_ln_2(settings, tmp_path):
+    config = make_config({"method": "frozen", "trainer.precision": "fp32"} | settings)
+    inputs = make_inputs(make_config(), number=200)
+    record = train(tmp_path / "run", config, inputs=inputs)
+    record_values = {name: value for name, value in record.best.items() if name != "step"}
+    assert record_values == {
+        "preference_accuracy": 0.5,
+        "reward_margin": 0.0,
+        "loss": pytest.approx(math.log(2), rel=1e-15),
+    }
+    values = score_split(inputs.base.model, inputs.data, config=config, inputs=inputs).values
+    assert values == record_values
+
+
+@pytest.mark.parametrize("method", [config.name for config in METHODS if not config.trains_nothing])
+def test_restored_weights_of_every_method_are_no_frozen_base(method, tmp_path):
+    config = make_config(settings_of(method) | {"optim.lr": 3e-2})
+    inputs = make_inputs(config)
+    record = train(tmp_path, config, inputs=inputs)
+    restored = restore_model(config, inputs.base, folder=tmp_path / "best")
+    values, _ = evaluate_model(
+        restored, inputs.data.validation, objective=inputs.data.objective, config=config, inputs=inputs
+    )
+    assert values["reward_margin"] != 0
+    best = {name: value for name, value in record.best.items() if name != "step"}
+    # fp32, in batches of another shape: PEFT and a head compute the saved weights in another order
+    assert values == pytest.approx(best, rel=1e-4, abs=1e-5)
+
+
+def set_alike(pack, solos):
+    """Gives each slot and the model of its run alone the same random weights."""
+    for slot, solo in enumerate(solos):
+        generator = torch.Generator().manual_seed(slot)
+        packed = dict(slot_model(pack, slot).named_parameters())
+        for name, parameter in solo.named_parameters():
+            if parameter.requires_grad:
+                values = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.data, packed[name].data = values.clone(), values.clone().view_as(packed[name])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_slots_with_other_betas_have_the_losses_and_gradients_of_runs_alone(checkpointing, exact_norms):
+    settings = {"trainer.activation_checkpointing": checkpointing, "trainer.accumulate": 2}
+    configs = [make_config(settings | {"method.rank": rank}, beta=beta) for rank, beta in ((2, 0.05), (3, 0.5))]
+    inputs = make_inputs(configs[0], dtype=torch.float64)
+    pack, _ = build_pack(configs, inputs=inputs)
+    pack.double()
+    solos = [prepare_model(config, inputs.base).double() for config in configs]
+    set_alike(pack, solos)
+    split = inputs.data.train
+    steps = [StepBatchSampler(split, batch_size=6, num_steps=1, seed=seed, accumulate=2).get_step(0) for seed in (0, 1)]
+    for micros in zip(*steps, strict=True):
+        batch = move_batch(build_pack_batch(split, micros), torch.device("cpu"))
+        found = compute_losses(pack, batch, inputs=inputs, configs=configs, slots=find_slots(pack))
+        found.sum().backward()
+        for slot, (solo, micro, config) in enumerate(zip(solos, micros, configs, strict=True)):
+            alone = move_batch(build_pack_batch(split, [micro]), torch.device("cpu"))
+            loss = compute_losses(solo, alone, inputs=inputs, configs=[config])[0]
+            loss.backward()
+            torch.testing.assert_close(found[slot], loss, **TIGHT)
+    for slot, solo in enumerate(solos):
+        packed = dict(slot_model(pack, slot).named_parameters())
+        trained = {name: parameter for name, parameter in solo.named_parameters() if parameter.requires_grad}
+        assert trained
+        for name, parameter in trained.items():
+            torch.testing.assert_close(packed[name].grad.view_as(parameter), parameter.grad, **TIGHT)
+
+
+def test_processes_and_micro_batches_share_pairs_and_never_part_them():
+    split, config = make_pairs("train", number=11, seed=3), make_config()
+    [micro] = StepBatchSampler(split, batch_size=7, num_steps=1, seed=0).get_step(0)
+    shares = [ProcessShare(rank, 2).select(micro) for rank in range(2)]
+    assert sorted(index for share in shares for index in share.indices) == sorted(micro.indices)
+    inputs = make_inputs(config)
+    model, device = prepare_model(config, inputs.base), torch.device("cpu")
+
+    def compute(micro):
+        batch = move_batch(build_pack_batch(inputs.data.train, [micro]), device)
+        return compute_losses(model, batch, inputs=inputs, configs=[config]).item()
+
+    cut = StepBatchSampler(inputs.data.train, batch_size=7, num_steps=1, seed=0, accumulate=3).get_step(0)
+    whole = compute(micro)
+    assert sum(map(compute, shares)) == pytest.approx(whole, rel=1e-5)
+    assert sum(map(compute, cut)) == pytest.approx(whole, rel=1e-5)
+
+
+def test_padding_counts_both_rows():
+    split = make_pairs("train", number=6, seed=0)
+    rows = split.sequences["input_ids"].lengths
+    padded = 12 * int(rows.max())
+    assert padding_fraction(split, [[*range(6)]]) == pytest.approx(1 - int(rows.sum()) / padded)
+
+
+def read_files(folder):
+    return sorted((folder / REFERENCE_FOLDER).glob("*.safetensors"))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The pairs that the base scores."""
+    seen, true = [], Dpo.compute_reference
+
+    def compute(objective, model, batch):
+        seen.append(len(batch["input_ids"]) // 2)
+        return true(objective, model, batch)
+
+    monkeypatch.setattr(Dpo, "compute_reference", compute)
+    return seen
+
+
+def test_a_second_process_reads_the_numbers_of_the_first(tmp_path, calls):
+    config = make_config()
+    first = make_inputs(config, folder=tmp_path)
+    calls.clear()
+    second = make_inputs(config, folder=tmp_path)
+    assert calls == []
+    assert torch.equal(second.data.train.columns["reference"], first.data.train.columns["reference"])
+
+
+def test_another_base_or_precision_has_its_own_numbers(tmp_path, calls):
+    config = make_config()
+    first = make_inputs(config, folder=tmp_path)
+    other = make_small()
+    other.lm_head.weight.data += 0.1
+    inputs = make_preference_inputs(config)
+    for base in (
+        replace(inputs.base, model=other, fingerprint="other"),
+        replace(inputs.base, model=make_small(torch.bfloat16)),
+    ):
+        calls.clear()
+        second = replace(inputs, base=base).prepare(config, folder=tmp_path)
+        assert sum(calls) == 48
+        assert not torch.equal(first.data.train.columns["reference"], second.data.train.columns["reference"])
+
+
+def test_the_test_split_is_scored_at_its_first_use_and_nothing_twice(tmp_path, calls):
+    config = make_config()
+    inputs = make_inputs(config, folder=tmp_path)
+    assert sum(calls) == 2 * 24
+    assert inputs.prepare(config, folder=tmp_path) is inputs
+    assert inputs.data.test() is inputs.data.test()
+    assert sum(calls) == 3 * 24
+    assert len(read_files(tmp_path)) == 3
+
+
+def test_pairs_of_answers_are_learned_by_dpo_with_its_defaults():
+    chosen = compose_run({"data": "preferences", "data.train": "pairs.jsonl"}).objective
+    assert chosen == DpoConfig(beta=0.1, label_smoothing=0.0)
+    assert (chosen.slot_keys, replace(chosen, beta=0.3).shared) == (("beta",), chosen)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"), [("beta", [0, -1.0, "much", None, math.inf]), ("label_smoothing", [-0.1, 0.5, "much"])]
+)
+def test_a_number_outside_of_its_range_is_refused(key, values):
+    for value in values:
+        with pytest.raises(ConfigError, match=rf"`objective\.{key}"):
+            compose_run(RUN | {f"objective.{key}": value})
+
+
+def test_other_data_has_no_preferences():
+    with pytest.raises(ConfigError, match=r"`objective\.beta` is a setting of `objective=dpo`"):
+        compose_run(SMALL_RUN | {"objective.beta": 0.5})
+    config = compose_run(RUN)
+    with pytest.raises(ConfigError, match=r"`objective` must be one of default for `data=stdlib_docs`, but got 'dpo'"):
+        build_objective(config.objective, data=config.data, source=read_source(config.data), model=make_small())
+
+
+def test_data_that_must_be_retained_is_compared_with_the_base_too(tmp_path, calls):
+    config, inputs_cache = make_config(), InputsCache()
+    inputs, pairs = make_inputs(config), make_preference_inputs(config)
+    calls.clear()
+    inputs_cache._inputs[cache_key(config)] = inputs
+    inputs_cache._other_splits[config.data, cache_key(config)] = pairs.data
+    assert inputs_cache.load_splits(config.data, config) is pairs.data  # a check needs no numbers of the base
+    inputs_cache.folder = tmp_path
+    splits = inputs_cache.load_splits(config.data, config)
+    values = score_split(prepare_model(config, inputs.base), splits, config=config, inputs=inputs).values
+    # the adapter changes nothing yet, so a margin is rounding alone: fp32, 8 tokens of 6 nats
+    assert (values["reward_margin"], sum(calls)) == (pytest.approx(0.0, abs=1e-5), len(pairs.data.test()))
+    assert inputs_cache.load_splits(config.data, config) is splits
+
+
+def test_a_plan_measures_without_the_numbers_of_the_base_and_counts_their_time(calls):
+    config = make_config()
+    inputs = make_preference_inputs(config)
+    training = train_briefly(config, inputs, slots=1, is_pack=True)
+    assert training.record.status == "interrupted"
+    assert calls == []
+    definition = read_definition({"name": "pairs", "settings": RUN, "arms": {"lora": {"settings": {"method": "lora"}}}})
+    arm, inputs_cache = definition.arms[0], InputsCache()
+    inputs_cache._inputs[cache_key(arm.base)] = inputs
+    size = PackSize(1, "")
+    rates = scale_up(training, size, [arm], definition=definition, inputs_cache=inputs_cache)
+    tokens = sum(int(split.lengths.sum()) for split in (inputs.data.train, inputs.data.validation, inputs.data.test()))
+    per_token = training.evaluating_s / int(inputs.data.validation.lengths.sum())  # one batch
+    assert rates.reference_s == pytest.approx(per_token * tokens)
+    without = estimate_cost(definition, [replace(rates, reference_s=0.0)])
+    assert estimate_cost(definition, [rates]).low_s == pytest.approx(without.low_s + rates.reference_s)
