@@ -117,17 +117,18 @@ def compose_run(settings: Mapping[str, Any], *, require_all: bool = True) -> Run
     Raises:
         ConfigError: A key or value is wrong; the message names the nearest valid one.
     """
-    return build_run(compose_values("train", settings, require_all=require_all))
+    composed = compose_options("train", settings)
+    return build_run(apply_settings("train", composed, settings, require_all=require_all))
 
 
 def compose_sweep(settings: Mapping[str, Any]) -> SweepConfig:
     """Returns the settings that belong to a sweep, and ignores those of its runs; errors as in `compose_run`."""
     of_sweep = {key: value for key, value in settings.items() if key.split(".")[0] in SWEEP_GROUPS}
-    return _build(SweepConfig, compose_values("sweep", of_sweep))
+    return _build(SweepConfig, apply_settings("sweep", compose_options("sweep", of_sweep), of_sweep))
 
 
 def build_run(values: Mapping[str, Any]) -> RunConfig:
-    """Returns the settings of one run from the values that `compose_values` composed; errors as in `compose_run`."""
+    """Returns the settings of one run from the values that `apply_settings` returned; errors as in `compose_run`."""
     values = {key: value for key, value in values.items() if key not in ("output", "resume")}
     refuse_secrets(values)
     return _build(RunConfig, values)
@@ -176,11 +177,6 @@ def merge_settings(settings: Mapping[str, Any], later: Mapping[str, Any]) -> dic
             if name.removeprefix(f"{place}.") not in kept:
                 del merged[name]
     return {**merged, **later}
-
-
-def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all: bool = True) -> dict[str, Any]:
-    """Returns a primary config with settings applied and interpolations resolved; see `compose_run`."""
-    return apply_settings(primary, compose_options(primary, settings), settings, require_all=require_all)
 
 
 def compose_options(primary: Primary, settings: Mapping[str, Any]) -> DictConfig:

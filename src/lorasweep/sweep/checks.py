@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorasweep.activity import doing
 from lorasweep.config.data import MetricComponent, ScoreMetric, SplitSettings
-from lorasweep.config.run import STEPS_KEY, RunConfig
+from lorasweep.config.run import STEPS_KEY
 from lorasweep.disk import require_new_folder
 from lorasweep.errors import ConfigError
 from lorasweep.record import RetainedRow
@@ -85,7 +85,7 @@ def check_definition(
 
 def check_same_examples(definition: Definition, inputs_cache: InputsCache) -> None:
     """Raises ConfigError if arms are scored on different examples of the user's data."""
-    configs = [config for config in _list_corner_configs(definition) if isinstance(config.data, SplitSettings)]
+    configs = [config for config in definition.corner_configs if isinstance(config.data, SplitSettings)]
     has_test = definition.sweep_config.confirm.seeds != 0
     splits = [inputs_cache.load(config).splits for config in configs]
     scored = {(one.validation.fingerprint, one.test().fingerprint if has_test else "") for one in splits}
@@ -102,7 +102,7 @@ def list_test_metrics(definition: Definition, metric: ScoreMetric) -> list[Score
     `metric` is that of `find_metric`. Raises ConfigError if `confirm.metric` is not measured, or if arms have different
     settings of `data.answers`.
     """
-    first, *others = (config.data.generated for config in _list_corner_configs(definition))
+    first, *others = (config.data.generated for config in definition.corner_configs)
     if any(answers != first for answers in others):
         raise ConfigError("`data.answers` must be the same for all arms, because they are compared, but differs.")
     metrics = [metric] if first is None else [metric, first.metric]
@@ -129,7 +129,7 @@ def list_retained(definition: Definition, inputs_cache: InputsCache) -> list[Ret
 
 def find_metric(definition: Definition, inputs_cache: InputsCache) -> ScoreMetric:
     """Returns the metric by which every trial is scored. With `data.metric=auto` it depends on the data."""
-    configs = _list_corner_configs(definition)
+    configs = definition.corner_configs
     metrics = sorted({inputs_cache.load(config).splits.metric for config in configs})
     if len(metrics) > 1:
         raise ConfigError(f"`data.metric` must be the same for all arms, but got {', '.join(metrics)}.")
@@ -146,21 +146,16 @@ def score_constant_answer(definition: Definition, inputs_cache: InputsCache) -> 
 
     Empty for data without labels, or if these scores are not the same for all trials.
     """
-    configs = [config for config in _list_corner_configs(definition) if config.num_steps]
+    configs = [config for config in definition.corner_configs if config.num_steps]
     evaluated = {(inputs_cache.load(config).splits, config.eval_fraction) for config in configs}
     scored = [splits.score_constant_answer(splits.validation, fraction=fraction) for splits, fraction in evaluated]
     scores = scored[0] if scored and all(each == scored[0] for each in scored) else {}
     return {name: score for name, score in scores.items() if math.isfinite(score)}
 
 
-def _list_corner_configs(definition: Definition) -> list[RunConfig]:
-    return [config for arm in definition.arms for config in arm.corner_configs]
-
-
 def describe_coverages(definition: Definition, inputs_cache: InputsCache) -> dict[str, bool]:
     """Returns the different sentences on what the LoRA arms adapt, and for each whether it warns of fused experts."""
-    configs = _list_corner_configs(definition)
-    coverages = [inputs_cache.load(config).find_coverage(config) for config in configs]
+    coverages = [inputs_cache.load(config).find_coverage(config) for config in definition.corner_configs]
     return {coverage.describe(): bool(coverage.fused_experts) for coverage in coverages if coverage is not None}
 
 

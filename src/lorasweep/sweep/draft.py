@@ -22,6 +22,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from lorasweep.activity import doing
+from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import SWEEP_GROUPS, compose_run, merge_settings
 from lorasweep.config.data import DataSettings, RowSettings
 from lorasweep.config.method import LoraConfig
@@ -71,11 +72,6 @@ COMMENT_WIDTH = 116
 Place: TypeAlias = tuple[str, ...]
 """The keys that lead to a value of a sweep file."""
 SWEEP_SETTINGS = {"sweep.trials": 16, "confirm.seeds": [3, 6, 10], "confirm.margin": "5%"}
-COMMENTS = {
-    "confirm.seeds": "numbers of seeds at which the questions are tested",
-    "confirm.margin": "smallest difference that matters: a number, or a share of full fine-tuning's gain over frozen",
-    "data.max_validation_examples": "evenly spaced; an evaluation of all takes longer",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +87,7 @@ class Draft:
 
 def draft_definition(overrides: Sequence[str] | Mapping[str, Any], inputs_cache: InputsCache) -> Definition:
     """Returns the sweep that `lorasweep new` would write for these overrides. Errors as in `draft_sweep`."""
-    typed = Overrides.parse(overrides)
+    typed = Overrides.parse(parse_overrides(overrides))
     values = {key: value for key, value in typed.common.items() if not isinstance(value, Range)}
     settings = {key: value for key, value in values.items() if re.match(r"(model|data|trainer)\b", key)}
     source = str(settings.get("data.path") or settings.get("data.train") or settings.get("data", ""))
@@ -163,14 +159,7 @@ def draft_sweep(
     kept = {name: arm for name, arm in arms.items() if f"arms.{name}" not in left_out}
     comments |= _list_comments(numbered, inputs, recipe, has_full="full" in kept)
     content = {"name": path.stem, "settings": {**numbered, **SWEEP_SETTINGS, **of_sweep}, "arms": kept}
-    head = [
-        f"{'LoRA and full fine-tuning' if 'full' in kept else 'LoRA'} beside the frozen base. First look at the cost, "
-        "then start:",
-        f"  lorasweep plan {path}",
-        f"  lorasweep sweep {path}",
-        *_list_facts(inputs, recipe),
-        *notes,
-    ]
+    head = _list_head(path, inputs, recipe, notes, has_full="full" in kept)
     text = _write_yaml(content, comments, head)
     return Draft(text=text, definition=read_definition(content), notes=notes)  # it must be a sweep that starts
 
@@ -282,16 +271,23 @@ def _choose_numbers(
     return {key: number for key, number in numbers.items() if key not in chosen}
 
 
-def _list_facts(inputs: RunInputs, recipe: Recipe | None) -> list[str]:
-    """Returns lines on the recipe's keys, and on the model and the data."""
-    labels = inputs.base.labels
+def _list_head(
+    path: Path, inputs: RunInputs, recipe: Recipe | None, notes: Sequence[str], *, has_full: bool
+) -> list[str]:
+    """Returns the lines above a draft: what it compares, what to type, and facts on the recipe, model and data."""
+    labels, recipe_facts = inputs.base.labels, recipe.describe() if recipe else []
     named = "" if labels is None or len(labels.names) < 2 else f" and {len(labels.names)} labels"
+    compared = "LoRA and full fine-tuning" if has_full else "LoRA"
     return [
-        *(line for fact in (recipe.describe() if recipe else ()) for line in textwrap.wrap(fact, COMMENT_WIDTH)),
+        f"{compared} beside the frozen base. First look at the cost, then start:",
+        f"  lorasweep plan {path}",
+        f"  lorasweep sweep {path}",
+        *(line for fact in recipe_facts for line in textwrap.wrap(fact, COMMENT_WIDTH)),
         f"The base has {format_count(inputs.base.num_parameters)} parameters. The data has {len(inputs.data.train):,} "
         f"training sequences{named}.",
         *inputs.splits.notes,
         *inputs.splits.test().notes,
+        *notes,
     ]
 
 
@@ -315,7 +311,9 @@ def _list_comments(
     longest = int(lengths.max())
     is_cut = "; longer ones are cut off" if longest > settings.get("data.max_length", longest) else ""
     comments = {
-        **COMMENTS,
+        "confirm.seeds": "numbers of seeds at which the questions are tested",
+        "confirm.margin": "smallest difference that matters: a number, or a share of the gain of `full` over `frozen`",
+        "data.max_validation_examples": "evenly spaced; an evaluation of all takes longer",
         **({"trainer.batch_size": recipe.batch} if recipe else {}),
         "sweep.trials": "; ".join(searches),
         "data.metric": f"or {join_words(others, last='or')}{advice if is_advised else ''}",

@@ -50,7 +50,7 @@ def test_a_file_that_is_no_sweep_is_refused_and_no_code_runs(read, here, text):
 
 
 def test_a_misspelt_field_of_an_arm_on_the_command_line_is_named():
-    refuse(["`arms.lora.trails`", "Did you mean `trials`?"], Overrides.parse, ["arms.lora.trails=3"])
+    refuse(["`arms.lora.trails`", "Did you mean `trials`?"], Overrides.parse, {"arms.lora.trails": 3})
 
 
 LORA = "arms", "lora"

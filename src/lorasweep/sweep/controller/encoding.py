@@ -216,7 +216,8 @@ class History:
 
     def _round(self, point: Point) -> tuple[Any, ...]:
         return tuple(
-            f"{point[key]:.2g}" if range_.is_continuous else point[key] for key, range_ in self.encoding.ranges.items()
+            f"{point[key]:.2g}" if not range_.choices and range_.step is None else point[key]
+            for key, range_ in self.encoding.ranges.items()
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lorasweep.config.build import as_settings, build
+from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import SWEEP_GROUPS, compose_options, compose_run, compose_sweep
 from lorasweep.config.data import DataConfig
 from lorasweep.config.run import DECLARED_TYPES, METHODS_ON_QUANTISED_BASE, RunConfig
@@ -25,6 +26,7 @@ from lorasweep.sweep.definition.ranges import Range, Space, describe_space
 from lorasweep.sweep.definition.sweep_file import (
     ArmConfig,
     SweepFile,
+    make_paths_absolute,
     name_in_errors,
     read_content,
     require_folder_name,
@@ -131,6 +133,11 @@ class Definition:
                 retained[name] = compose_run({**model, **typed}).data
         return retained
 
+    @property
+    def corner_configs(self) -> list[RunConfig]:
+        """The `corner_configs` of all arms."""
+        return [config for arm in self.arms for config in arm.corner_configs]
+
     def find_arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
 
@@ -142,7 +149,8 @@ class Definition:
         """
         earlier = self.raw["overrides"].items()
         kept = {key: value for key, value in earlier if not any(key.startswith(f"{one}.") for one in changes)}
-        return _define(self.raw["file"], Overrides.parse({**kept, **changes}), source=self.source)
+        raw = {**self.raw, "overrides": {**kept, **make_paths_absolute(changes)}}
+        return restore_definition(raw, source=self.source)
 
 
 def read_definition(source: Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Definition:
@@ -151,23 +159,20 @@ def read_definition(source: Path | Mapping[str, Any], overrides: Sequence[str] |
     Raises:
         ConfigError: The file can't be read, a key or range is wrong, or an arm does not compose.
     """
-    path, typed = None if isinstance(source, Mapping) else source, Overrides.parse(overrides)
-    content = read_content(source)
+    path, typed = None if isinstance(source, Mapping) else source, make_paths_absolute(parse_overrides(overrides))
+    raw = {"file": read_content(source), "overrides": typed}
     with name_in_errors(path.name) if path else nullcontext():
-        return _define(content, typed, source=path)
+        return restore_definition(raw, source=path)
 
 
-def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Definition:
+def restore_definition(raw: dict[str, Any], *, source: Path | None) -> Definition:
     """Returns the definition whose `raw` is given. Raises the errors of `read_definition`."""
-    return _define(raw["file"], Overrides.parse(raw["overrides"]), source=source)
-
-
-def _define(content: Any, typed: Overrides, *, source: Path | None) -> Definition:
-    file = typed.change_arms(build(SweepFile, content))
+    typed = Overrides.parse(raw["overrides"])
+    file = typed.change_arms(build(SweepFile, raw["file"]))
     common = {name: _select_overrides(name, file, typed) for name in file.arms}
-    unknown = {name for name in (*typed.own, *typed.fields) if name not in file.arms}
+    given = [*typed.own.items(), *typed.fields.items()]
     unused = [key for key in typed.common if not any(key in layer for layer in common.values())]
-    unused += [key for key in typed.raw if key.startswith(tuple(f"arms.{name}." for name in unknown))]
+    unused += [f"arms.{name}.{key}" for name, layer in given if name not in file.arms for key in layer]
     if unused:
         raise ConfigError(
             f"`{unused[0]}` must be a setting of at least one arm ({', '.join(file.arms)}), but is not."
@@ -180,7 +185,7 @@ def _define(content: Any, typed: Overrides, *, source: Path | None) -> Definitio
         description=file.description,
         arms=tuple(arms),
         sweep_config=sweep_config,
-        raw={"file": content, "overrides": dict(typed.raw)},
+        raw=raw,
         source=source,
     )
 

@@ -57,7 +57,7 @@ def draw_confirm_seeds(definition: Definition) -> list[int]:
     The seeds depend on `sweep.seed`. A larger number of seeds begins with the same seeds, so that a stage can grow.
     """
     count = max(definition.sweep_config.confirm.list_looks(), default=0)
-    configs = [config for arm in definition.arms for config in arm.corner_configs] if count else []
+    configs = definition.corner_configs if count else []
     used = {seed for config in configs for seed in (config.seed, *astuple(config.seeds))}
     seeds: dict[int, None] = {}
     numbers = itertools.count()
@@ -101,7 +101,7 @@ def find_warnings(definition: Definition) -> list[str]:
             "`data.answers` has no effect, because answers are generated in the confirm stage. Set `confirm.seeds`, or "
             "`data.answers.on_validation=true`."
         )
-    methods = {config.method.kind for arm in definition.arms for config in arm.corner_configs}
+    methods = {config.method.kind for config in definition.corner_configs}
     missing = [f"`method={name}`" for name in ("full", "frozen") if name not in methods]
     if confirm.seeds and list_questions(definition) and missing and parse_margin(confirm.margin).is_share_of_gain:
         warnings.append(

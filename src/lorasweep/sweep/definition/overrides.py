@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from lorasweep.config.build import TARGET, Positive, build, convert
-from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import SWEEP_GROUPS, default_options, is_hydra_override, merge_settings
 from lorasweep.config.run import DECLARED_TYPES
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.ranges import Range, Space
-from lorasweep.sweep.definition.sweep_file import ArmConfig, SweepFile, make_paths_absolute
+from lorasweep.sweep.definition.sweep_file import ArmConfig, SweepFile
 from lorasweep.wording import suggest_nearest
 
 ARM_FIELDS: Mapping[str, Any] = {"trials": Positive | None, "confirm_each": str | None}
@@ -26,7 +25,7 @@ class Overrides:
     """The overrides that a user typed for a sweep, by what they change."""
 
     raw: Mapping[str, Any]
-    """Dotted keys with values, lists of choices and mappings of bounds. `parse` returns the same overrides for them."""
+    """Dotted keys with values, lists of choices and mappings of bounds."""
     common: Layer
     """The settings and ranges of all arms."""
     own: Mapping[str, Layer]
@@ -37,13 +36,12 @@ class Overrides:
     """The arms that `arms.NAME={settings: ...}` adds, and None for those that `arms.NAME=null` leaves out."""
 
     @classmethod
-    def parse(cls, given: Sequence[str] | Mapping[str, Any]) -> Overrides:
-        """Returns overrides from arguments of the command line, or from a mapping of dotted keys to values.
+    def parse(cls, raw: Mapping[str, Any]) -> Overrides:
+        """Returns overrides from the keys and values of `config.command_line.parse_overrides`.
 
         Raises:
-            ConfigError: An argument is no override of a sweep, or a range or an arm is wrong.
+            ConfigError: A key is no override of a sweep, or a range or an arm is wrong.
         """
-        raw = make_paths_absolute(parse_overrides(given))
         common: dict[str, Any] = {}
         own: dict[str, dict[str, Any]] = {}
         fields: dict[str, dict[str, Any]] = {}

@@ -107,10 +107,6 @@ class Range:
         return len(self.choices) == 1 if self.choices else self.low == self.high
 
     @property
-    def is_continuous(self) -> bool:
-        return not (self.choices or self.is_whole or self.step)
-
-    @property
     def are_numbers(self) -> bool:
         """Whether all choices are numbers."""
         return all(map(is_number, self.choices))

@@ -73,7 +73,8 @@ def find_sweep_file(name: str) -> Path:
     Raises:
         ConfigError: The file is missing; the message lists the names.
     """
-    files = list_sweep_files()
+    folders = (packaged_folder("sweeps"), Path.cwd() / "sweeps")  # a file of the second replaces one of the first
+    files = {path.stem: path for folder in folders for path in folder.rglob("*.yaml") if path.is_file()}
     if name in files:
         return files[name]
     if (Path(name) / SWEEP_FILE).is_file():
@@ -89,12 +90,6 @@ def find_sweep_file(name: str) -> Path:
         f"{suggest_nearest(path.name, [*(other.name for other in path.parent.glob('*.y*ml')), *files])}"
         f"{f' Name data by `data.train={name}`.' if Path(name).is_file() else ''}"
     )
-
-
-def list_sweep_files() -> dict[str, Path]:
-    """Returns the files of all sweeps by name. A file in the current folder replaces a packaged file."""
-    folders = (packaged_folder("sweeps"), Path.cwd() / "sweeps")
-    return {path.stem: path for folder in folders for path in folder.rglob("*.yaml") if path.is_file()}
 
 
 def read_content(source: Path | Mapping[str, Any]) -> Any:
