@@ -110,8 +110,6 @@ class DataSettings(Settings):
     """Settings that limit the number of scored examples: of validation, then of test."""
     cuts_examples: ClassVar[bool] = False
     """Whether the examples have lengths of their own, which `data.max_length` cuts."""
-    reads_whole_files: ClassVar[bool] = False
-    """Whether `lorasweep new` chooses these settings for files that are no tables."""
 
     name: str
     metric: str | MetricComponent

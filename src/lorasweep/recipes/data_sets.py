@@ -9,6 +9,7 @@ from typing import Any
 
 from lorasweep.errors import first_line
 from lorasweep.recipes.keys import MappedKeys, sort_keys
+from lorasweep.tasks import PLAIN_TEXT
 
 INFO_FILE = "dataset_info.json"
 """LLaMA-Factory's file that describes each data set by its name."""
@@ -112,7 +113,7 @@ def _read_source(found: MappedKeys, facts: Mapping[str, Any], *, prefix: str) ->
     if not path or files:
         why = "these are files of a data set, or several" if files else "it is missing"
         found.refuse(f"{prefix}{'data_files' if files else 'path'}", f"{why}; name the data by `data.train=FILE`")
-    elif is_file and found.settings.get("data") == "text" and source.suffix != ".txt":
+    elif is_file and found.settings.get("data") == PLAIN_TEXT and source.suffix != ".txt":
         found.refuse(f"{prefix}path", "a column of texts is read from the hub or from a folder; or write a .txt file")
     elif is_file:
         found.settings["data.train"] = str(source)

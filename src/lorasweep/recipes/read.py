@@ -6,7 +6,7 @@ The file is data: nothing in it is run, and no tag is followed. The tables besid
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,13 @@ from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY
 from lorasweep.errors import ConfigError
 from lorasweep.recipes.data_sets import read_data_sets
 from lorasweep.recipes.keys import MappedKeys, find_key, sort_keys
+from lorasweep.tasks import DATA, PLAIN_TEXT
 from lorasweep.wording import join_words, shorten
 
 TOOLS = ("axolotl", "llamafactory", "trl")
 """The tables, in the order in which they are tried: TRL's first key is also one of LLaMA-Factory."""
 WARMUP_KEYS = ("warmup_ratio", "warmup_steps")
 BETA, LR_RATIO = "objective.beta", "optim.lr_ratio_b"
-CHAT_KEYS = ("data.max_train_examples", "data.turns", "data.template_arguments")
-"""Settings that plain text does not have."""
 PEFT_NAMES: Mapping[str, str] = {
     RANK: "r",
     ALPHA: "lora_alpha",
@@ -153,8 +152,10 @@ def _combine(
         LR_RATIO: is_full or facts.get("dora"),
         "optim.beta": settings.get("optim") != "adamw",
     }
-    if settings.get("data") == "text":
-        for key in [key for key, ours in found.followed.items() if ours in CHAT_KEYS]:
+    if settings.get("data") == PLAIN_TEXT:
+        known = {"data", *(f"data.{field.name}" for field in fields(DATA[PLAIN_TEXT]))}
+        of_data = {key: ours for key, ours in found.followed.items() if ours.partition(".")[0] == "data"}
+        for key in [key for key, ours in of_data.items() if ours not in known]:
             settings.pop(found.followed.pop(key))
             found.not_followed[key] = "plain text is read as a whole"
     for key, ours in [*found.followed.items()]:
@@ -163,8 +164,8 @@ def _combine(
             del found.followed[key]
             settings.pop(ours, None)
             method.pop(ours, None)
-    if stage == "dpo":
-        settings.setdefault("data", "preferences")
+    if stage in table["stage_data"]:
+        settings.setdefault("data", table["stage_data"][stage])
     micro_batch, accumulate = facts["micro_batch"], facts["accumulate"]
     if "batch" in facts:
         accumulate = max(1, facts["batch"] // micro_batch)

@@ -40,7 +40,7 @@ from lorasweep.sweep.definition.confirm import MAX_LAW_FACTOR
 from lorasweep.sweep.definition.overrides import Overrides
 from lorasweep.sweep.definition.ranges import Range
 from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS, make_paths_absolute
-from lorasweep.tasks import DATA
+from lorasweep.tasks import DATA, PLAIN_TEXT
 from lorasweep.tasks.task import GivenTable, find_task
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.run_inputs import RunInputs
@@ -50,8 +50,6 @@ COLUMN_KEYS = frozenset(("prompt", "input", "completion", "messages", "chosen", 
 """Settings of data that name columns of a recipe's table."""
 DATA_KEYS = frozenset(("data", "data.train", "data.path"))
 SOURCE_KEYS = ("data.path", "data.train", "data.subset", "data.revision")
-PLAIN_TEXT = next(name for name, kind in DATA.items() if kind.reads_whole_files)
-"""The value of `data` for files that are no tables."""
 ROW_DATA = next(name for name, kind in DATA.items() if issubclass(kind, RowSettings))
 """A value of `data` for tables, with whose settings the first one is read."""
 ROW_KEYS = frozenset(field.name for field in fields(RowSettings)) - {"name", "metric"}

@@ -22,6 +22,8 @@ DATA: dict[str, type[DataSettings]] = {
     "module": ModuleDataConfig,
 }
 """The settings of each value of `data.name`. `lorasweep new` tries the tasks in this order."""
+PLAIN_TEXT = "text"
+"""The value of `data.name` for files that are no tables."""
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "default": ObjectiveConfig,
     "dpo": DpoConfig,

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from tests.data.conftest import make_ragged
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorasweep.config.objective import ObjectiveConfig
 from lorasweep.data.rows import IGNORED, Rows
@@ -37,6 +38,14 @@ def make_pairs(name, *, number, seed):
         weights=torch.ones(number),
         row_names=("chosen", "rejected"),
         facts={"examples": number},
+    )
+
+
+def make_small(dtype=torch.float32):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return (
+        LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=257, use_cache=False)).to(dtype).eval().requires_grad_(False)
     )
 
 

@@ -6,14 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.small_runs import SMALL_RUN
-from tests.tasks.preferences.pairs import make_pairs, make_preference_inputs
+from tests.tasks.preferences.pairs import make_pairs, make_preference_inputs, make_small
 from tests.training.runs import (
     settings_of,
     train,
 )
 from torch.nn.functional import logsigmoid
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lorasweep.config.compose import compose_run
 from lorasweep.data.batching import ProcessShare, StepBatchSampler
@@ -48,29 +46,11 @@ def make_config(settings=None, /, *, beta=0.1):
     return compose_run(RUN | {"objective.beta": beta} | (settings or {}))
 
 
-def make_small(dtype=torch.float32):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return (
-        LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=257, use_cache=False)).to(dtype).eval().requires_grad_(False)
-    )
-
-
 def make_inputs(config, *, dtype=torch.float32, model=None, folder=None, number=24):
     """Inputs with a small random model, whose reference is computed."""
     inputs = make_preference_inputs(config, number=number)
     base = replace(inputs.base, model=make_small(dtype) if model is None else model)
     return replace(inputs, base=base).prepare(config, folder=folder)
-
-
-@pytest.fixture
-def exact_norms(monkeypatch):
-    """Lets Llama's norms compute in the dtype of their input instead of fp32."""
-
-    def forward(norm, x):
-        return norm.weight * (x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt())
-
-    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
 
 
 def compute_plainly(model, base, split, index, *, beta, smoothing):

@@ -80,7 +80,7 @@ def load_tables(config: SplitSettings, split: str, choose: ChooseColumns) -> lis
             f"or txt, but got {rules}."
         )
     if config.path is None:
-        assert isinstance(config, RowSettings)  # `data=text` reads files whole
+        assert isinstance(config, RowSettings)  # others read files whole
         _announce(sum(file.stat().st_size for file in files), split)
         return [read_file(path, config, choose) for path in files]
     from lorasweep.data.reading.hub import load_hub  # noqa: PLC0415 (`datasets` is slow to import)

@@ -48,8 +48,6 @@ class StdlibConfig(BlockSettings):
 class TextConfig(SplitSettings, BlockSettings):
     """Plain text, cut into blocks that are predicted token by token."""
 
-    reads_whole_files = True
-
     name: Literal["text"]
     text: str
     """Column of the texts in a data set of the hub; files are read whole."""
