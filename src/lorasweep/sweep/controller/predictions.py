@@ -80,19 +80,17 @@ def place_settings(params: Sequence[Mapping[str, Any]], *, space: Space, law: Ra
             columns.append([rate / RATE_LENGTH_SCALE_DECADES for rate in rates])
         elif key in LENGTH_SCALES_OCTAVES and all(is_number(value) and value > 0 for value in values):
             columns.append([math.log2(value) / LENGTH_SCALES_OCTAVES[key] for value in values])
-        elif range_.choices:
-            columns += _place_choices(values, range_)
+        elif range_.choices and not range_.are_numbers:
+            columns += _place_choices(values, range_.choices)
         else:
-            columns.append([range_.find_fraction(value) / RANGE_LENGTH_SCALE for value in values])
+            encoded = range_.encoded
+            columns.append([encoded.find_fraction(range_.encode(value)) / RANGE_LENGTH_SCALE for value in values])
     return np.array(columns, dtype=np.float64).reshape(-1, len(params)).T
 
 
-def _place_choices(values: Sequence[Any], range_: Range) -> list[list[float]]:
-    """Returns one column with the positions of numbers among the sorted choices, or one column per choice."""
-    if range_.are_numbers:
-        order = range_.sorted_choices
-        return [[order.index(value) / (len(order) - 1) / RANGE_LENGTH_SCALE for value in values]]
-    names = [repr(choice) for choice in range_.choices]  # 1, 1.0 and True are equal
+def _place_choices(values: Sequence[Any], choices: Sequence[Any]) -> list[list[float]]:
+    """Returns one column per choice."""
+    names = [repr(choice) for choice in choices]  # 1, 1.0 and True are equal
     side = 1 / (math.sqrt(2) * CHOICE_LENGTH_SCALE)
     return [[side * (repr(value) == name) for value in values] for name in names]
 
