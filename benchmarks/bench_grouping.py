@@ -32,10 +32,10 @@ from real_weights import minilm_folder
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import SEED_KEYS
 from lorasweep.training.inputs import load_inputs
+from lorasweep.training.open_run import RunFolder, RunRequest
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.run import train_run
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.training.run_log import RunFolder, RunRequest
 
 SLOTS = 5
 TURNS = 6

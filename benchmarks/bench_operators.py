@@ -42,9 +42,9 @@ from lorasweep.data.rows import Batch, select_model_inputs
 from lorasweep.lora.packed.stacks import StepStacks
 from lorasweep.models import tiny
 from lorasweep.training.inputs import load_inputs
+from lorasweep.training.open_run import RunFolder, RunRequest
 from lorasweep.training.packs import pack
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.training.run_log import RunFolder, RunRequest
 
 MODELS = ("tiny", "minilm", "smollm2")
 MIXED = (1, 1, 4, 4, 16, 16, 64, 64)

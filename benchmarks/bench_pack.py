@@ -53,10 +53,10 @@ from lorasweep.record import RunRecord
 from lorasweep.tasks.table.objective import Classification
 from lorasweep.training.environment import DTYPES
 from lorasweep.training.inputs import load_inputs
+from lorasweep.training.open_run import RunEvaluation, RunFolder, RunRequest
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slot_run import SlotOptimizer, step_slots
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.training.run_log import RunEvaluation, RunFolder, RunRequest
 
 MODELS = ("tiny", "minilm", "smollm2")
 SIZES = (1, 2, 4, 8, 16, 32)

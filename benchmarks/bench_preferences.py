@@ -175,9 +175,9 @@ def train(work: Mapping[str, Any], output: Path) -> None:
     from lorasweep.config.compose import compose_run  # noqa: PLC0415 (torch reads OMP_NUM_THREADS at its import)
     from lorasweep.record import read_steps  # noqa: PLC0415
     from lorasweep.training.inputs import load_inputs  # noqa: PLC0415
+    from lorasweep.training.open_run import RunFolder, RunRequest  # noqa: PLC0415
     from lorasweep.training.packs.pack import train_pack  # noqa: PLC0415
     from lorasweep.training.run import train_run  # noqa: PLC0415
-    from lorasweep.training.run_log import RunFolder, RunRequest  # noqa: PLC0415
 
     clock = getattr(time, work["clock"])
     started = clock()

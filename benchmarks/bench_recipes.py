@@ -153,8 +153,8 @@ def train(work: Mapping[str, Any]) -> list[float]:
     from lorasweep.config.compose import build_run  # noqa: PLC0415
     from lorasweep.record import read_steps  # noqa: PLC0415
     from lorasweep.training.inputs import load_inputs  # noqa: PLC0415
+    from lorasweep.training.open_run import RunFolder  # noqa: PLC0415
     from lorasweep.training.run import train_run  # noqa: PLC0415
-    from lorasweep.training.run_log import RunFolder  # noqa: PLC0415
 
     config = build_run(work["config"])
     folder = Path(work["file"]).parent / "ours"

@@ -30,9 +30,9 @@ from lorasweep.config.compose import compose_run
 from lorasweep.errors import Diverged
 from lorasweep.record import RunRecord
 from lorasweep.training.inputs import load_inputs
+from lorasweep.training.open_run import RunFolder, RunRequest
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.training.run_log import RunFolder, RunRequest
 
 COLUMNS = ("rank", "alpha", "beta", "u", "lr", "loss", "preference_accuracy")
 DEFAULT_U = (1.1e-4, 3.3e-4, 1e-3, 3e-3, 9e-3)

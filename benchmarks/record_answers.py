@@ -27,11 +27,11 @@ import yaml
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import SEED_KEYS
 from lorasweep.record import read_steps
+from lorasweep.training.finished_run import score_run
 from lorasweep.training.inputs import load_inputs
+from lorasweep.training.open_run import RunFolder
 from lorasweep.training.run import train_run
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.training.run_log import RunFolder
-from lorasweep.training.score import score_run
 
 FOLDER = Path(__file__).parent / "answers"
 COLUMNS = ("method", "rank", "alpha", "lr", "seed", "best_evaluation", "values", "losses", "test")

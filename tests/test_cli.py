@@ -16,10 +16,10 @@ from tests.small_runs import MINI
 import lorasweep.sweep.workers.worker as worker_file
 import lorasweep.training.inputs as workbench_file
 from lorasweep.cli import run
-from lorasweep.errors import Diverged
+from lorasweep.errors import INTERRUPTED_EXIT_CODE, Diverged
 from lorasweep.outcome import DONE, FAILED, WRONG_REQUEST
 from lorasweep.record import read_sweep
-from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE, StopSignal
+from lorasweep.sessions import StopSignal
 
 pytestmark = pytest.mark.usefixtures("here")
 

@@ -9,9 +9,9 @@ import pytest
 
 from lorasweep import commands
 from lorasweep.cli import run
+from lorasweep.errors import INTERRUPTED_EXIT_CODE
 from lorasweep.outcome import DONE, FAILED, WRONG_REQUEST
 from lorasweep.record import read_run
-from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
 
 pytestmark = pytest.mark.usefixtures("here")
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lorasweep.console import add_clock, say, say_error, show
-from lorasweep.errors import ConfigError, LoraSweepError
+from lorasweep.errors import INTERRUPTED_EXIT_CODE, ConfigError, LoraSweepError
 from lorasweep.outcome import DONE, FAILED, Outcome, end_with_error, get_rank
-from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
 from lorasweep.training.torch_variables import quick_imports
 
 if TYPE_CHECKING:

@@ -15,6 +15,9 @@ given, and what to do.
 
 from __future__ import annotations
 
+INTERRUPTED_EXIT_CODE = 130
+"""Exit code of a command that Ctrl-C or a batch system ended before its work was done."""
+
 
 class LoraSweepError(Exception):
     """Base class of the errors of this package."""

@@ -16,8 +16,7 @@ from pydantic_core import to_jsonable_python
 
 from lorasweep.config.redaction import redact
 from lorasweep.console import reserve_stdout, say_error, show_heartbeat
-from lorasweep.errors import ConfigError, LoraSweepError, OutOfMemory, RanksLost, RecordError
-from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
+from lorasweep.errors import INTERRUPTED_EXIT_CODE, ConfigError, LoraSweepError, OutOfMemory, RanksLost, RecordError
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
 

@@ -96,7 +96,7 @@ class RunResult:
             ConfigError: The settings name code, and `trust` is False.
             RecordError: The weights are missing or changed, or the base model is not the run's.
         """
-        from lorasweep.training.restore import check_kept_files, restore_base, restore_model  # noqa: PLC0415 (needs torch)
+        from lorasweep.training.finished_run import check_kept_files, restore_base, restore_model  # noqa: PLC0415 (needs torch)
 
         config = restore_config(self.record)
         refuse_code(config, trust=trust)

@@ -7,7 +7,10 @@ an `InputsCache`.
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -38,18 +41,57 @@ from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.fingerprints import compute_fingerprints
 from lorasweep.sweep.status import SweepStatus, report_status, show_progress
 from lorasweep.sweep.workers.train import train_sweep
+from lorasweep.training.finished_run import check_same_run
 from lorasweep.training.generation import check_answers
 from lorasweep.training.inputs import InputsCache, load_inputs
+from lorasweep.training.open_run import RunFolder
 from lorasweep.training.prepare import check_run
 from lorasweep.training.processes import join_processes, run_on_first
-from lorasweep.training.restore import check_same_run
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
-from lorasweep.training.stop_signal import StopSignal
 
 Progress: TypeAlias = Callable[[SweepStatus], None] | Literal["auto", "verbose"] | None
 """Called with the state of a sweep about once a second, from a thread. `auto` shows a live table in a terminal, and
 plain lines in a notebook or a pipe; `verbose` also prints the notes on data and packs first."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Batch systems send SIGUSR1 or SIGUSR2 shortly before a job's time limit."""
+
+
+class _StopAtOnce(BaseException):
+    """Leaves Lightning's Trainer, which would end the process without a message on KeyboardInterrupt."""
+
+
+class StopSignal:
+    """A context in which a stop signal only sets `requested`. A second Ctrl-C raises KeyboardInterrupt(`remedy`).
+
+    Outside the main thread the context has no effect, because Python allows signal handlers only in the main thread.
+    """
+
+    def __init__(self, remedy: str = "") -> None:
+        """`remedy` is a sentence that tells the user how to resume. It is shown after the second Ctrl-C."""
+        self.requested = False
+        self._remedy = remedy
+        self._handlers: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        return self.requested
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._set_requested) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if isinstance(error, _StopAtOnce):
+            raise KeyboardInterrupt(self._remedy) from None
+
+    def _set_requested(self, number: int, frame: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise _StopAtOnce
+        if number == signal.SIGINT:  # not by `print`, which the signal may have interrupted
+            os.write(2, b"\nlorasweep: stops after the current step; a second Ctrl-C stops at once\n")
+        self.requested = True
 
 
 def run_definition(

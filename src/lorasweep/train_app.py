@@ -30,9 +30,8 @@ from lorasweep.config.compose import (
 from lorasweep.config.redaction import redact
 from lorasweep.config.run import RunConfig
 from lorasweep.console import EscapingConsole, say, say_error
-from lorasweep.errors import ConfigError, LoraSweepError
+from lorasweep.errors import INTERRUPTED_EXIT_CODE, ConfigError, LoraSweepError
 from lorasweep.results import RunResult
-from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
 from lorasweep.training.torch_variables import quick_imports
 
 ShowResult = Callable[[RunResult, str], int]

@@ -11,8 +11,8 @@ from tests.training.runs import losses, train, train_together
 from lorasweep.config.compose import compose_run
 from lorasweep.data.rows import list_passages
 from lorasweep.runs.export import export_run
+from lorasweep.training.finished_run import restore_model
 from lorasweep.training.inputs import load_inputs
-from lorasweep.training.restore import restore_model
 
 pytestmark = [
     pytest.mark.slow,

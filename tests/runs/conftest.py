@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from lorasweep.training.open_run import RunFolder
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
 
 
 @pytest.fixture(scope="session")

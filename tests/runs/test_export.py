@@ -18,10 +18,10 @@ from lorasweep.errors import RecordError, RunError
 from lorasweep.models.load import find_local_path
 from lorasweep.record import read_run, restore_config
 from lorasweep.runs.export import export_run
+from lorasweep.training.finished_run import restore_base, restore_model
 from lorasweep.training.inputs import load_inputs
-from lorasweep.training.restore import restore_base, restore_model
+from lorasweep.training.open_run import RunFolder
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT
 

@@ -13,8 +13,8 @@ from lorasweep.models.pretrained import NF4_ARGUMENTS
 from lorasweep.record import read_run, restore_config
 from lorasweep.runs.export import export_run
 from lorasweep.training.inputs import load_inputs
+from lorasweep.training.open_run import RunFolder
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes, an optional extra, is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # what PEFT calls

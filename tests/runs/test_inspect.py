@@ -13,8 +13,8 @@ from torch import nn
 from lorasweep.errors import RecordError
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.runs.inspect import compute_singular_values, inspect_run, measure_updates
+from lorasweep.training.open_run import RunFolder
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
 
 ADAPTER = "best/adapter_model.safetensors"
 

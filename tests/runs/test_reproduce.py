@@ -16,8 +16,8 @@ from lorasweep.cli import run as run_command
 from lorasweep.errors import ConfigError, Diverged, RecordError
 from lorasweep.record import RUN_FILE, STEPS_FILE, read_run, read_steps
 from lorasweep.runs.reproduce import PACK_TOLERANCE, reproduce_run, restore_solo_config
+from lorasweep.training.open_run import RunFolder
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
 
 
 @pytest.fixture

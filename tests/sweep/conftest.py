@@ -24,7 +24,7 @@ from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.workers.train import train_sweep
 from lorasweep.training.checkpoint import PackCheckpoint, write_pack
-from lorasweep.training.run_log import RunEvaluation
+from lorasweep.training.open_run import RunEvaluation
 from lorasweep.training.telemetry import Telemetry
 
 CONTENT = {

@@ -14,8 +14,8 @@ from lorasweep.config.run import ModelConfig
 from lorasweep.errors import ConfigError
 from lorasweep.models.load import find_model_folder
 from lorasweep.training.inputs import load_inputs
+from lorasweep.training.open_run import RunFolder
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
 
 CALLBACK = "from lightning import Callback\nclass Mine(Callback):\n    pass\n"
 OWN = {

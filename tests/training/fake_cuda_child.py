@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lorasweep.config.compose import compose_run
 from lorasweep.training.inputs import load_inputs
+from lorasweep.training.open_run import RunFolder, RunRequest
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder, RunRequest
 
 CUDA = torch.device("cuda:0")
 PACKAGES = ("lorasweep", "transformers", "lightning", "bitsandbytes", "torchmetrics")

@@ -7,9 +7,9 @@ import torch
 
 import lorasweep.objectives.next_tokens as objective_file
 from lorasweep.record import read_run, read_steps
+from lorasweep.training.open_run import RunFolder, RunRequest
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder, RunRequest
 
 ADAPTER = "adapter_model.safetensors"
 

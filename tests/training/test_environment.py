@@ -18,10 +18,9 @@ from lorasweep.training.environment import (
     describe_code,
     describe_environment,
     deterministic_algorithms,
-    peak_memory_bytes,
-    reset_peak_memory,
     resolve_precision,
 )
+from lorasweep.training.memory import peak_memory_bytes, reset_peak_memory
 from lorasweep.training.torch_variables import SPIN_COUNT, set_torch_variables
 
 TRAINER = compose_run({"trainer.device": "cpu"}).trainer

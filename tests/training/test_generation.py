@@ -15,12 +15,11 @@ from lorasweep.config.data import AnswersConfig, AnswerScore
 from lorasweep.errors import ConfigError
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.record import ANSWERS_FILE, TEST_SCORES_FILE, read_run
+from lorasweep.training.finished_run import restore_model, score_run, write_base_answers
 from lorasweep.training.generation import build_score, check_answers, score_answers
 from lorasweep.training.inputs import load_inputs
-from lorasweep.training.restore import restore_model
+from lorasweep.training.open_run import RunFolder
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
-from lorasweep.training.score import score_run, write_base_answers
 
 ROUNDING = 1e-3
 """Bound of the difference of two logits of the tiny Llama in fp32, from batches of other shapes. Each of its 15

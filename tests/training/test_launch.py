@@ -5,9 +5,8 @@ import torch
 
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, RanksLost, RunError
-from lorasweep.training.failures import convert_lost_process
 from lorasweep.training.fsdp import check_shardable
-from lorasweep.training.processes import build_strategy, find_launch, join_processes, run_on_first
+from lorasweep.training.processes import build_strategy, convert_lost_process, find_launch, join_processes, run_on_first
 
 
 def trainer_of(**settings):

@@ -16,8 +16,8 @@ from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import read_steps
 from lorasweep.training.inputs import SHARED_INPUTS
 from lorasweep.training.module import dropout_seed
+from lorasweep.training.open_run import RunFolder
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The `srun` command is available"),  # where Slurm is installed

@@ -10,8 +10,8 @@ from lorasweep.models.attention import AttentionChoice
 from lorasweep.record import read_run
 from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.memory import list_cgroup_free_bytes
+from lorasweep.training.open_run import RunFolder
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
 
 GIB = 2**30
 
@@ -66,11 +66,11 @@ def test_inputs_are_loaded_once_for_all_runs_that_can_share_them(make_config, mo
 
 
 def test_the_attention_that_was_chosen_is_said_and_recorded(make_config, inputs, tmp_path):
-    assert replace(inputs, attention=None).notes == inputs.splits.notes
+    config, told = make_config({"method": "frozen"}), "Attention is eager: short."
+    assert replace(inputs, attention=None).list_notes(config) == inputs.splits.notes
     chosen = replace(inputs, attention=AttentionChoice("eager", "short"))
-    told = "Attention is eager: short."
-    assert chosen.notes == (*inputs.splits.notes, told)
-    train_run(make_config({"method": "frozen"}), RunFolder(path=tmp_path), inputs=chosen)
+    assert chosen.list_notes(config) == (*inputs.splits.notes, told)
+    train_run(config, RunFolder(path=tmp_path), inputs=chosen)
     assert told in read_run(tmp_path).notes
 
 

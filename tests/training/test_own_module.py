@@ -16,13 +16,12 @@ from lorasweep.errors import ConfigError
 from lorasweep.record import read_run, read_steps, restore_config
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.packing import plan_packing
+from lorasweep.training.finished_run import restore_model, score_run
 from lorasweep.training.inputs import load_inputs
+from lorasweep.training.open_run import RunFolder
 from lorasweep.training.own_module import SeededData
 from lorasweep.training.prepare import check_run
-from lorasweep.training.restore import restore_model
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
-from lorasweep.training.score import score_run
 
 MODULES = "tests.training.own_modules"
 SHORT = {

@@ -16,8 +16,8 @@ from lorasweep.config.compose import compose_run
 from lorasweep.record import read_run, read_steps
 from lorasweep.runs.reproduce import restore_solo_config
 from lorasweep.training.inputs import load_inputs
+from lorasweep.training.open_run import RunFolder
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 CHILD = Path(__file__).parent / "processes_child.py"

@@ -10,10 +10,10 @@ from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import bind
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import read_run, restore_config
+from lorasweep.training.finished_run import check_kept_files, restore_base, restore_model
+from lorasweep.training.open_run import RunFolder
 from lorasweep.training.prepare import prepare_model
-from lorasweep.training.restore import check_kept_files, restore_base, restore_model
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
 
 METHOD_SETTINGS = (
     {"method.dropout": 0.5},

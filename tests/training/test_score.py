@@ -15,12 +15,11 @@ from lorasweep.errors import RecordError
 from lorasweep.objectives.next_tokens import NextTokens
 from lorasweep.record import TEST_SCORES_FILE, compute_sha256, read_run, read_steps
 from lorasweep.training.evaluation import evaluate_model
+from lorasweep.training.finished_run import restore_model, score_run
 from lorasweep.training.inputs import load_inputs
+from lorasweep.training.open_run import RunFolder
 from lorasweep.training.prepare import prepare_model
-from lorasweep.training.restore import restore_model
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
-from lorasweep.training.score import score_run
 
 NUMBERS = ("row", "score", "weight")
 PERPLEXITY = ScoreMetric(name="perplexity", direction="minimize")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import lorasweep.training.telemetry as telemetry_file
-from lorasweep.training.environment import process_peak_bytes
+from lorasweep.training.memory import process_peak_bytes
+from lorasweep.training.open_run import RunFolder
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
 from lorasweep.training.telemetry import Telemetry
 
 PHASES = ("training_s", "evaluating_s", "saving_s")

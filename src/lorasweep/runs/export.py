@@ -32,7 +32,7 @@ from lorasweep.methods import bind
 from lorasweep.models.load import EMBEDDED_PREFIX, BaseModel, find_local_path, fingerprint_weights, load_tokenizer
 from lorasweep.models.pretrained import NF4_ARGUMENTS, load_pretrained, quiet_transformers
 from lorasweep.record import RunRecord, read_run, restore_config
-from lorasweep.training.restore import check_kept_files, restore_model, restore_unquantised_base
+from lorasweep.training.finished_run import check_kept_files, restore_model, restore_unquantised_base
 from lorasweep.wording import join_words
 
 ExportFormat = Literal["peft", "merged"]

@@ -16,7 +16,7 @@ from lorasweep.errors import RecordError
 from lorasweep.lora.layer_kinds import weight_to_matrix
 from lorasweep.methods import bind, copy_sharing_weights, draw_head
 from lorasweep.record import read_run, restore_config
-from lorasweep.training.restore import check_kept_files, restore_model, restore_unquantised_base
+from lorasweep.training.finished_run import check_kept_files, restore_model, restore_unquantised_base
 
 if TYPE_CHECKING:
     import pandas

@@ -26,9 +26,9 @@ from lorasweep.record import (
     restore_config,
 )
 from lorasweep.training.inputs import load_inputs
+from lorasweep.training.open_run import RunFolder
 from lorasweep.training.prepare import check_run
 from lorasweep.training.run import never_stop, train_run
-from lorasweep.training.run_log import RunFolder
 from lorasweep.wording import shorten
 
 PACK_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}

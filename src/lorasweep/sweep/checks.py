@@ -210,9 +210,9 @@ def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
 
     A note that several arms share appears once.
     """
-    notes = [note for arm in definition.arms for note in inputs_cache.load(arm.base).notes]
+    configs = [arm.base for arm in definition.arms]
+    notes = [note for config in configs for note in inputs_cache.load(config).list_notes(config)]
     described = describe_coverages(definition, inputs_cache) | describe_steps(definition, inputs_cache)
-    notes += [text for text, is_warning in described.items() if not is_warning]
-    notes += [*explain_bases(definition), *explain_solo_arms(definition)]
+    notes += [*described, *explain_bases(definition), *explain_solo_arms(definition)]
     notes += describe_test_data(definition, inputs_cache)
-    return list(dict.fromkeys(notes))
+    return [note for note in dict.fromkeys(notes) if not described.get(note)]  # warnings are listed apart

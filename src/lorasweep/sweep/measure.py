@@ -32,12 +32,12 @@ from lorasweep.sweep.workers.worker import choose_slots, list_pack_arms
 from lorasweep.tasks.splits import DataSplits
 from lorasweep.training.generation import score_answers
 from lorasweep.training.inputs import InputsCache
+from lorasweep.training.open_run import RunFolder, RunRequest
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.size import PackSize
 from lorasweep.training.prepare import prepare_model
 from lorasweep.training.run import train_run
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.training.run_log import RunFolder, RunRequest
 from lorasweep.training.telemetry import Telemetry
 
 NUM_STEPS = 4

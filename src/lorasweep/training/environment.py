@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
-import resource
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -147,35 +145,6 @@ def deterministic_algorithms(wanted: Literal[True, False, "strict"]) -> Iterator
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.deterministic, memory.fill_uninitialized_memory = cudnn, fill
-
-
-def reset_peak_memory() -> None:
-    """Begins a new measurement of `peak_memory_bytes`. The peak of the process is reset on Linux only.
-
-    On Linux with glibc, it also gives memory that earlier runs no longer use back to the system. Otherwise the peak
-    would depend on these runs, and a sweep of many runs would take more and more memory.
-    """
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
-
-
-def peak_memory_bytes() -> int:
-    """Returns the peak of allocated GPU memory since the reset; without a GPU, that of resident memory."""
-    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else process_peak_bytes()
-
-
-def process_peak_bytes() -> int:
-    """Returns the peak resident memory of the process since the reset."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _get_version(package: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from lorasweep.config.build import as_settings
 from lorasweep.data.rows import Batch
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.methods import bind
 from lorasweep.objectives.objective import EXAMPLE_FIELDS, Evaluation, ExampleScores
 from lorasweep.training.checkpoint import read_rng_state, restore_rng_state
 from lorasweep.training.data_module import DataModule
@@ -74,7 +72,6 @@ class TrainingModule(lightning.LightningModule):
             check_run(self.config, inputs.base)
         self.base, self.objective = inputs.base, inputs.data.objective
         self.accumulate = accumulate or self.config.trainer.accumulate
-        self.method = bind(self.config.method)
         self.evaluation = Evaluation(self.objective)
         # in `lorasweep train`, `start_loggers` has already logged the settings
         self.save_hyperparameters({"config": as_settings(self.config)}, logger=in_own_trainer)
@@ -128,9 +125,6 @@ class TrainingModule(lightning.LightningModule):
         """Returns the metrics of the last evaluation on validation data."""
         prefix, metrics = "validation/", self.trainer.callback_metrics
         return {name.removeprefix(prefix): float(value) for name, value in metrics.items() if name.startswith(prefix)}
-
-    def save_weights(self, model: nn.Module, folder: Path) -> None:
-        self.method.save(model, folder, base=self.base)
 
     def configure_optimizers(self) -> Any:
         config, steps = self.config, self.trainer.max_steps

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -33,7 +32,7 @@ from lorasweep.data.rows import SplitFacts, Splits
 from lorasweep.disk import csv_text
 from lorasweep.errors import ConfigError
 from lorasweep.lora.layer_kinds import count_parameters
-from lorasweep.methods import bind, copy_sharing_weights
+from lorasweep.methods import copy_sharing_weights
 from lorasweep.methods.method import replace_parameters
 from lorasweep.models.load import BaseModel, fingerprint_weights
 from lorasweep.training.checkpoint import read_rng_state, restore_rng_state
@@ -280,7 +279,6 @@ class OwnModuleRun(lightning.Callback):
         prepared: Any = prepare_model(config, replace(base, model=module))
         self.data = SeededData(_get_data(inputs), seed=config.seeds.data_order)
         self.module: LightningModule = prepared
-        self.base, self.method = base, bind(config.method)
         self.metric = str(config.metric.name)
         self.progress = TrainingProgress()
         self.step_losses = torch.zeros(0)
@@ -300,9 +298,6 @@ class OwnModuleRun(lightning.Callback):
     def get_metrics(self) -> dict[str, float]:
         """Returns the score of the last evaluation. Loggers have the other values that the module logs."""
         return {self.metric: float(self.module.trainer.callback_metrics[self.metric])}
-
-    def save_weights(self, model: nn.Module, folder: Path) -> None:
-        self.method.save(model, folder, base=self.base)
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._step_began = time.perf_counter()

@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import Strategy
 
 from lorasweep.config.components import Component, instantiate
 from lorasweep.config.run import TrainerConfig
-from lorasweep.errors import ConfigError, LoraSweepError, RunError, describe_error
+from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RunError, describe_error, first_line
 from lorasweep.training.environment import resolve_device
 from lorasweep.training.fsdp import FsdpStrategy
 
@@ -40,6 +40,8 @@ IRRELEVANT_WARNINGS = (
     ".*LeafSpec.*",  # Lightning with a newer torch
     ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",
 )
+LOST_PROCESS_TEXTS = ("gloo", "NCCL", "Connection closed by peer")
+"""Texts in the `RuntimeError` that torch raises if another process is gone."""
 
 
 class Launch(NamedTuple):
@@ -146,6 +148,17 @@ def build_strategy(config: TrainerConfig, launch: Launch) -> Strategy | str:
             data_parallel_size=launch.num_processes, tensor_parallel_size=1, save_distributed_checkpoint=False
         )
     return "ddp" if config.strategy == "auto" and is_distributed(config, launch) else config.strategy
+
+
+def convert_lost_process(error: BaseException, *, num_processes: int) -> BaseException:
+    """Returns `RanksLost` instead of torch's error that another process is gone, and other errors unchanged."""
+    is_torch_error = isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PROCESS_TEXTS)
+    if num_processes == 1 or not (is_torch_error or isinstance(error, dist.DistError)):
+        return error
+    return RanksLost(
+        f"all processes of a run must keep running, but one is gone ({first_line(error)[:80]}). Read its own message, "
+        "and start the run again to resume from its last checkpoint."
+    )
 
 
 def run_on_first(group: ProcessGroup, action: Callable[[], T]) -> T:

@@ -25,7 +25,7 @@ from lorasweep.models.load import BaseModel
 from lorasweep.objectives.objective import Objective
 from lorasweep.tasks.splits import DataSplits
 from lorasweep.training.environment import get_device
-from lorasweep.training.failures import convert_memory_errors
+from lorasweep.training.memory import convert_memory_errors
 
 REFERENCE_FOLDER = "reference"
 """The folder, in that of a sweep or of a run alone, that has a file for each split."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import lightning
 import torch
@@ -17,63 +17,40 @@ from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
 
 from lorasweep.activity import Activity, doing, end_inner
 from lorasweep.config.run import RunConfig
 from lorasweep.disk import write_atomically
 from lorasweep.errors import Diverged, OutOfMemory
+from lorasweep.methods import bind
 from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.checkpoint import (
     RUN_CHECKPOINT,
     DirectCheckpointIO,
     get_step,
     read_checkpoint,
-    remove_checkpoints,
 )
 from lorasweep.training.data_module import DataModule
 from lorasweep.training.environment import deterministic_algorithms, resolve_device
-from lorasweep.training.failures import (
-    convert_lost_process,
-    convert_memory_errors,
-    describe_failure,
-    status_after,
-)
+from lorasweep.training.finished_run import score_best_weights
 from lorasweep.training.inputs import check_batch_memory
-from lorasweep.training.loggers import build_callbacks, finish_loggers, start_loggers
+from lorasweep.training.loggers import build_callbacks, start_loggers
+from lorasweep.training.memory import convert_memory_errors
 from lorasweep.training.module import TrainingModule
+from lorasweep.training.open_run import Metrics, OpenRun, RunFolder, find_run_end
 from lorasweep.training.own_module import OwnModuleRun
 from lorasweep.training.processes import (
     build_strategy,
+    convert_lost_process,
     find_launch,
     join_processes,
     quiet_lightning,
     run_on_first,
 )
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.training.run_log import Metrics, RunFolder, RunLog, describe_batching, find_run_end, open_record
-from lorasweep.training.score import score_best_weights
-from lorasweep.training.telemetry import TrainingProgress
 
 OnEvaluation = Callable[[int, Metrics], str | None]
 """`on_evaluation(step, metrics)` gets all metrics of an evaluation. Returns why the run must stop, or None."""
-
-
-class Training(Protocol):
-    """What a run's log, report and files need of the training."""
-
-    progress: TrainingProgress
-    step_losses: Tensor
-    """The last step's loss, split by micro-batch and summed over processes, (micro_batches,)."""
-
-    def get_metrics(self) -> Metrics:
-        """Returns the metrics of the last evaluation on validation data."""
-
-    def whole_model(self) -> nn.Module:
-        """Returns the model with whole weights on the first process. All processes must call it."""
-
-    def save_weights(self, model: nn.Module, folder: Path) -> None:
-        """Writes the weights of `whole_model` that a run keeps."""
 
 
 def never_stop() -> bool:
@@ -163,9 +140,10 @@ class LightningRun(lightning.Callback):
     group: Fabric
     on_evaluation: OnEvaluation
     stop_requested: Callable[[], bool]
-    run_log: RunLog | None = None
-    """Writes the run's folder. Only the first process has a log."""
-    training: Training = field(init=False)
+    opened: OpenRun | None = None
+    """The run's folder. Only the first process has it."""
+    training: TrainingModule | OwnModuleRun = field(init=False)
+    """What trains, with its progress and the losses of the last step."""
     logged_step: int = 0
     """Last logged step. Initially the step at which the training begins or resumes."""
     lr: float = 0.0
@@ -177,7 +155,6 @@ class LightningRun(lightning.Callback):
     evaluated_step: int = -1
     """Step of the last evaluation."""
     activity: Activity = field(init=False, repr=False)
-    """Trained tokens before this process began."""
     end: tuple[RunStatus, str | None] | None = None
     """The status and reason of a run that ends before its last step."""
 
@@ -201,8 +178,8 @@ class LightningRun(lightning.Callback):
                 run_on_first(self.group, lambda: self._score_best_weights(status))
         except BaseException as caught:
             error = convert_lost_process(caught, num_processes=self.group.world_size)
-            if self.run_log is not None:
-                self._close(status_after(error), describe_failure(error))
+            if self.opened is not None:
+                self.opened.close_after(error)
             if error is caught:
                 raise
             raise error from caught
@@ -211,41 +188,26 @@ class LightningRun(lightning.Callback):
         return run_on_first(self.group, lambda: self._close(status, reason))
 
     def _open(self, *, resume: bool, too_large: list[int]) -> tuple[RunRecord, Path | None, int]:
-        """Opens record and log on the first process. Returns the record, the checkpoint to resume from and its step."""
-        config, folder, inputs = self.config, self.run_folder.path, self.inputs
+        """Opens the run on the first process. Returns the record, the checkpoint to resume from and its step."""
+        config, file, inputs = self.config, self.run_folder.path / RUN_CHECKPOINT, self.inputs
         # An attempt with more micro-batches begins at step 0: a run with two different numbers can't be reproduced.
-        state = read_checkpoint(folder / RUN_CHECKPOINT) if resume and not too_large else {}
-        record = open_record(config, self.run_folder, inputs, state=state, num_processes=self.group.world_size)
-        earlier_batching = record.batching
-        too_large = too_large or earlier_batching.get("too_large", [])
-        if too_large:
-            accumulate = min(2 * too_large[-1], config.trainer.batch_size)
-        elif "micro_batches" in earlier_batching:  # a resumed run keeps its number
-            accumulate = int(earlier_batching["micro_batches"])
-        else:
+        state = read_checkpoint(file) if resume and not too_large else {}
+        if not (state or too_large):
             check_batch_memory(config.trainer, inputs.splits.train)
-            accumulate = config.trainer.accumulate
-        record.batching = describe_batching(inputs, config, accumulate=accumulate)
-        if too_large:
-            record.batching["too_large"] = list(too_large)
-        self.run_log = RunLog(record, folder, state=state)
-        if too_large and too_large[-1] >= config.trainer.batch_size:
-            self._close("infeasible", reason := "one row per micro-batch does not fit")
-            raise OutOfMemory(reason)
-        return record, folder / RUN_CHECKPOINT if state else None, get_step(state)
+        processes = self.group.world_size
+        self.opened = OpenRun(
+            config, self.run_folder, inputs, state=state, num_processes=processes, too_large=too_large
+        )
+        return self.opened.record, file if state else None, get_step(state)
 
     def _score_best_weights(self, status: RunStatus) -> None:
-        if self.run_log is not None and status == "complete":
-            score_best_weights(self.config, self.run_log.record, self.run_folder.path, inputs=self.inputs)
+        if self.opened is not None and status == "complete":
+            score_best_weights(self.opened)
             self.inputs.base.model.cpu()  # shared with later runs, whose initial values are drawn on the CPU
 
     def _close(self, status: RunStatus, reason: str | None) -> RunRecord:
-        """Writes the final record and removes the checkpoints, unless the run can resume from them."""
-        assert self.run_log is not None
-        self.run_log.close(status, reason)
-        if status != "interrupted":
-            remove_checkpoints(self.run_folder.path)
-        return self.run_log.record
+        assert self.opened is not None
+        return self.opened.close(status, reason)
 
     def _train(self, record: RunRecord, *, checkpoint: Path | None) -> tuple[RunStatus, str | None]:
         config, inputs = self.config, self.inputs
@@ -261,7 +223,10 @@ class LightningRun(lightning.Callback):
         else:
             self.training = own = OwnModuleRun(config, inputs)
             module, data, callbacks = own.module, own.data, [*callbacks, own]
-        loggers = start_loggers(config, self.run_folder.path, is_first_process=self.group.is_global_zero)
+        if self.opened is not None:
+            loggers = self.opened.start_loggers()
+        else:  # Lightning needs loggers on every process
+            loggers = start_loggers(config, self.run_folder.path, is_first_process=False)
         status: RunStatus = "complete"
         try:
             with quiet_lightning(), deterministic_algorithms(config.trainer.deterministic):
@@ -280,12 +245,10 @@ class LightningRun(lightning.Callback):
                     trainer.strategy.lr_scheduler_configs = []
         except RunStopped:
             status = "interrupted"
-        finally:
-            finish_loggers(loggers if self.group.is_global_zero else [])
         progress = f"step {trainer.global_step} of {record.steps_planned}"
         if status == "interrupted":
-            if self.run_log is not None:
-                self.run_log.record.steps_done = trainer.global_step
+            if self.opened is not None:
+                self.opened.record.steps_done = trainer.global_step
             return status, f"stopped at {progress}"
         if self.end is not None:
             return self.end
@@ -335,9 +298,9 @@ class LightningRun(lightning.Callback):
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # the tokens of the steps before the resume
         self.counted_tokens = self.training.progress.tokens
-        if self.run_log is not None:
-            self.run_log.progress = self.training.progress
-            self.run_log.note_trained(sum(p.numel() for p in pl_module.parameters() if p.requires_grad))
+        if self.opened is not None:
+            self.opened.progress = self.training.progress
+            self.opened.note_trained(sum(p.numel() for p in pl_module.parameters() if p.requires_grad))
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -358,8 +321,8 @@ class LightningRun(lightning.Callback):
         step = trainer.global_step
         if step > self.logged_step:
             self.logged_step = step
-            if self.run_log is not None:
-                self.run_log.note_step(step, self.training.step_losses, self.lr)
+            if self.opened is not None:
+                self.opened.note_step(step, self.training.step_losses, self.lr)
         self.activity.done = step
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         # A run can't stop between a step and its evaluation: a resumed run assumes that a checkpoint of this step was
@@ -381,11 +344,11 @@ class LightningRun(lightning.Callback):
         step, metrics, whole_model = trainer.global_step, self.training.get_metrics(), self.training.whole_model()
 
         def write_and_report() -> tuple[RunStatus, str | None] | None:
-            assert self.run_log is not None
-            save = functools.partial(self.training.save_weights, whole_model)
-            self.run_log.write_evaluation(step, metrics, save=save)
+            assert self.opened is not None
+            save = functools.partial(bind(self.config.method).save, whole_model, base=self.inputs.base)
+            self.opened.write_evaluation(step, metrics, save=save)
             stop_reason = self.on_evaluation(step, metrics)
-            record = self.run_log.record
+            record = self.opened.record
             # Lightning ends after the last step by itself
             is_last = record.steps_done >= record.steps_planned
             return None if is_last else find_run_end(record, self.config.trainer, stop_reason=stop_reason)
@@ -424,8 +387,8 @@ class LightningRun(lightning.Callback):
         self.inputs.telemetry.add_tokens(progress.tokens - self.counted_tokens)
         self.counted_tokens = progress.tokens
         self.inputs.telemetry.switch("saving")
-        if self.run_log is not None:
-            self.run_log.flush()
+        if self.opened is not None:
+            self.opened.flush()
 
     def _should_stop(self, trainer: lightning.Trainer) -> bool:
         """Returns whether any process was asked to stop. Every process must call it at the same step."""

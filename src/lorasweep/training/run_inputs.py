@@ -66,21 +66,15 @@ class RunInputs:
         """Returns a context in which a forward pass computes as in training."""
         return torch.autocast(get_device(config.trainer).type, torch.bfloat16, enabled=self.needs_autocast(config))
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Sentences on how the data was prepared and which attention was chosen."""
-        if self.attention is None:
-            return self.splits.notes
-        return (*self.splits.notes, f"Attention is {self.attention.name}: {self.attention.reason}.")
-
     def find_coverage(self, config: RunConfig) -> Coverage | None:
         """Returns the layers that a run adapts; None if its method has no targets."""
         return bind(config.method).find_coverage(self.base.model, new_head_names=self.base.new_head_names)
 
     def list_notes(self, config: RunConfig) -> tuple[str, ...]:
-        """Returns `notes`, and a sentence on the share of the model that a run adapts."""
-        coverage = self.find_coverage(config)
-        return self.notes if coverage is None else (*self.notes, coverage.describe())
+        """Returns sentences on the prepared data, on the chosen attention, and on the layers that a run adapts."""
+        attention, coverage = self.attention, self.find_coverage(config)
+        chosen = () if attention is None else (f"Attention is {attention.name}: {attention.reason}.",)
+        return *self.splits.notes, *chosen, *(() if coverage is None else (coverage.describe(),))
 
     def fingerprints(self, config: RunConfig) -> dict[str, str]:
         """Returns a digest of the base, the data, the chat template and the user's code, each by its setting."""

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from lorasweep.record import RunRecord
-from lorasweep.training.environment import process_peak_bytes, reset_peak_memory
+from lorasweep.training.memory import process_peak_bytes, reset_peak_memory
 
 Phase = Literal["training", "evaluating", "saving"]
 """Phases of a process. `saving` writes weights, checkpoints and logs, and reports the evaluations."""

@@ -30,7 +30,7 @@ MALLOC_LIMITS = {-3: 32 * 1024**2, -1: 256 * 1024**2}
 malloc maps each tensor above the first limit anew, and gives free memory above the second back to the system. Both cost
 time, because the system clears each page that it maps. The first limit is the largest that glibc chooses by itself.
 With these values, an evaluation of `tiny` with 64 sequences a batch took 0.65 of its time, a step of a pack 0.88. A run
-begins by giving back all free memory (`environment.reset_peak_memory`)."""
+begins by giving back all free memory (`memory.reset_peak_memory`)."""
 
 
 def set_torch_variables() -> None:

@@ -29,12 +29,12 @@ from lorasweep.tasks.preferences.settings import DpoConfig
 from lorasweep.tasks.splits import build_objective
 from lorasweep.tasks.task import read_source
 from lorasweep.training.evaluation import evaluate_model, score_split
+from lorasweep.training.finished_run import restore_model
 from lorasweep.training.inputs import InputsCache, cache_key
 from lorasweep.training.packs.pack import build_pack, build_pack_batch
 from lorasweep.training.packs.size import PackSize
 from lorasweep.training.prepare import prepare_model
 from lorasweep.training.reference import REFERENCE_FOLDER
-from lorasweep.training.restore import restore_model
 from lorasweep.training.step import compute_losses
 
 RUN = SMALL_RUN | {"objective": "dpo", "trainer.batch_size": 6, "optim.lr": 3e-3, "logger": "none"}

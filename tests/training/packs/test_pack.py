@@ -18,9 +18,9 @@ from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import read_run, read_steps
 from lorasweep.training.inputs import load_inputs
+from lorasweep.training.open_run import RunFolder, RunRequest
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder, RunRequest
 
 ADAPTER = "adapter_model.safetensors"
 MIXED = (

@@ -18,8 +18,8 @@ from lorasweep.errors import Diverged
 from lorasweep.record import read_run
 from lorasweep.training.checkpoint import get_step, read_pack, split_pack
 from lorasweep.training.inputs import load_inputs
+from lorasweep.training.open_run import RunFolder, RunRequest
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.run_log import RunFolder, RunRequest
 
 STATE = "pack.ckpt"
 SETTINGS = (

@@ -24,7 +24,7 @@ from lorasweep.sweep.controller.stages import Confirmation, Search, Stage, choos
 from lorasweep.sweep.controller.stopping import explain_stop
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.training.checkpoint import remove_checkpoints, split_pack
-from lorasweep.training.run_log import RunFolder, RunRequest
+from lorasweep.training.open_run import RunFolder, RunRequest
 
 MAX_DEATHS_IN_A_ROW = 10
 """The sweep ends with an error after this number of workers died in a row without an evaluation in between."""

@@ -39,8 +39,8 @@ from lorasweep.sweep.workers.ray_cluster import WorkerNeeds, count_fitting_worke
 from lorasweep.sweep.workers.worker import Worker
 from lorasweep.training.environment import describe_packages, name_device
 from lorasweep.training.inputs import InputsCache
+from lorasweep.training.open_run import RunFolder
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
 
 CHECK_INTERVAL_S = 1.0
 """Seconds between two checks for a stop request and for new nodes. The end of a worker is noticed immediately."""

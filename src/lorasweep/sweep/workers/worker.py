@@ -22,11 +22,11 @@ from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.confirm import has_fixed_score
 from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.training.checkpoint import PackCheckpoint, read_pack
+from lorasweep.training.finished_run import score_run, write_base_answers
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.size import PackSize, choose_pack_size
 from lorasweep.training.run import train_run
-from lorasweep.training.score import score_run, write_base_answers
 
 POLL_INTERVAL_S = 2.0
 """Seconds until a worker asks again after it got no trial, while other workers train."""

@@ -61,14 +61,14 @@ from lorasweep.training.checkpoint import (
 )
 from lorasweep.training.environment import deterministic_algorithms, get_device
 from lorasweep.training.evaluation import evaluate_slots
-from lorasweep.training.failures import convert_memory_errors, status_after
+from lorasweep.training.finished_run import score_best_weights
 from lorasweep.training.inputs import check_batch_memory
+from lorasweep.training.memory import convert_memory_errors
+from lorasweep.training.open_run import Metrics, RunEvaluation, RunRequest, find_run_end, status_after
 from lorasweep.training.packs.slot_run import SlotOptimizer, SlotRun, step_slots
 from lorasweep.training.prepare import checkpoint_activations, save_block_contexts
 from lorasweep.training.run import never_stop
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.training.run_log import Metrics, RunEvaluation, RunRequest, find_run_end
-from lorasweep.training.score import score_best_weights
 from lorasweep.training.step import compute_losses
 
 OnPackEvaluation: TypeAlias = Callable[[Sequence[RunEvaluation]], Sequence[str | None]]
@@ -172,7 +172,7 @@ class PackTrainer:
 
     @property
     def configs(self) -> list[RunConfig]:
-        return [run.request.config for run in self.runs]
+        return [run.config for run in self.runs]
 
     def run(self, stop_requested: Callable[[], bool]) -> bool:
         """Trains until every run has ended. Returns False if the pack was stopped before."""
@@ -222,14 +222,14 @@ class PackTrainer:
         rates = step_slots([run.optimizer for run in self.runs])
         for run, run_losses, lr in zip(self.runs, torch.stack(micro_losses, dim=1), rates, strict=True):
             run.step += 1
-            run.log.note_step(run.step, run_losses, lr)
+            run.note_step(run.step, run_losses, lr)
         self.inputs.telemetry.add_tokens(tokens)
         self._share_training_time(started)
 
     def _share_training_time(self, started: float) -> None:
         seconds = (time.perf_counter() - started) / len(self.runs)
         for run in self.runs:
-            run.log.progress.train_s += seconds
+            run.progress.train_s += seconds
 
     @torch.no_grad()
     def _evaluate(self) -> list[Metrics]:
@@ -290,31 +290,30 @@ class PackTrainer:
         try:
             run.note_evaluation(metrics, save=save)
         except Diverged as error:
-            self._end(run, "failed", str(error), outcome=error)
+            self._end(run, "failed", str(error), error=error)
             return False
         return True
 
     def _end_if_due(self, run: SlotRun, *, stop_reason: str | None) -> bool:
         """Ends a run if it is complete or must stop, and returns whether it did."""
-        config = run.request.config
-        end = find_run_end(run.record, config.trainer, stop_reason=stop_reason)
+        end = find_run_end(run.record, run.config.trainer, stop_reason=stop_reason)
         if end is None:
             return False
         status, reason = end
         if status == "complete":
             began = time.monotonic()
             try:
-                score_best_weights(config, run.record, run.folder, inputs=self.inputs)
+                score_best_weights(run)
             except Diverged as error:
-                self._end(run, "failed", str(error), outcome=error)
+                self._end(run, "failed", str(error), error=error)
                 return True
             run.wall_s += time.monotonic() - began  # for this run alone, as outside of packs
-        self._end(run, status, reason, outcome=run.record)
+        self._end(run, status, reason)
         return True
 
-    def _end(self, run: SlotRun, status: RunStatus, reason: str | None, *, outcome: RunRecord | Diverged) -> None:
-        run.close(status, reason)
-        self.on_end(run.request, outcome)
+    def _end(self, run: SlotRun, status: RunStatus, reason: str | None, *, error: Diverged | None = None) -> None:
+        record = run.close(status, reason)
+        self.on_end(run.request, error or record)
 
     def _interrupt(self) -> None:
         self._share_time()
@@ -337,8 +336,8 @@ class PackTrainer:
     def _prepare_run(self, slot: int, *, trainable_params: int) -> None:
         """Records a run's number of trained parameters, builds its optimizer, and loads its checkpoint, if any."""
         run, model = self.runs[slot], slot_model(self.model, slot)
-        run.log.note_trained(trainable_params)
-        run.optimizer = SlotOptimizer(model, run.request.config)
+        run.note_trained(trainable_params)
+        run.optimizer = SlotOptimizer(model, run.config)
         if run.resume_state:
             model.load_state_dict(run.resume_state["trained"], strict=False)  # the checkpoint lacks the base
             run.optimizer.load_state(run.resume_state["optimizer"])

@@ -16,16 +16,15 @@ from lorasweep.data.batching import MicroBatch, StepBatchSampler
 from lorasweep.errors import RecordError
 from lorasweep.lora import split_lora_parameters
 from lorasweep.methods import bind
-from lorasweep.record import RunStatus, read_run
+from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.checkpoint import SLOT_CHECKPOINT, get_step, read_checkpoint
 from lorasweep.training.environment import get_device
-from lorasweep.training.loggers import finish_loggers, start_loggers
+from lorasweep.training.open_run import Metrics, OpenRun, RunRequest
 from lorasweep.training.optim import build_optimizer, build_schedule
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.training.run_log import Metrics, RunLog, RunRequest, describe_batching, open_record
 
 
-class SlotRun:
+class SlotRun(OpenRun):
     """A run in a slot of a pack.
 
     Attributes:
@@ -33,12 +32,13 @@ class SlotRun:
         sampler: The run's micro-batches by step, in the same order as in a solo run.
         stream: Random stream of the run's dropout.
         optimizer: Optimizer and schedule. The pack sets it when the run gets its slot.
-        log: Writes the run's folder. `log.progress` has the run's share of the pack's training time.
-        wall_s: The run's share of the pack's wall-clock time since the run joined or resumed.
+        wall_s: The run's share of the pack's wall-clock time since the run joined or resumed. `progress` has the run's
+            share of the training time.
         resume_state: State to resume from; empty if the run begins.
     """
 
     optimizer: SlotOptimizer
+    wall_s: float
 
     def __init__(
         self,
@@ -54,9 +54,6 @@ class SlotRun:
         `state` is the run's state in the checkpoint of a resumed pack. None: its state in an earlier pack, if any.
         """
         config, folder = request.config, request.run_folder.path
-        self.request = request
-        self.folder = folder
-        self.inputs = inputs
         pack: dict[str, Any] = {"slot": slot, "slots": slots}
         # In a resumed pack, the record keeps the slot that the run first had. Dropped slots may have changed its index.
         if state is not None:
@@ -64,14 +61,9 @@ class SlotRun:
                 pack = read_run(folder).pack or pack
         else:
             state = read_checkpoint(folder / SLOT_CHECKPOINT)
-        self.resume_state = state
-        self.step = get_step(state)
-        self.wall_s = 0.0
-        self.record = open_record(config, request.run_folder, inputs, state=state)
-        self.record.pack = pack
-        self.record.batching = describe_batching(inputs, config, accumulate=config.trainer.accumulate)
-        self.log = RunLog(self.record, folder, state=state)
-        self.loggers = start_loggers(config, folder)
+        super().__init__(config, request.run_folder, inputs, state=state, pack=pack)
+        self.request, self.resume_state, self.step, self.wall_s = request, state, get_step(state), 0.0
+        self.start_loggers()
         # Dropout masks come from a stream of this slot, so that they do not depend on the other slots. The stream has
         # the seed of a solo run, is saved in the checkpoint, and must be on the device of the batches.
         self.stream = torch.Generator(get_device(config.trainer)).manual_seed(config.seeds.dropout)
@@ -89,8 +81,8 @@ class SlotRun:
     def add_tokens(self, micro: MicroBatch, *, positions: int) -> int:
         """Adds a micro-batch to the progress, and returns its number of tokens. `positions` includes padding."""
         tokens = int(self.inputs.splits.train.lengths.numpy()[micro.indices].sum())
-        self.log.progress.tokens += tokens
-        self.log.progress.positions += positions
+        self.progress.tokens += tokens
+        self.progress.positions += positions
         return tokens
 
     def note_evaluation(self, values: Metrics, *, save: Callable[[Path], None]) -> None:
@@ -99,12 +91,12 @@ class SlotRun:
         Raises:
             Diverged: A loss or the score is NaN or infinite.
         """
-        for row in self.log.flush():
+        for row in self.flush():
             metrics = {f"train/{name}": row[name] for name in ("loss", "lr", "tokens_per_s")}
-            metrics["train/padding_fraction"] = self.log.progress.padding_fraction
+            metrics["train/padding_fraction"] = self.progress.padding_fraction
             for logger in self.loggers:
                 logger.log_metrics(metrics, step=row["step"])
-        self.log.write_evaluation(self.step, values, save=save)
+        self.write_evaluation(self.step, values, save=save)
         for logger in self.loggers:
             logger.log_metrics({f"validation/{name}": value for name, value in values.items()}, step=self.step)
             logger.save()
@@ -120,16 +112,14 @@ class SlotRun:
             "global_step": self.step,
             "trained": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
             "optimizer": self.optimizer.state(),
-            "progress": dict(vars(self.log.progress)),
+            "progress": dict(vars(self.progress)),
             "stream": self.stream.get_state(),
         }
 
-    def close(self, status: RunStatus, reason: str | None) -> None:
-        """Writes the final record of this run and closes its loggers."""
-        self.log.close(status, reason, wall_s=self.wall_s)
-        for logger in self.loggers:
+    def close(self, status: RunStatus, reason: str | None) -> RunRecord:
+        for logger in self.loggers:  # a Trainer does it for a run alone
             logger.finalize("failed" if status == "failed" else "success")
-        finish_loggers(self.loggers)
+        return super().close(status, reason)
 
 
 class SlotOptimizer:

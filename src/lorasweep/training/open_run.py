@@ -1,6 +1,6 @@
-"""Writes the folder of a run while it trains: the record, the step log, and the best and last weights.
+"""A run whose folder is open while it trains: record, step log, best and last weights, loggers and the end.
 
-`run` uses this module for a run alone, and `packs.slot_run` for each slot of a pack.
+Both engines open, log and close their runs here: `run` a run alone, `packs.slot_run` each slot of a pack.
 """
 
 from __future__ import annotations
@@ -8,20 +8,23 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from lorasweep.config.build import as_settings
+from lorasweep.config.redaction import redact
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.batching import EvaluationSampler, LengthBuckets
 from lorasweep.data.rows import padding_fraction as measure_padding
-from lorasweep.disk import remove_leftovers, write_atomically
-from lorasweep.errors import Diverged
+from lorasweep.disk import explain_os_error, remove_leftovers, write_atomically
+from lorasweep.errors import Diverged, LoraSweepError, OutOfMemory, WorkerError
 from lorasweep.record import (
     ANSWERS_FILE,
     STEPS_FILE,
@@ -41,9 +44,10 @@ from lorasweep.training.environment import (
     describe_environment,
     describe_packages,
     describe_platform,
-    peak_memory_bytes,
     resolve_device,
 )
+from lorasweep.training.loggers import finish_loggers, start_loggers
+from lorasweep.training.memory import peak_memory_bytes
 from lorasweep.training.run_inputs import RunInputs, require_same_fingerprints
 from lorasweep.training.telemetry import TrainingProgress
 
@@ -79,33 +83,68 @@ class RunEvaluation(NamedTuple):
     metrics: Metrics
 
 
-class RunLog:
-    """Writes the record, the step log and the weights of a run until it ends or is interrupted.
+class OpenRun:
+    """Writes the folder of a run from its beginning, or a checkpoint, until it ends or is interrupted.
 
     Losses stay on the GPU until `flush`, so that no step waits for the GPU.
+
+    Attributes:
+        config: The run's settings.
+        folder: The run's folder.
+        inputs: Base model and data.
+        record: The run's record, as `write_evaluation` and `close` write it.
+        progress: Trained tokens and training time.
+        loggers: Loggers that `close` ends; empty before `start_loggers`.
+        wall_s: Seconds of the run since it was opened. None: the wall-clock time.
     """
 
-    def __init__(self, record: RunRecord, folder: Path, *, state: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        run_folder: RunFolder,
+        inputs: RunInputs,
+        *,
+        state: Mapping[str, Any],
+        num_processes: int = 1,
+        too_large: Sequence[int] = (),
+        pack: dict[str, Any] | None = None,
+    ) -> None:
         """Writes the record, and removes log rows after the step of the checkpoint `state`, which the run repeats.
 
-        If the run begins at step 0 (`state` is empty), removes earlier checkpoints.
+        If the run begins at step 0 (`state` is empty), removes earlier checkpoints. `too_large` has the micro-batches
+        per step of each earlier attempt that ran out of memory. A resumed run keeps its number of micro-batches.
         """
-        self.record = record
-        self.folder = folder
+        self.config, self.folder, self.inputs = config, run_folder.path, inputs
+        self.loggers: list[Logger] = []
+        self.record = record = _open_record(config, run_folder, inputs, state=state, num_processes=num_processes)
+        record.pack = pack
+        too_large = too_large or record.batching.get("too_large", [])
+        accumulate = int(record.batching.get("micro_batches", config.trainer.accumulate))
+        if too_large:
+            accumulate = min(2 * too_large[-1], config.trainer.batch_size)
+        record.batching = describe_batching(inputs, config, accumulate=accumulate)
+        if too_large:
+            record.batching["too_large"] = list(too_large)
         self.progress = TrainingProgress(**state.get("progress", {}))
+        self.wall_s: float | None = None
         self._pending: list[tuple[int, Tensor, float]] = []
         self._earlier_wall_s, self._started_at = record.wall_s, time.monotonic()
-        folder.mkdir(parents=True, exist_ok=True)
-        for subfolder in (folder, folder / "best", folder / "last"):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for subfolder in (self.folder, self.folder / "best", self.folder / "last"):
             remove_leftovers(subfolder)
         # Checkpoints first: a process that is killed in between must not leave a checkpoint whose log rows are missing.
         if not state:
-            remove_checkpoints(folder)
-        if (folder / STEPS_FILE).exists():
-            rows = read_steps(folder) if state else ()  # from step 0 not even an evaluation at step 0 is kept
+            remove_checkpoints(self.folder)
+        if (self.folder / STEPS_FILE).exists():
+            rows = read_steps(self.folder) if state else ()  # from step 0 not even an evaluation at step 0 is kept
             kept = [dump_row(row) + "\n" for row in rows if row["step"] <= get_step(state)]
-            write_atomically(folder / STEPS_FILE, "".join(kept))
-        write_record(record, folder)
+            write_atomically(self.folder / STEPS_FILE, "".join(kept))
+        write_record(record, self.folder)
+
+    def start_loggers(self) -> list[Logger]:
+        """Starts the loggers of `logger`, and returns them."""
+        self.loggers = start_loggers(self.config, self.folder)
+        return self.loggers
 
     def note_trained(self, num_params: int) -> None:
         self.record.trainable_params = num_params
@@ -153,14 +192,15 @@ class RunLog:
             save(self.folder / "last")
         write_record(self.record, self.folder)
 
-    def close(self, status: RunStatus, reason: str | None, *, wall_s: float | None = None) -> None:
-        """Writes the final record, with the checksums of the kept weights.
+    def close(self, status: RunStatus, reason: str | None) -> RunRecord:
+        """Writes and returns the final record, with the checksums of the kept weights, and ends the loggers.
 
-        `wall_s` is the time that the run took since this object was created. None: the wall-clock time.
+        Removes the checkpoints, unless the run can resume from them.
         """
         record, folder = self.record, self.folder
         self.progress.write_to(record)
-        record.wall_s = self._earlier_wall_s + (time.monotonic() - self._started_at if wall_s is None else wall_s)
+        wall_s = time.monotonic() - self._started_at if self.wall_s is None else self.wall_s
+        record.wall_s = self._earlier_wall_s + wall_s
         record.status, record.reason, record.ended_at = status, reason, utc_now()
         record.peak_memory_bytes = peak_memory_bytes()
         patterns = ("best/*", "last/*", ANSWERS_FILE.format("*"))
@@ -171,6 +211,16 @@ class RunLog:
         }
         record.adapter_bytes = sum(path.stat().st_size for path in (folder / "best").glob("*.safetensors"))
         write_record(record, folder)
+        if status != "interrupted":
+            remove_checkpoints(folder)
+        finish_loggers(self.loggers)
+        return record
+
+    def close_after(self, error: BaseException) -> None:
+        """Closes a run that an error ended. The reason is the message of one of our errors, else the traceback."""
+        is_ours = isinstance(error, LoraSweepError)
+        text = str(error) if is_ours else "".join(traceback.format_exception(error)).strip()
+        self.close(status_after(error), str(redact(text)))
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
         with (self.folder / STEPS_FILE).open("a") as file:
@@ -202,7 +252,7 @@ def update_score(record: RunRecord, step: int, metrics: Metrics) -> bool:
     return True
 
 
-def open_record(
+def _open_record(
     config: RunConfig, run_folder: RunFolder, inputs: RunInputs, *, state: Mapping[str, Any], num_processes: int = 1
 ) -> RunRecord:
     """Returns a new record. If the run resumes, returns the record as it was at the checkpoint `state`."""
@@ -280,3 +330,14 @@ def find_run_end(
         if step - best_step >= config.early_stop_evaluations * config.eval_every_steps:
             return "complete", f"no better score since step {best_step:.0f}: stopped early at step {step}"
     return ("stopped", stop_reason) if stop_reason is not None else None
+
+
+def status_after(error: BaseException) -> RunStatus:
+    """Returns the status of a run that an error ended.
+
+    `interrupted` means that the run can resume, because a signal, another process or the system ended it.
+    """
+    if isinstance(error, OutOfMemory):
+        return "infeasible"
+    is_fault = isinstance(error, Exception) and not isinstance(error, WorkerError)
+    return "failed" if is_fault and explain_os_error(error) is None else "interrupted"
