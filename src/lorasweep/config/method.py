@@ -55,6 +55,11 @@ class MethodSettings(Settings):
         return False
 
     @property
+    def scale(self) -> float:
+        """The factor on B A; 0 without a rank."""
+        return 0.0
+
+    @property
     def adapter_kind(self) -> str | None:
         """The kind of the adapter of PEFT that a run keeps; None if it keeps other weights."""
         return None
@@ -102,6 +107,10 @@ class LoraConfig(MethodSettings):
     """Indices of the blocks that get an update (the first number in a layer's name); empty for all."""
     modules_to_save: tuple[str, ...] = ()
     """Patterns of modules (heads, embeddings) that train in full, on a copy in fp32, and are saved with the adapter."""
+
+    @property
+    def scale(self) -> float:
+        return scaling_factor(alpha=self.alpha, rank=self.rank, rule=self.scaling)
 
     def __post_init__(self) -> None:
         if not self.targets:

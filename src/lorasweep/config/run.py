@@ -326,6 +326,10 @@ class RunConfig(Settings):
         return 0 if self.method.trains_nothing else self.trainer.max_steps
 
     @property
+    def follows_rate_law(self) -> bool:
+        return follows_rate_law(self.method.name, self.optim.name)
+
+    @property
     def eval_fraction(self) -> float:
         """`trainer.eval_fraction`, or 1 if the evaluations of a run are the user's own."""
         return 1.0 if self.module is not None else self.trainer.eval_fraction

@@ -23,10 +23,11 @@ from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 from scipy.stats import qmc
 
+from lorasweep.config.build import as_settings, flatten
 from lorasweep.config.components import Component
 from lorasweep.config.data import ScoreMetric
-from lorasweep.config.method import LoraConfig, scaling_factor
-from lorasweep.config.run import ALPHA, LR, RANK, SCALING, follows_rate_law
+from lorasweep.config.method import scaling_factor
+from lorasweep.config.run import ALPHA, LR, RANK, SCALING
 from lorasweep.record import Trial, TrialState
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.ranges import Range, Space
@@ -68,14 +69,10 @@ class RateLaw:
 
 def build_rate_law(arm: Arm) -> RateLaw:
     """Returns the rate law of an arm; none without LoRA, Adam or a searched rate."""
-    if LR not in arm.space or not isinstance(method := arm.base.method, LoraConfig):
+    if LR not in arm.space or not arm.base.follows_rate_law:
         return RateLaw(defaults={})
-    if not follows_rate_law(method.name, arm.base.optim.name):
-        return RateLaw(defaults={})
-    ratio_b = getattr(arm.base.optim, "lr_ratio_b", 1.0)
-    return RateLaw(
-        defaults={RANK: method.rank, ALPHA: method.alpha, SCALING: method.scaling, RATIO_B: ratio_b},
-    )
+    settings = flatten(as_settings(arm.base))
+    return RateLaw(defaults={key: settings[key] for key in LAW_KEYS})
 
 
 class SpaceEncoding:

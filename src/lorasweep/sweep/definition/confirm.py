@@ -9,8 +9,7 @@ import itertools
 import zlib
 from dataclasses import astuple
 
-from lorasweep.config.method import LoraConfig, scaling_factor
-from lorasweep.config.run import LR, RunConfig, follows_rate_law
+from lorasweep.config.run import LR, RunConfig
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import Question, QuestionName, list_confirm_runs
 from lorasweep.sweep.definition.arms import Arm, Definition
@@ -36,11 +35,11 @@ def list_questions(definition: Definition) -> list[Question]:
     - Without `full`, each arm that trains is compared with the first one: with its largest value, if it has several.
     """
     trained = [arm for arm in definition.arms if not arm.base.method.trains_nothing]
-    full = next((arm for arm in trained if arm.base.method.kind == "full"), None)
+    full = next((arm for arm in trained if arm.base.method.trains_all), None)
     subjects = {arm.name: [subject.name for subject in arm.subjects] for arm in definition.arms}
     asked: list[tuple[QuestionName, Arm, list[str], str | None]] = []
     for arm in trained if full else ():
-        if arm.base.method.kind != "full":
+        if not arm.base.method.trains_all:
             asked.append(("as_good_as_full", arm, subjects[arm.name], full.name if full else None))
     asked += [("smallest", arm, subjects[arm.name], None) for arm in trained if arm.confirm_each in SIZE_KEYS]
     if full is None:
@@ -120,10 +119,7 @@ def find_warnings(definition: Definition) -> list[str]:
 
 def exceeds_law(config: RunConfig) -> bool:
     """Returns whether a run follows the rate law, but has a larger factor on B A than the law was found to hold for."""
-    lora = config.method
-    if not isinstance(lora, LoraConfig) or not follows_rate_law(lora.name, config.optim.name):
-        return False
-    return scaling_factor(alpha=lora.alpha, rank=lora.rank, rule=lora.scaling) > MAX_LAW_FACTOR
+    return config.follows_rate_law and config.method.scale > MAX_LAW_FACTOR
 
 
 def count_tokens(config: RunConfig) -> int:
