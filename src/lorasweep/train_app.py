@@ -104,8 +104,8 @@ def _show_examples(config: RunConfig, number: int) -> None:
     with quick_imports():
         from lorasweep.data.rows import list_passages  # noqa: PLC0415 (torch is slow to import)
         from lorasweep.models.load import load_tokenizer  # noqa: PLC0415
-        from lorasweep.tasks.splits import tokenise_splits  # noqa: PLC0415
-        from lorasweep.tasks.task import read_source  # noqa: PLC0415
+        from lorasweep.tasks.splits import check_model_kind  # noqa: PLC0415
+        from lorasweep.tasks.task import find_task  # noqa: PLC0415
 
     if number < 1:
         raise ConfigError(f"`--show-examples >= 1` must hold, but got {number}.")
@@ -113,17 +113,18 @@ def _show_examples(config: RunConfig, number: int) -> None:
         raise ConfigError(
             f"`--show-examples` must be missing with `data={config.data.name}`, which has no text. Remove it."
         )
-    tokenizer = load_tokenizer(config.model)
-    source = read_source(config.data)
-    splits = tokenise_splits(config.data, source=source, tokenizer=tokenizer, model_kind=config.model.kind)
-    for note in splits.notes:
+    check_model_kind(config.data, config.model.kind)
+    tokenizer, task = load_tokenizer(config.model), find_task(config.data)
+    source = task.read(config.data)
+    train = task.build_rows(source.train, config=config.data, source=source, tokenizer=tokenizer)
+    for note in (*source.notes, *train.notes):
         say(f"• {note}", file=sys.stderr)
     console = EscapingConsole(highlight=False, soft_wrap=True)
     before, after = ("", "") if console.is_terminal and not console.no_color else ("⟦", "⟧")
-    for index in range(min(number, len(splits.train))):
-        console.rule(f"example {index + 1} of {len(splits.train)}")
+    for index in range(min(number, len(train))):
+        console.rule(f"example {index + 1} of {len(train)}")
         shown = Text()
-        for text, is_scored in list_passages(splits.train, index, tokenizer=tokenizer):
+        for text, is_scored in list_passages(train, index, tokenizer=tokenizer):
             shown.append(f"{before}{text}{after}" if is_scored else text, "bold green" if is_scored else "")
         console.print(shown)
 

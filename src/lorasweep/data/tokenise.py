@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from lorasweep.data.rows import Ragged
 from lorasweep.data.source import Example, Examples
 from lorasweep.disk import write_atomically
-from lorasweep.errors import ConfigError
+from lorasweep.errors import ConfigError, first_line
 
 CACHE_FORMAT = 6
 """Part of every cache key. Raise it when a task tokenises the same examples differently than before."""
@@ -102,3 +102,18 @@ def map_cached(
     return {
         name: Ragged.join(tensors[f"{name}.values"].long(), lengths=tensors[f"{name}.lengths"].long()) for name in names
     }
+
+
+def read_template_file(name: str) -> str:
+    """Returns the text of the file that `data.template` names. Raises ConfigError if it can't be read."""
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: the user in `~USER` is unknown
+        raise ConfigError(
+            f"`data.template` must name a readable file, but got {name!r}: {first_line(error)}."
+        ) from error
+
+
+def digest_template(text: str) -> str:
+    """Returns the first 16 hex digits of the SHA-256 of a template's text, as in a run's record."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]

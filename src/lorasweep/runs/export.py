@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from lorasweep.config.build import flatten
 from lorasweep.config.run import ModelConfig, RunConfig, refuse_code, require_exportable
-from lorasweep.data.template_file import digest_template, read_template_file
+from lorasweep.data.tokenise import digest_template, read_template_file
 from lorasweep.disk import require_new_folder
 from lorasweep.errors import ConfigError, RecordError, RunError, first_line
 from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_peft_settings

@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from lorasweep.config.components import find_class, instantiate
 from lorasweep.config.data import DataSettings, MetricComponent, ModelKind, ScoreMetric
@@ -21,16 +20,6 @@ from lorasweep.models.load import BaseModel
 from lorasweep.objectives.objective import Objective, build_own_metric
 from lorasweep.tasks.task import find_task
 from lorasweep.wording import join_words
-
-
-class TokenisedSplits(NamedTuple):
-    """The splits of a data set, and notes for the user on how they were built."""
-
-    train: Rows
-    validation: Rows
-    test: Callable[[], Rows]
-    """Returns the test split. The first call reads and tokenises it, and later calls return the same object."""
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,23 +45,13 @@ class DataSplits(Splits):
         return {name: float(value) for name, value in values.items()}
 
 
-def tokenise_splits(
-    config: DataSettings, *, source: DataSource, tokenizer: PreTrainedTokenizerBase, model_kind: ModelKind
-) -> TokenisedSplits:
-    """Tokenises the training and validation split at once, and the test split at its first use.
-
-    Raises ConfigError if the model can't learn from this kind of data, a split has nothing to predict, or the tokenizer
-    has no end-of-text token; for the test split at its first use.
-    """
-    if model_kind != (wanted := config.model_kind):
+def check_model_kind(config: DataSettings, kind: ModelKind) -> None:
+    """Raises ConfigError if a model of this kind can't learn from the data."""
+    if kind != (wanted := config.model_kind):
         raise ConfigError(
-            f"`model.kind` must be {wanted} for `data={config.name}`, but got {model_kind!r}. Use `model={wanted}`, or "
+            f"`model.kind` must be {wanted} for `data={config.name}`, but got {kind!r}. Use `model={wanted}`, or "
             "other data."
         )
-    build = functools.partial(find_task(config).build_rows, config=config, source=source, tokenizer=tokenizer)
-    train, validation = build(source.train), build(source.validation)
-    test = functools.cache(lambda: build(source.test()))
-    return TokenisedSplits(train, validation, test, (*source.notes, *train.notes, *validation.notes))
 
 
 def build_data_splits(
@@ -84,11 +63,12 @@ def build_data_splits(
 ) -> DataSplits:
     """Returns the splits for a base model, with their objective, or with that of the task if it is None.
 
-    Raises ConfigError as `tokenise_splits`, or if the objective can't be created or does not have the metric.
+    The test split is read and tokenised at its first use. Raises ConfigError if the model can't learn from the data, a
+    split has nothing to predict, or the objective can't be created or does not have the metric.
     """
-    train, validation, test, notes = tokenise_splits(
-        config, source=source, tokenizer=base.tokenizer, model_kind=base.kind
-    )
+    check_model_kind(config, base.kind)
+    build = functools.partial(find_task(config).build_rows, config=config, source=source, tokenizer=base.tokenizer)
+    train, validation = build(source.train), build(source.validation)
     chosen = build_objective(objective or ObjectiveConfig(), data=config, source=source, model=base.model)
     chosen = chosen.for_split(validation)
     if isinstance(config.metric, MetricComponent):
@@ -104,7 +84,14 @@ def build_data_splits(
             f"`data.metric` must be one of auto, {', '.join(chosen.metrics)} for these examples, but got "
             f"{config.metric!r}."
         )
-    splits = DataSplits(train=train, validation=validation, test=test, score_metric=score_metric, objective=chosen)
+    splits = DataSplits(
+        train=train,
+        validation=validation,
+        test=functools.cache(lambda: build(source.test())),
+        score_metric=score_metric,
+        objective=chosen,
+    )
+    notes = (*source.notes, *train.notes, *validation.notes)
     if scores := splits.score_constant_answer(validation):
         values = [f"{name} {value:.4f}" for name, value in scores.items() if name != "loss"]
         answer = chosen.describe_constant(train)

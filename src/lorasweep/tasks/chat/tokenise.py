@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorasweep.data.rows import IGNORED, Ragged
 from lorasweep.data.source import Examples
-from lorasweep.data.template_file import digest_template
-from lorasweep.data.tokenise import Columns, cache_key, get_end_token, map_cached, tokenise_plain
+from lorasweep.data.tokenise import Columns, cache_key, digest_template, get_end_token, map_cached, tokenise_plain
 from lorasweep.errors import ConfigError
 from lorasweep.tasks.chat.read import Conversation
 from lorasweep.tasks.chat.settings import ConversationSettings

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from lorasweep.tasks.table.objective import Classification, Regression
-from lorasweep.tasks.table.read import read_labelled
-from lorasweep.tasks.table.recognise import recognise_labelled
+from lorasweep.tasks.table.read import read_labelled, recognise_labelled
 from lorasweep.tasks.table.rows import build_labelled
 from lorasweep.tasks.task import Task
 
