@@ -175,14 +175,14 @@ def build_config(settings: Mapping[str, Any], *, rank: int = 8, rows: int = ROWS
 def write_model(name: str, folder: Path) -> dict[str, Any]:
     """Writes a model with random weights and a tokenizer of bytes, if needed, and returns the settings of its runs."""
     if name == "tiny":
-        return {"model": "tiny", "data": "stdlib_docs", "data.block_length": 32}
+        return {"model": "tiny", "model.attention": "sdpa", "data": "stdlib_docs", "data.block_length": 32}
     AutoTokenizer.from_pretrained(Path(tiny.__file__).parent).save_pretrained(folder)
     if name == "smollm2":
         sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "tie_word_embeddings": True}
         heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}
         LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(folder)
         data: dict[str, Any] = {"data": "stdlib_docs", "data.block_length": 32}
-        return {"model": "causal_lm", "model.path": str(folder), **data}
+        return {"model": "causal_lm", "model.path": str(folder), "model.attention": "sdpa", **data}
     sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
     BertModel(BertConfig(**sizes)).save_pretrained(folder)
     splits = {f"data.{split}": str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
