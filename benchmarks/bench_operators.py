@@ -116,8 +116,9 @@ def count_pack_step(
         return call
 
     @contextmanager
-    def share_in_phase(shared: StepStacks) -> Iterator[None]:
-        with counts[-1].count_as("stacks"), share(shared), counts[-1].count_as("rest"):
+    def share_in_phase(shared: StepStacks, *, is_training: bool = True) -> Iterator[None]:
+        stacks = share(shared, is_training=is_training)
+        with counts[-1].count_as("stacks"), stacks, counts[-1].count_as("rest"):
             yield
 
     with ExitStack() as context:

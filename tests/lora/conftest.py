@@ -93,6 +93,5 @@ def check_shapes(monkeypatch, request):
 def make_checked_group(
     lora_a: Float[Tensor, "slots rank d_in"],
     lora_b: Float[Tensor, "slots d_out rank"],
-    factor: object,
 ) -> functional.SlotGroup:
-    return functional.SlotGroup(lora_a, lora_b, factor)
+    return functional.SlotGroup(lora_a, lora_b)

@@ -16,7 +16,7 @@ def make_inputs(*, shape=(SLOTS * ROWS, 3, 5), slots=SLOTS, d_out=4, rank=2):
 
 
 def run_lora(x, weight, bias, a, b, *, factor, keep=None):
-    return lora_linear(x, weight, bias, [SlotGroup(a, b, factor)], keep=keep)
+    return lora_linear(x, weight, bias, [SlotGroup(a, b * factor)], keep=keep)
 
 
 def make_keep(x):
@@ -52,9 +52,9 @@ def test_groups_of_slots_and_the_update_alone_equal_one_padded_group(drop):
     a[0, 1], b[0, :, 1] = 0, 0  # slot 0 has rank 1, padded to 2
     leaves = [t.requires_grad_() for t in (x, a, b)]
     padded = run_lora(x, weight, bias, a, b, factor=FACTORS, keep=keep)
-    groups = [SlotGroup(a[:1, :1], b[:1, :, :1], FACTORS[:1]), SlotGroup(a[1:], b[1:], FACTORS[1:])]
+    groups = [SlotGroup(a[:1, :1], FACTORS[:1] * b[:1, :, :1]), SlotGroup(a[1:], FACTORS[1:] * b[1:])]
     grouped = lora_linear(x, weight, bias, groups, keep=keep)
-    apart = torch.nn.functional.linear(x, weight, bias) + linear_update(x, SlotGroup(a, b, FACTORS), keep=keep)
+    apart = torch.nn.functional.linear(x, weight, bias) + linear_update(x, SlotGroup(a, b * FACTORS), keep=keep)
     expected = torch.autograd.grad(padded.sum(), leaves)
     # the factor of slot 1 is 0, and the padding of slot 0 gets no gradient in any way
     for other in (grouped, apart):

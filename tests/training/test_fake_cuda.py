@@ -52,13 +52,13 @@ SETTINGS = {
     "logger": "none",
 }
 NEEDED = {
-    ("training", "copy", "share_factors"): "the scalings of a pack's slots, once for each set of slots",
     ("training", "read", "find_packed_sequence_indices"): "transformers, in a pass whose batch has no padding",
     ("training", "copy", "logger_connector/result.py"): "Lightning's metric of the loss, once in a run",
     ("training", "read", "_flush"): "waits at a boundary, so that the time of the last steps is that of training",
-    ("evaluating", "copy", "share_factors"): "as in training, but without dropout",
-    ("evaluating", "read", "_ignore_causal_mask_sdpa"): "transformers looks for padding, once or twice in a pass",
-    ("evaluating", "read", "flash_attention"): "transformers looks for padding in each layer",
+    ("training", "read", "_ignore_causal_mask_sdpa"): "transformers looks for padding, once or twice in a pass",
+    ("training", "read", "flash_attention"): "transformers looks for padding in each layer",
+    ("evaluating", "read", "_ignore_causal_mask_sdpa"): "as in training",
+    ("evaluating", "read", "flash_attention"): "as in training",
     ("evaluating", "read", "read_metrics"): "the metrics of all slots, once in an evaluation",
     ("evaluating", "copy", "logger_connector/result.py"): "Lightning's metrics of the evaluation",
 }
@@ -138,8 +138,7 @@ def test_a_pack_copies_what_belongs_to_a_micro_batch_once_and_nothing_for_each_l
     pinned = [count for phase, kind, _, count in notes if (phase, kind) == ("training", "pinned")]
     # 2 steps of 2 micro-batches, first of two runs and then of the third: tokens, mask, targets, weights and places
     assert sum(pinned) <= 2 * 2 * 2 * 5
-    shared = [count for phase, kind, lines, count in notes if (phase, kind) == ("training", "copy")]
-    assert sum(shared) == 2  # for the two sets of slots
+    assert not [note for note in notes if note[:2] == ["training", "copy"]]
 
 
 def test_every_exception_is_needed_by_a_case(results):

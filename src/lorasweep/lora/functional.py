@@ -21,17 +21,13 @@ from torch.nn.functional import linear
 
 from lorasweep.lora.dropout import apply_keep_mask
 
-UpdateFactor = float | Float[Tensor, "slots 1 1"]
-"""Factor of B A x, as one number or one per slot: the scaling, divided by (1 - dropout) if inputs are dropped."""
-
 
 class SlotGroup(NamedTuple):
     """The weight updates of neighbouring slots. A lower rank is padded with zeros to the highest of the group."""
 
     lora_a: Float[Tensor, "slots rank d_in"]
     lora_b: Float[Tensor, "slots d_out rank"]
-    factor: UpdateFactor
-    """In fp32 or wider."""
+    """B · scaling, divided by (1 - dropout) if inputs are dropped: a number of B is one of far fewer than of B A x."""
 
 
 def lora_linear(
@@ -42,7 +38,7 @@ def lora_linear(
     *,
     keep: Bool[Tensor, "*rows d_in"] | None = None,
 ) -> Float[Tensor, "*rows d_out"]:
-    """Returns W0 x + b + factor · B A (x · keep): equation 3 of LoRA (arXiv 2106.09685) for the rows of each slot.
+    """Returns W0 x + b + B A (x · keep): equation 3 of LoRA (arXiv 2106.09685) for the rows of each slot.
 
     x and the output have the dtype of `weight`; under autocast, x has any dtype and the output that of autocast. A and
     B may have any dtype, which their gradients have too. `keep` is False for each input that is dropped before A.
@@ -54,22 +50,17 @@ def lora_linear(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     matrices = [matrix for group in groups for matrix in (group.lora_a, group.lora_b)]
     cast = [matrix.detach().to(x.dtype) for matrix in matrices]
-    factors = tuple(group.factor for group in groups)
-    output: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, factors, keep, cast, *matrices
-    )
+    output: Tensor = _LoraLinear.apply(x, weight, bias, keep, cast, *matrices)  # type: ignore[no-untyped-call]
     return output
 
 
 def linear_update(
     x: Float[Tensor, "*rows d_in"], group: SlotGroup, *, keep: Bool[Tensor, "*rows d_in"] | None = None
 ) -> Float[Tensor, "*rows d_out"]:
-    """Returns factor · B A (x · keep), without the base's output, for the rows of one group."""
+    """Returns B A (x · keep), without the base's output, for the rows of one group."""
     a, b = group.lora_a.to(x.dtype), group.lora_b.to(x.dtype)
-    u = (
-        a @ _split_by_slot(x if keep is None else apply_keep_mask(x, keep), len(a)).mT * group.factor
-    )  # (slots, rank, tokens)
-    return (u.to(x.dtype).mT @ b.mT).view(*x.shape[:-1], b.shape[1])
+    u = a @ _split_by_slot(x if keep is None else apply_keep_mask(x, keep), len(a)).mT  # (slots, rank, tokens)
+    return (u.mT @ b.mT).view(*x.shape[:-1], b.shape[1])
 
 
 def split_by_group(x: Tensor, groups: Sequence[SlotGroup]) -> tuple[Tensor, ...]:
@@ -79,27 +70,27 @@ def split_by_group(x: Tensor, groups: Sequence[SlotGroup]) -> tuple[Tensor, ...]
 
 
 class _LoraLinear(torch.autograd.Function):
-    """y = x Wᵀ + b over all rows, then y_k += (B_k u_k)ᵀ with u_k = factor_k · A_k (x_k · keep_k)ᵀ for each slot.
+    """y = x Wᵀ + b over all rows, then y_k += (B_k u_k)ᵀ with u_k = A_k (x_k · keep_k)ᵀ for each slot.
 
-    It saves memory and time in three ways. Backward keeps x itself and no copy, so layers with the same input share it.
-    The factor multiplies u, which is smaller than y. The updates are added to y in place.
+    It saves memory and time in two ways. Backward keeps x itself and no copy, so layers with the same input share it.
+    The updates are added to y in place.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         # Named parameters before `*matrices` get wrong values if torch.compile runs in inference mode (torch 2.13).
-        x, weight, bias, factors, keep, cast, *matrices = arguments
+        x, weight, bias, keep, cast, *matrices = arguments
         by_slot = _split_by_slot(x, sum(map(len, cast[::2])))  # (slots, tokens, d_in)
         keep = None if keep is None else keep.reshape(by_slot.shape)
         y = linear(by_slot.flatten(0, 1), weight, bias)  # (slots · tokens, d_out)
         y_by_slot = y.view(*by_slot.shape[:2], y.shape[-1])
         products = []
-        for slots, a, b, factor in _iter_groups(cast, factors):
-            u = a.bmm(_apply_keep_mask(by_slot, keep, slots).mT).mul_(factor)  # (slots, rank, tokens)
+        for slots, a, b in _iter_groups(cast):
+            u = a.bmm(_apply_keep_mask(by_slot, keep, slots).mT)  # (slots, rank, tokens)
             y_by_slot[slots].baddbmm_(u.mT, b.mT)  # in place, because no other code has a reference to y yet
             products.append(u)
         ctx.save_for_backward(x, weight, keep, *cast, *products)
-        ctx.factors, ctx.dtypes = factors, [matrix.dtype for matrix in matrices]
+        ctx.dtypes = [matrix.dtype for matrix in matrices]
         output: Tensor = y.view(*x.shape[:-1], y.shape[-1])
         return output
 
@@ -109,16 +100,16 @@ class _LoraLinear(torch.autograd.Function):
         x, weight, keep, *saved = ctx.saved_tensors
         cast, products = saved[: len(ctx.dtypes)], saved[len(ctx.dtypes) :]
         by_slot = _split_by_slot(x, sum(map(len, cast[::2])))
-        needs_x, needs_weight, needs_bias, _, _, _, *needs_matrix = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, _, _, *needs_matrix = ctx.needs_input_grad
         flat = grad.reshape(-1, grad.shape[-1])  # (slots · tokens, d_out)
         grad = flat.view(*by_slot.shape[:2], flat.shape[-1])  # (slots, tokens, d_out)
         grad_x = flat.mm(weight).view(by_slot.shape) if needs_x else None
         grad_matrices: list[Tensor | None] = []
-        for index, (slots, a, b, factor) in enumerate(_iter_groups(cast, ctx.factors)):
+        for index, (slots, a, b) in enumerate(_iter_groups(cast)):
             needs_a, needs_b = needs_matrix[2 * index : 2 * index + 2]
             grad_a = grad_b = None
             if needs_x or needs_a:
-                grad_u = b.mT.bmm(grad[slots].mT).mul_(factor)  # (slots, rank, tokens)
+                grad_u = b.mT.bmm(grad[slots].mT)  # (slots, rank, tokens)
             if needs_a:
                 grad_a = grad_u.bmm(_apply_keep_mask(by_slot, keep, slots)).to(ctx.dtypes[2 * index])
             if needs_b:
@@ -131,7 +122,7 @@ class _LoraLinear(torch.autograd.Function):
         grad_weight = flat.t().mm(by_slot.flatten(0, 1)) if needs_weight else None
         grad_bias = flat.sum(0) if needs_bias else None
         grad_x = None if grad_x is None else grad_x.view(x.shape)
-        return grad_x, grad_weight, grad_bias, None, None, None, *grad_matrices
+        return grad_x, grad_weight, grad_bias, None, None, *grad_matrices
 
 
 def _split_by_slot(x: Tensor, slots: int) -> Tensor:
@@ -139,13 +130,11 @@ def _split_by_slot(x: Tensor, slots: int) -> Tensor:
     return x.reshape(slots, x.shape[:-1].numel() // slots, x.shape[-1])
 
 
-def _iter_groups(
-    matrices: Sequence[Tensor], factors: Sequence[UpdateFactor]
-) -> Iterator[tuple[slice, Tensor, Tensor, UpdateFactor]]:
-    """Yields the slots of each group, with its A, its B and its factor."""
+def _iter_groups(matrices: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yields the slots of each group, with its A and its B."""
     first = 0
-    for a, b, factor in zip(matrices[::2], matrices[1::2], factors, strict=True):
-        yield slice(first, first + len(a)), a, b, factor
+    for a, b in zip(matrices[::2], matrices[1::2], strict=True):
+        yield slice(first, first + len(a)), a, b
         first += len(a)
 
 

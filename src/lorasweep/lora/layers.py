@@ -41,10 +41,9 @@ class AdaptedLayer(nn.Module):
     def add_update(
         self, x: Shaped[Tensor, "rows ..."], groups: Sequence[SlotGroup], *, keep: Bool[Tensor, "rows ..."] | None
     ) -> Float[Tensor, "rows ..."]:
-        """Returns the base's output for x plus factor · B A (x · keep), in the dtype of the base's output.
+        """Returns the base's output for x plus B A (x · keep), in the dtype of the base's output.
 
-        The factors of the groups are the scalings, divided by (1 - dropout) if inputs are dropped. `keep` is False for
-        each input that is dropped before A.
+        `keep` is False for each input that is dropped before A.
         """
         if not self.calls_base:
             return lora_linear(x, weight_to_matrix(self.base, self.weight), self.bias, groups, keep=keep)
@@ -98,8 +97,12 @@ class LoraLayer(AdaptedLayer):
         dropout = self.config.dropout
         is_dropped = self.training and dropout > 0
         keep = draw_keep_mask(x.shape, rate=dropout, device=x.device) if is_dropped else None
-        factor = self.scaling / (1 - dropout) if is_dropped else self.scaling
-        return self.add_update(x, [SlotGroup(self.lora_a[None], self.lora_b[None], factor)], keep=keep)
+        lora_b = self.lora_b * self.compute_factor(is_training=self.training)
+        return self.add_update(x, [SlotGroup(self.lora_a[None], lora_b[None])], keep=keep)
+
+    def compute_factor(self, *, is_training: bool) -> float:
+        """Returns the factor of B A x: the scaling, divided by (1 - dropout) in training."""
+        return self.scaling / (1 - self.config.dropout) if is_training else self.scaling
 
     def compute_weight_update(self) -> Float[Tensor, "d_out d_in"]:
         """Returns ΔW = scaling · B A, in fp32 or the base's wider dtype."""

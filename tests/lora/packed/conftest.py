@@ -51,7 +51,7 @@ class PackAndSolos:
 
         Two steps: one as it comes, and one with stacks that are made once.
         """
-        for context in (nullcontext(), find_slots(self.pack).stacks.share()):
+        for context in (nullcontext(), find_slots(self.pack).stacks.share(is_training=self.pack.training)):
             with context:
                 packed, separate = self.run(inputs)
                 torch.testing.assert_close(packed, separate)  # float64 defaults: the same sums in another order

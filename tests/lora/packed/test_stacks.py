@@ -14,7 +14,8 @@ def make_pack():
     torch.manual_seed(0)
     shared = nn.Linear(24, 24)
     model = nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(24, 40)).bfloat16()
-    inject_packed_lora(model, [LoraConfig(rank=rank) for rank in RANKS])
+    # scalings are powers of two, so that the sum of scaled bf16 gradients is exact in fp32
+    inject_packed_lora(model, [LoraConfig(rank=rank, alpha=2 * rank) for rank in RANKS])
     for parameter in trained(model):
         nn.init.normal_(parameter, std=0.3)
     return model

@@ -184,7 +184,7 @@ def _inject_solo(
 def _update_layers(model: nn.Module, slots: Slots) -> None:
     """Replaces the layers and modules that at least one slot trains by packed ones, and all others by their base."""
     layers, modules = [lora_layers(solo) for solo in slots.models], [trained_modules(solo) for solo in slots.models]
-    # All packed layers are made anew, because the stacks and factors of a layer have the slots' order and ranks. The
+    # All packed layers are made anew, because the stacks of a layer have the slots' order and ranks. The
     # parameters are those of the solo models, so no value and no optimizer state is lost.
     slots.stacks.forget()
     for packed in list(model.modules()):

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten  # see lora.fully_trained
 
 from lorasweep.lora.fully_trained import TrainedModule, call_in_precision_of
-from lorasweep.lora.functional import SlotGroup, UpdateFactor
+from lorasweep.lora.functional import SlotGroup
 from lorasweep.lora.layer_kinds import matrix_shape
 from lorasweep.lora.layers import AdaptedLayer, LoraLayer
 from lorasweep.lora.packed.slots import Slots, check_rows
@@ -54,22 +54,15 @@ class PackedLoraLayer(SlotRows, AdaptedLayer):
         self.lora_a = nn.ParameterList(layer.lora_a for layer in used)
         self.lora_b = nn.ParameterList(layer.lora_b for layer in used)
         self.ranks = [layer.rank if layer else 0 for layer in layers]
+        self.rates = [layer.config.dropout if layer else 0.0 for layer in layers]
         self._groups = group_like_ranks(self.ranks)
         self._stacks: list[tuple[MatrixStack, MatrixStack]] = []
 
     def forward(self, x: Shaped[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         # slot-major rows: then the rows of a slot, and of a group of slots, are one view of x without a copy
         check_rows(x, self.slots.num_slots)
-        rates = [layer.config.dropout if layer else 0.0 for layer in self.layers]
-        is_dropped = self.training and any(rates)
-        keep = self.slots.draw_keep_mask(x, rates=rates) if is_dropped else None
-        # tensors in fp32 or wider, and no buffers, because casting the model to bf16 would round buffers
-        dtype = torch.float64 if torch.float64 in (x.dtype, self.lora_a[0].dtype) else torch.float32
-        values = [layer.scaling / (1 - layer.config.dropout * is_dropped) if layer else 0.0 for layer in self.layers]
-        shared = self.slots.share_factors(tuple(values), dtype=dtype, device=x.device)
-        # a number does not change the dtype of a product, so torch makes no copy in fp32
-        factors = [shared[group] if len({*values[group]}) > 1 else values[group.start] for group in self._groups]
-        return self.add_update(x, self._stack_groups(factors), keep=keep)
+        keep = self.slots.draw_keep_mask(x, rates=self.rates) if self.training and any(self.rates) else None
+        return self.add_update(x, self._stack_groups(), keep=keep)
 
     def extra_repr(self) -> str:
         return f"ranks={self.ranks}"
@@ -77,16 +70,13 @@ class PackedLoraLayer(SlotRows, AdaptedLayer):
     @property
     def dropout_rate(self) -> float:
         """The largest rate of a slot."""
-        return max(layer.config.dropout for layer in self.layers if layer)
+        return max(self.rates)
 
-    def _stack_groups(self, factors: Sequence[UpdateFactor]) -> list[SlotGroup]:
+    def _stack_groups(self) -> list[SlotGroup]:
         shared = self.slots.stacks
-        if not shared.is_open:
-            return [self._stack_group(group, factor) for group, factor in zip(self._groups, factors, strict=True)]
-        return [
-            SlotGroup(shared.use(stack_a), shared.use(stack_b).mT, factor)
-            for (stack_a, stack_b), factor in zip(self._find_stacks(), factors, strict=True)
-        ]
+        if shared.is_training is not self.training:
+            return [self._stack_group(group) for group in self._groups]
+        return [SlotGroup(shared.use(stack_a), shared.use(stack_b).mT) for stack_a, stack_b in self._find_stacks()]
 
     def _find_stacks(self) -> list[tuple[MatrixStack, MatrixStack]]:
         """Returns A and B of each group, in the dtype of the products that `add_update` computes."""
@@ -107,15 +97,18 @@ class PackedLoraLayer(SlotRows, AdaptedLayer):
             ]
         return self._stacks
 
-    def _stack_group(self, group: slice, factor: UpdateFactor) -> SlotGroup:
+    def _stack_group(self, group: slice) -> SlotGroup:
         """Stacks the matrices of a group with plain operations of torch, so that autograd differentiates them."""
         d_out, d_in = matrix_shape(self.base)
         empty = self.lora_a[0].new_empty(0, d_in), self.lora_b[0].new_empty(d_out, 0)
-        pairs = [(layer.lora_a, layer.lora_b) if layer else empty for layer in self.layers[group]]
+        pairs = [
+            (layer.lora_a, layer.lora_b * layer.compute_factor(is_training=self.training)) if layer else empty
+            for layer in self.layers[group]
+        ]
         rank = max(len(lora_a) for lora_a, _ in pairs)
         lora_a = torch.stack([nn.functional.pad(a, (0, 0, 0, rank - len(a))) for a, _ in pairs])
         lora_b = torch.stack([nn.functional.pad(b, (0, rank - b.shape[1])) for _, b in pairs])
-        return SlotGroup(lora_a, lora_b, factor)
+        return SlotGroup(lora_a, lora_b)
 
 
 class PackedTrainedModule(SlotRows, nn.Module):

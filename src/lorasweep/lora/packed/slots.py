@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from lorasweep.lora.dropout import draw_keep_mask, drop, drop_from_default_stream
@@ -35,20 +35,10 @@ class Slots:
         self.stacks = StepStacks()
         self.sequence_lengths: tuple[int, ...] | None = None
         self.is_drawing_again = False
-        self._factors: dict[object, Tensor] = {}
 
     @property
     def num_slots(self) -> int:
         return len(self.models)
-
-    def share_factors(
-        self, values: tuple[float, ...], *, dtype: torch.dtype, device: torch.device
-    ) -> Float[Tensor, "slots 1 1"]:
-        """Returns one number per slot. All layers with the same numbers get the same tensor, so a GPU waits once."""
-        key = (values, dtype, device)
-        if key not in self._factors:
-            self._factors[key] = torch.tensor(values, dtype=dtype, device=device)[:, None, None]
-        return self._factors[key]
 
     @contextmanager
     def compute_only_slot(self, slot: int) -> Iterator[None]:

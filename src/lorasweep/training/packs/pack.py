@@ -238,7 +238,7 @@ class PackTrainer:
         # The batch size depends only on the number of current slots. A resumed pack does not know earlier numbers.
         batch_size = max(1, self.settings.eval_batch_size // len(self.runs))
         batches = EvaluationSampler(data.validation, batch_size=batch_size, fraction=self.configs[0].eval_fraction)
-        with slots.stacks.share():
+        with slots.stacks.share(is_training=False):
             evaluations = evaluate_slots(
                 self.model, data.validation, batches, objective=data.objective, configs=self.configs
             )
