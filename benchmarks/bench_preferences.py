@@ -231,8 +231,8 @@ def keep_rewards(objective: Any, kept: list[list[float]]) -> Any:
     own = type(objective)
 
     class KeepsRewards(own):  # type: ignore[misc, valid-type]
-        def compute_reference(self, model: Any, batch: Any) -> Any:
-            log_probabilities = super().compute_reference(model, batch)
+        def sum_log_probabilities(self, model: Any, batch: Any) -> Any:
+            log_probabilities = super().sum_log_probabilities(model, batch)
             if log_probabilities.requires_grad:
                 values = batch["beta"] * (log_probabilities.detach() - batch["reference"])
                 kept.append(values.view(-1, 2).mean(0).tolist())
