@@ -111,6 +111,8 @@ class Ragged:
         lengths = self.lengths[rows]
         positions = torch.arange(length or int(lengths.max()))
         places = self.starts[rows][:, None] + positions
+        if int(lengths.min()) == len(positions):  # nothing is padded
+            return self.values[places]
         return torch.where(positions < lengths[:, None], self.values[places.clamp_(max=len(self.values) - 1)], fill)
 
 
