@@ -19,6 +19,8 @@ class Orpo(PairObjective):
 
     p is the geometric mean of the probabilities of an answer's tokens, and odds = p / (1 - p). The margin m of a pair
     is the log of the chosen answer's odds minus that of the rejected one. The loss is -log p(chosen) - β · log σ(m).
+
+    *Differs* from TRL, whose first term is the mean over the tokens of all prompts and chosen answers of a batch.
     """
 
     settings_type = OrpoConfig
