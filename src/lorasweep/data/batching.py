@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -30,8 +29,6 @@ MAX_BUCKETS = 8
 """Maximum number of buckets of similar lengths in a training split."""
 MIN_BUCKET_BATCHES = 4
 """Minimum number of batches in a bucket. With fewer, the same few rows would always meet in a batch."""
-MAX_CUTS = 256
-"""Maximum number of places where buckets may end. More save no padding that matters, and take longer to compare."""
 LENGTH_MULTIPLE = 8
 """Rows are padded to a multiple of this length, which suits the kernels of GPUs and gives few shapes."""
 BYTES_PER_DRAWN_EXAMPLE = 100
@@ -90,10 +87,10 @@ class MicroBatchSampler(DistributedSampler[MicroBatch]):
 class LengthBuckets:
     """Cuts examples into buckets of similar lengths, and chooses the bucket of each step without a seed.
 
-    The examples are sorted by length and cut where the padding is least (`_choose_cuts`), into whole batches; what is
-    left of the last batch belongs to the bucket of the longest. In an epoch, each example comes once, and the steps of
-    a bucket are spread evenly: if it has n, one at a random place of each n-th part of the epoch. With one bucket,
-    batches are random, and each is padded to its own longest row.
+    The examples are sorted by length and cut into buckets of whole batches, as equal in size as possible; what is left
+    of the last batch belongs to the bucket of the longest. In an epoch, each example comes once. The steps of an epoch
+    are rounds, in each of which every bucket comes once, in a shuffled order. So long batches are spread evenly.
+    With one bucket, batches are random, and each is padded to its own longest row.
 
     Attributes:
         members: The indices of the examples of each bucket.
@@ -103,14 +100,18 @@ class LengthBuckets:
     def __init__(self, row_lengths: Int[Tensor, " examples"], *, batch_size: int, group_by_length: bool) -> None:
         """Cuts the examples, whose longest rows have these lengths, into buckets; or into one, for random batches."""
         self.batch_size = batch_size
-        ordered, order = row_lengths.sort(stable=True)
-        padded = (-(-ordered // LENGTH_MULTIPLE) * LENGTH_MULTIPLE).clamp(max=ordered[-1])
-        cuts = _choose_cuts(padded, batch_size=batch_size) if group_by_length else [len(order)]
-        if len(cuts) == 1:
-            self.members, self.lengths = [list(range(len(order)))], [int(ordered[-1])]
+        num_batches = len(row_lengths) // batch_size
+        longest = int(row_lengths.max())
+        number = min(MAX_BUCKETS, num_batches // MIN_BUCKET_BATCHES) if group_by_length else 1
+        if number <= 1 or int(row_lengths.min()) == longest:
+            self.members, self.lengths = [list(range(len(row_lengths)))], [longest]
         else:
-            self.members = [part.tolist() for part in order.tensor_split(cuts[:-1])]
-            self.lengths = [int(padded[cut - 1]) for cut in cuts]
+            order = row_lengths.argsort(stable=True)
+            limits = [batch_size * (num_batches * n // number) for n in range(1, number)]
+            self.members = [part.tolist() for part in order.tensor_split(limits)]
+            longest_rows = [int(row_lengths[part[-1]]) for part in self.members]
+            rounded = [-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE for length in longest_rows]
+            self.lengths = [min(length, longest) for length in rounded]
         self._num_examples = len(row_lengths)
         self._plan_epoch = functools.lru_cache(maxsize=1)(self._plan)
 
@@ -127,37 +128,15 @@ class LengthBuckets:
 
     def _plan(self, epoch: int) -> list[tuple[int, int]]:
         """Returns what `choose` returns for each step of an epoch."""
-        plan: list[tuple[float, int, int]] = []
-        for bucket, part in enumerate(self.members):
-            first, end = (n * len(part) // self.batch_size for n in (epoch, epoch + 1))
-            places = torch.rand(end - first, dtype=torch.float64, generator=seed_generator(f"{epoch}/bucket {bucket}"))
-            plan += [((n + places[n].item()) / (end - first), bucket, first + n) for n in range(end - first)]
-        return [(bucket, number) for _, bucket, number in sorted(plan)]
-
-
-def _choose_cuts(padded: Int[Tensor, " examples"], *, batch_size: int) -> list[int]:
-    """Returns where each bucket ends in sorted examples, so that rows padded to the end of theirs have least positions.
-
-    There are at most `MAX_BUCKETS` buckets, each of at least `MIN_BUCKET_BATCHES` batches. A bucket ends after a whole
-    batch, in large data at one of `MAX_CUTS` places. Dynamic programming over the number of buckets.
-    """
-    num_batches = len(padded) // batch_size
-    ends = batch_size * np.linspace(0, num_batches, min(num_batches, MAX_CUTS) + 1).astype(int)
-    ends[-1] = len(padded)
-    lengths = padded.numpy()[ends - 1]
-    sizes = ends[None, :] - ends[:, None]  # of a bucket from one end to another
-    costs = np.where(sizes >= MIN_BUCKET_BATCHES * batch_size, sizes * lengths, np.inf)
-    costs[0, -1] = len(padded) * lengths[-1]  # one bucket is always possible
-    totals, starts = [costs[0]], []
-    for _ in range(MAX_BUCKETS - 1):
-        with_one_more = totals[-1][:, None] + costs
-        starts.append(with_one_more.argmin(0))
-        totals.append(with_one_more.min(0))
-    number = int(np.argmin([total[-1] for total in totals]))  # the fewest of those with equal costs
-    cuts = [len(ends) - 1]
-    for start in reversed(starts[:number]):
-        cuts.insert(0, int(start[cuts[0]]))
-    return [int(ends[cut]) for cut in cuts]
+        uses = [
+            range(epoch * len(part) // self.batch_size, (epoch + 1) * len(part) // self.batch_size)
+            for part in self.members
+        ]
+        plan: list[tuple[int, int]] = []
+        for number in range(max(map(len, uses))):
+            due = [(bucket, steps[number]) for bucket, steps in enumerate(uses) if number < len(steps)]
+            plan += [due[place] for place in draw_permutation(len(due), f"buckets/{epoch}/{number}")]
+        return plan
 
 
 class StepBatchSampler(MicroBatchSampler):
@@ -345,11 +324,12 @@ def choose_part(num_examples: int, fraction: float) -> list[int]:
 
 def draw_order(num_examples: int, *, seed: int, epoch: int, bucket: int = 0) -> list[int]:
     """Returns the order of a bucket's examples in one epoch: a permutation drawn from a hash of the arguments."""
-    generator = seed_generator(f"{seed}/{epoch}/{bucket}" if bucket else f"{seed}/{epoch}")
-    return torch.randperm(num_examples, generator=generator).tolist()
+    stream = f"{seed}/{epoch}/{bucket}" if bucket else f"{seed}/{epoch}"
+    return draw_permutation(num_examples, stream)
 
 
-def seed_generator(stream: str) -> torch.Generator:
-    """Returns a generator on the CPU with the seed that a hash of the stream's name gives."""
+def draw_permutation(size: int, stream: str) -> list[int]:
+    """Returns a permutation of the numbers below `size`, drawn from a hash of the stream's name."""
     digest = hashlib.sha256(stream.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.randperm(size, generator=generator).tolist()
