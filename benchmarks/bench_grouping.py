@@ -102,7 +102,7 @@ def train(settings: Mapping[str, Any], points: Sequence[tuple[float, int]]) -> I
                 next_run=lambda: None,
                 on_evaluation=note,
                 on_end=lambda run, outcome: None,
-                state_file=Path(name) / "pack.json",
+                checkpoint_file=Path(name) / "pack.ckpt",
             )
             for (lr, seed), request in zip(points[first : first + SLOTS], requests, strict=True):
                 yield lr, seed, scores.get(id(request), math.nan)
@@ -191,7 +191,7 @@ def main() -> None:
                     writer.writeheader()
                     writer.writerows(rows)
         base, sign = score_base(settings)
-    report(rows, base=base, sign=sign)
+    report([row for row in rows if float(row["lr"]) in rates], base=base, sign=sign)
 
 
 def score_base(settings: Mapping[str, Any]) -> tuple[float, int]:

@@ -110,6 +110,8 @@ class DataSettings(Settings):
     """Settings that limit the number of scored examples: of validation, then of test."""
     cuts_examples: ClassVar[bool] = False
     """Whether the examples have lengths of their own, which `data.max_length` cuts."""
+    row_keys: ClassVar[tuple[str, ...]] = ("metric",)
+    """Settings that apply to examples after they were read and assigned to splits."""
 
     name: str
     metric: str | MetricComponent
@@ -195,6 +197,7 @@ class RowSettings(SplitSettings):
 
     limit_keys = ("max_validation_examples", "max_test_examples")
     cuts_examples = True
+    row_keys: ClassVar[tuple[str, ...]] = ("metric", "max_length", "group_by_length")
 
     columns: tuple[str, ...] | None
     """Names of all columns of csv, tsv and txt files without a header; null takes the names from the first line."""

@@ -1,1 +1,1 @@
-"""What all tasks share, from files to batches: `reading`, `source`, `tokenise`, `rows`, `batching`."""
+"""Files, splits, rows and batches: the code for data that all tasks share."""

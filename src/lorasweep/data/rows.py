@@ -40,7 +40,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SplitFacts(ABC):
-    """What is known of one split of a data set: train, validation or test."""
+    """Size, lengths and weights of one split of a data set: train, validation or test."""
 
     name: str
     """`train`, `validation` or `test`."""

@@ -33,13 +33,6 @@ from lorasweep.wording import format_bytes, join_words
 MAX_LOADED_INPUTS = 8
 """Maximum number of bases and data sets that a process keeps in memory. Each value of a swept argument of a user's
 module is another base."""
-TOKENISING_SETTINGS = frozenset(
-    (
-        *("max_length", "block_length", "max_train_documents", "max_validation_blocks", "max_test_blocks"),
-        *("class_weights", "metric"),
-    )
-)
-"""Settings of data that are applied to its examples after they were read and assigned to splits."""
 
 
 class InputsCache:
@@ -105,7 +98,7 @@ class InputsCache:
         """Returns the examples of a data set. Errors as in `Task.read`."""
         for known, source in self._sources:
             differences = {name for name, value in vars(config).items() if vars(known).get(name) != value}
-            if differences <= TOKENISING_SETTINGS:
+            if differences.issubset(config.row_keys):
                 return source
         source = read_source(config)
         self._sources.append((config, source))

@@ -143,7 +143,7 @@ class LightningRun(lightning.Callback):
     opened: OpenRun | None = None
     """The run's folder. Only the first process has it."""
     training: TrainingModule | OwnModuleRun = field(init=False)
-    """What trains, with its progress and the losses of the last step."""
+    """The LightningModule that trains. It has the progress and the losses of the last step."""
     logged_step: int = 0
     """Last logged step. Initially the step at which the training begins or resumes."""
     lr: float = 0.0
