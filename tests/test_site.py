@@ -33,8 +33,8 @@ LESSONS = (
     "command_line.md",
     "troubleshooting.md",
     *(
-        pytest.param(f"tutorials/{name}.md", marks=pytest.mark.release)
-        for name in ("chat", "from_axolotl", "pairs", "qlora", "eight_gpus")
+        pytest.param(f"{name}.md", marks=pytest.mark.release)
+        for name in ("chats", "pairs", "tutorials/from_axolotl", "tutorials/qlora", "tutorials/eight_gpus")
     ),
 )
 """Pages whose blocks run."""
