@@ -28,14 +28,10 @@ LESSONS = (
     "start.md",
     "how-to.md",
     "lora.md",
-    "lightning.md",
-    "peft.md",
+    "own_module.md",
     "command_line.md",
     "troubleshooting.md",
-    *(
-        pytest.param(f"{name}.md", marks=pytest.mark.release)
-        for name in ("chats", "pairs", "tutorials/from_axolotl", "tutorials/qlora", "tutorials/eight_gpus")
-    ),
+    *(pytest.param(f"{name}.md", marks=pytest.mark.release) for name in ("chats", "pairs", "other_tools", "clusters")),
 )
 """Pages whose blocks run."""
 BLOCK = re.compile(
