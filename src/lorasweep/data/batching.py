@@ -93,7 +93,7 @@ class LengthBuckets:
     With one bucket, batches are random, and each is padded to its own longest row.
 
     Attributes:
-        members: The indices of the examples of each bucket.
+        members: The indices of the examples of each bucket, (examples of the bucket,).
         lengths: The number of positions to which the rows of each bucket are padded.
     """
 
@@ -102,18 +102,20 @@ class LengthBuckets:
         self.batch_size = batch_size
         num_batches = len(row_lengths) // batch_size
         longest = int(row_lengths.max())
+        self.members: tuple[Tensor, ...]
+        self.lengths: list[int]
         number = min(MAX_BUCKETS, num_batches // MIN_BUCKET_BATCHES) if group_by_length else 1
         if number <= 1 or int(row_lengths.min()) == longest:
-            self.members, self.lengths = [list(range(len(row_lengths)))], [longest]
+            self.members, self.lengths = (torch.arange(len(row_lengths)),), [longest]
         else:
             order = row_lengths.argsort(stable=True)
             limits = [batch_size * (num_batches * n // number) for n in range(1, number)]
-            self.members = [part.tolist() for part in order.tensor_split(limits)]
+            self.members = order.tensor_split(limits)
             longest_rows = [int(row_lengths[part[-1]]) for part in self.members]
             rounded = [-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE for length in longest_rows]
             self.lengths = [min(length, longest) for length in rounded]
         self._num_examples = len(row_lengths)
-        self._plan_epoch = functools.lru_cache(maxsize=1)(self._plan)
+        self._plan_epoch = functools.lru_cache(maxsize=2)(self._plan)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -135,8 +137,14 @@ class LengthBuckets:
         plan: list[tuple[int, int]] = []
         for number in range(max(map(len, uses))):
             due = [(bucket, steps[number]) for bucket, steps in enumerate(uses) if number < len(steps)]
-            plan += [due[place] for place in draw_permutation(len(due), f"buckets/{epoch}/{number}")]
+            plan += [due[place] for place in draw_permutation(len(due), f"buckets/{epoch}/{number}").tolist()]
         return plan
+
+
+@functools.lru_cache(maxsize=4)
+def cut_buckets(row_lengths: Int[Tensor, " examples"], *, batch_size: int, group_by_length: bool) -> LengthBuckets:
+    """Returns the buckets of a split, which all runs on it share. A tensor is known by its identity."""
+    return LengthBuckets(row_lengths, batch_size=batch_size, group_by_length=group_by_length)
 
 
 class StepBatchSampler(MicroBatchSampler):
@@ -171,7 +179,7 @@ class StepBatchSampler(MicroBatchSampler):
         self.start_step = start_step
         self.accumulate = accumulate
         self.sizes = [batch_size // accumulate + (n < batch_size % accumulate) for n in range(accumulate)]
-        self.buckets = LengthBuckets(split.row_lengths, batch_size=batch_size, group_by_length=group_by_length)
+        self.buckets = cut_buckets(split.row_lengths, batch_size=batch_size, group_by_length=group_by_length)
         self._draw_order = functools.lru_cache(maxsize=len(self.buckets))(functools.partial(draw_order, seed=seed))
 
     def __len__(self) -> int:
@@ -213,7 +221,7 @@ class StepBatchSampler(MicroBatchSampler):
         while len(indices) < batch_size:
             epoch, offset = divmod(number * batch_size + len(indices), len(members))
             order = self._draw_order(len(members), epoch=epoch, bucket=bucket)
-            indices += [members[place] for place in order[offset : offset + batch_size - len(indices)]]
+            indices += members[order[offset : offset + batch_size - len(indices)]].tolist()
         return bucket, indices
 
 
@@ -319,17 +327,17 @@ def choose_part(num_examples: int, fraction: float) -> list[int]:
     or the whole split.
     """
     size = max(math.ceil(fraction * num_examples), min(MIN_PART_EXAMPLES, num_examples))
-    return sorted(draw_order(num_examples, seed=0, epoch=0)[:size])
+    return draw_order(num_examples, seed=0, epoch=0)[:size].sort().values.tolist()
 
 
-def draw_order(num_examples: int, *, seed: int, epoch: int, bucket: int = 0) -> list[int]:
+def draw_order(num_examples: int, *, seed: int, epoch: int, bucket: int = 0) -> Int[Tensor, " examples"]:
     """Returns the order of a bucket's examples in one epoch: a permutation drawn from a hash of the arguments."""
     stream = f"{seed}/{epoch}/{bucket}" if bucket else f"{seed}/{epoch}"
     return draw_permutation(num_examples, stream)
 
 
-def draw_permutation(size: int, stream: str) -> list[int]:
+def draw_permutation(size: int, stream: str) -> Int[Tensor, " size"]:
     """Returns a permutation of the numbers below `size`, drawn from a hash of the stream's name."""
     digest = hashlib.sha256(stream.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return torch.randperm(size, generator=generator).tolist()
+    return torch.randperm(size, generator=generator)

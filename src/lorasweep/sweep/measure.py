@@ -20,7 +20,7 @@ import torch
 from lorasweep.activity import doing
 from lorasweep.config.build import as_settings
 from lorasweep.config.run import RunConfig
-from lorasweep.data.batching import LengthBuckets, choose_part
+from lorasweep.data.batching import choose_part, cut_buckets
 from lorasweep.data.rows import SplitFacts
 from lorasweep.errors import OutOfMemory, RunError
 from lorasweep.methods import copy_sharing_weights
@@ -233,7 +233,7 @@ def _mean_step_tokens(config: RunConfig, split: SplitFacts) -> float:
 def _compare_steps(config: RunConfig, split: SplitFacts, *, num_steps: int) -> float:
     """Returns the mean length of a step's rows in a whole run, divided by that in the steps after the first."""
     group, batch_size = config.data.groups_by_length, config.trainer.batch_size
-    buckets = LengthBuckets(split.row_lengths, batch_size=batch_size, group_by_length=group)
+    buckets = cut_buckets(split.row_lengths, batch_size=batch_size, group_by_length=group)
     mean = sum(len(part) * length for part, length in zip(buckets.members, buckets.lengths, strict=True)) / len(split)
     measured = [buckets.lengths[buckets.choose(step)[0]] for step in range(1, num_steps)]
     return mean / statistics.fmean(measured)

@@ -21,7 +21,7 @@ from torch import Tensor
 from lorasweep.config.build import as_settings
 from lorasweep.config.redaction import redact
 from lorasweep.config.run import RunConfig, TrainerConfig
-from lorasweep.data.batching import EvaluationSampler, LengthBuckets
+from lorasweep.data.batching import EvaluationSampler, cut_buckets
 from lorasweep.data.rows import padding_fraction as measure_padding
 from lorasweep.disk import explain_os_error, remove_leftovers, write_atomically
 from lorasweep.errors import Diverged, LoraSweepError, OutOfMemory, WorkerError
@@ -304,7 +304,7 @@ def describe_batching(inputs: RunInputs, config: RunConfig, *, accumulate: int) 
     padding = {"train": 0.0, "validation": round(measure_padding(split, batches), 4)}
     attention = None if inputs.attention is None else inputs.attention._asdict()
     lengths, group = inputs.splits.train.row_lengths, config.data.groups_by_length
-    buckets = LengthBuckets(lengths, batch_size=trainer.batch_size, group_by_length=group)
+    buckets = cut_buckets(lengths, batch_size=trainer.batch_size, group_by_length=group)
     return {
         "micro_batches": accumulate,
         "bucket_lengths": buckets.lengths,
