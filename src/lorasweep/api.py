@@ -18,7 +18,8 @@ from lorasweep.record import write_record
 from lorasweep.report.recommend import read_recommended
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
 from lorasweep.sessions import Progress, run_config, run_definition, run_opened_sweep
-from lorasweep.sweep.checks import check_definition, list_notes, list_warnings
+from lorasweep.sweep.assess import assess
+from lorasweep.sweep.checks import check_definition
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
@@ -99,9 +100,10 @@ def resume_sweep(
         if metric != before:
             raise ConfigError(f"`data.metric` must stay {before!r} for all arms, but got {metric!r}.")
         record.fingerprints = compute_fingerprints(definition, inputs_cache, recorded=record.fingerprints)
-        record.warnings += list_warnings(definition, inputs_cache)
+        assessment = assess(definition, inputs_cache)
+        record.warnings = [*assessment.warnings, *record.warnings]
         if record.changes:
-            opened.note(list_notes(definition, inputs_cache))
+            opened.note(assessment.others)
         write_record(record, opened.path)  # now, because a controller in another process reads the changes from it
     except BaseException:
         opened.close()

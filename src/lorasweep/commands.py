@@ -107,7 +107,8 @@ def new(arguments: argparse.Namespace) -> Outcome:
     if arguments.minutes is not None:
         say("measures a few steps of the drafted sweep", file=sys.stderr)
         definition, rates = _measure(draft.definition, inputs_cache)
-        budget, given_up = fit_minutes(definition, rates, arguments.minutes, spent_s=time.monotonic() - began + END_S)
+        spent_s = time.monotonic() - began + END_S
+        budget, given_up = fit_minutes(definition, rates, arguments.minutes, typed=settings, spent_s=spent_s)
         say(given_up, file=sys.stderr)
         draft = draft_sweep(path, {**settings, **budget.find_settings(definition)}, inputs_cache, recipe=recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +117,7 @@ def new(arguments: argparse.Namespace) -> Outcome:
     notes = [*(recipe.describe() if recipe else ()), *draft.notes]
     for sentence in notes:
         say(f"• {sentence}")
+    _say_notes(draft.definition, inputs_cache)
     return Outcome()
 
 
@@ -123,18 +125,24 @@ def plan(arguments: argparse.Namespace) -> Outcome:
     """Checks a sweep, measures a few steps of its trainings, and shows the cost of the sweep. Keeps no file."""
     began = time.monotonic()
     definition, rates, inputs_cache = _define(arguments, measures=True)
-    from lorasweep.sweep.checks import describe_coverages, describe_steps, describe_test_data
     from lorasweep.sweep.plan import describe_group, render_plan
     from lorasweep.wording import format_seconds
 
     show(render_plan(definition, rates))
-    notes = [*describe_coverages(definition, inputs_cache), *describe_steps(definition, inputs_cache)]
-    notes += describe_test_data(definition, inputs_cache)
-    for sentence in notes:
-        say(f"• {sentence}")
+    notes = _say_notes(definition, inputs_cache)
     say(f"this plan took {format_seconds(time.monotonic() - began)}", file=sys.stderr)
     groups = [describe_group(definition, group) for group in rates]
     return Outcome({"name": definition.name, "groups": groups, "notes": notes})
+
+
+def _say_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
+    """Prints what to expect of a sweep, and returns the sentences."""
+    from lorasweep.sweep.assess import assess
+
+    notes = [note for note in assess(definition, inputs_cache).notes if note.kind != "data"]
+    for note in notes:
+        say(f"{'warning:' if note.kind == 'warning' else '•'} {note.text}")
+    return [note.text for note in notes]
 
 
 def _has_name(words: Sequence[str]) -> bool:
@@ -147,6 +155,7 @@ def _define(arguments: argparse.Namespace, *, measures: bool) -> tuple[Definitio
 
     If it `measures`, the sweep is checked, its trainings are measured, and `--minutes` cuts it.
     """
+    from lorasweep.config.command_line import parse_overrides
     from lorasweep.sweep.definition.arms import read_definition
     from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
@@ -169,22 +178,25 @@ def _define(arguments: argparse.Namespace, *, measures: bool) -> tuple[Definitio
         return definition, [], inputs_cache
     definition, rates = _measure(definition, inputs_cache)
     if arguments.minutes is not None:
-        budget, given_up = fit_minutes(definition, rates, arguments.minutes, spent_s=time.monotonic() - began + END_S)
+        typed, spent_s = parse_overrides(words if named is None else words[1:]), time.monotonic() - began + END_S
+        budget, given_up = fit_minutes(definition, rates, arguments.minutes, typed=typed, spent_s=spent_s)
         say(given_up, file=sys.stderr)
         rates = [group.limit(budget, definition.find_arm(group.arms[0]).base) for group in rates]
+        rates = [group for group in rates if group.arms]
         definition = cut_sweep(definition, budget)
     return definition, rates, inputs_cache
 
 
 def _measure(definition: Definition, inputs_cache: InputsCache) -> tuple[Definition, list[Rates]]:
     """Returns a checked sweep with its number of steps, and what its trainings take."""
-    from lorasweep.sweep.checks import check_definition, set_steps
+    from lorasweep.sweep.checks import check_definition
+    from lorasweep.sweep.draft import complete_definition
     from lorasweep.sweep.measure import measure_sweep
 
     def note(phrase: str) -> None:
         say(add_clock(phrase), file=sys.stderr)
 
-    definition = set_steps(definition, inputs_cache)
+    definition = complete_definition(definition, inputs_cache)
     check_definition(definition, inputs_cache, new_folder=definition.sweep_config.sweep.output)
     return definition, measure_sweep(definition, inputs_cache, on_progress=note)
 

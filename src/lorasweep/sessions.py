@@ -26,18 +26,17 @@ from lorasweep.record import RUN_FILE, read_run
 from lorasweep.report.write import write_report
 from lorasweep.results import RunResult, SweepResult, load_sweep
 from lorasweep.runs.reproduce import Reproduction, reproduce_run
+from lorasweep.sweep.assess import assess
 from lorasweep.sweep.checks import (
     check_definition,
-    list_notes,
     list_retained,
     list_test_metrics,
-    list_warnings,
     score_constant_answer,
-    set_steps,
 )
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep
 from lorasweep.sweep.definition.arms import Definition
+from lorasweep.sweep.draft import complete_definition
 from lorasweep.sweep.fingerprints import compute_fingerprints
 from lorasweep.sweep.status import SweepStatus, report_status, show_progress
 from lorasweep.sweep.workers.train import train_sweep
@@ -118,8 +117,9 @@ def check_sweep(
     definition: Definition, inputs_cache: InputsCache, *, new_folder: str | None = None
 ) -> partial[SweepFolder]:
     """Returns the function that creates a sweep in a folder. Raises ConfigError if the sweep can't run as asked."""
-    definition = set_steps(definition, inputs_cache)
+    definition = complete_definition(definition, inputs_cache)
     metric = check_definition(definition, inputs_cache, new_folder=new_folder)
+    assessment = assess(definition, inputs_cache)
     return partial(
         create_sweep,
         definition,
@@ -128,8 +128,8 @@ def check_sweep(
         retained=list_retained(definition, inputs_cache),
         constant_answer=score_constant_answer(definition, inputs_cache),
         fingerprints=compute_fingerprints(definition, inputs_cache),
-        notes=list_notes(definition, inputs_cache),
-        warnings=list_warnings(definition, inputs_cache),
+        notes=assessment.others,
+        warnings=assessment.warnings,
     )
 
 
@@ -175,7 +175,8 @@ def run_config(
             check_answers(config, inputs.splits.validation, inputs=inputs)
         trial = f"of trial {origin['trial']}" if origin.get("trial") is not None else "that were predicted best"
         used = [f"settings {trial} of arm `{origin['arm']}` in {origin['sweep']}"] if origin else []
-        for note in (*used, *inputs.list_notes(config)) if group.is_global_zero else ():
+        notes = [*used, *inputs.describe_lost(config, has_test=False), *inputs.list_notes(config)]
+        for note in notes if group.is_global_zero else ():
             say(f"• {note}", file=sys.stderr)
         # after the checks, so that a wrong request creates no folder
         folder = run_on_first(group, lambda: _claim_run_folder(path, claim, resume=resume))

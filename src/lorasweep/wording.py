@@ -13,13 +13,13 @@ UNKNOWN = "–"
 MAX_SCORE_DIGITS = 6
 """Maximum number of digits of a score. Scores that differ only in later digits look equal."""
 MIN_WIDTH = 1e-6
-"""Width of an interval below which it is taken for a rounding error; relative to its ends, of a share to 1."""
+"""Width of an interval, relative to its ends and for shares to 1, below which it is taken for a rounding error."""
 MAX_EXTRA_DECIMALS = 2
 """Maximum number of decimals that are added so that an end of an interval is not rounded to a critical value."""
 
 
 def suggest_nearest(name: str, choices: Iterable[str]) -> str:
-    """Returns ` Did you mean ...?` with the nearest choice; an empty string if no choice is near or equal."""
+    """Returns ` Did you mean ...?` with the nearest choice; an empty string if no choice is near, or one is `name`."""
     options = list(choices)
     endings = [option for option in options if option.endswith(f".{name}")]
     matches = endings or difflib.get_close_matches(name, options, n=1, cutoff=0.6)

@@ -15,16 +15,15 @@ from lorasweep.errors import ConfigError
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.models.load import load_base
 from lorasweep.outcome import WRONG_REQUEST
+from lorasweep.sweep.assess import assess
 from lorasweep.sweep.checks import (
     check_definition,
-    describe_coverages,
-    describe_test_data,
     find_metric,
-    list_notes,
-    list_warnings,
     score_constant_answer,
 )
 from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.sweep_file import find_sweep_file
+from lorasweep.sweep.draft import complete_definition, draft_definition
 from lorasweep.tasks.table.objective import Classification
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.run_inputs import RunInputs
@@ -134,18 +133,18 @@ def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, 
 
 def test_what_lora_adapts_is_said_once_and_experts_that_it_leaves_out_are_a_warning(write_file, content, tiny_inputs):
     definition = read_definition(write_file(content))
-    ((text, is_warning),) = describe_coverages(definition, tiny_inputs).items()
-    assert text in list_notes(definition, tiny_inputs)
-    assert not is_warning
+    found = assess(definition, tiny_inputs)
+    assert len([text for text in found.others if "adapt" in text]) == 1
+    assert found.warnings == []
     config = definition.arms[-1].base
     base = tiny_inputs.load(config).base
     model = copy_sharing_weights(base.model)
     model.register_parameter("experts", torch.nn.Parameter(torch.zeros(4, 8, 8)))
     with_experts = RunInputs(base=replace(base, model=model), splits=tiny_inputs.load(config).splits, precision="fp32")
     cache = SimpleNamespace(load=lambda config: with_experts)
-    assert list(describe_coverages(definition, cache).values()) == [True]
-    assert with_experts.list_notes(config)[-1] == next(iter(describe_coverages(definition, cache)))
-    assert not any("experts" in note for note in list_notes(definition, cache))
+    found = assess(definition, cache)
+    assert found.warnings == [with_experts.list_notes(config)[-1]]
+    assert not any("experts" in note for note in found.others)
 
 
 @pytest.mark.parametrize(("steps", "is_warned"), [(2, True), (40, False)])
@@ -156,7 +155,7 @@ def test_too_few_steps_for_labels_are_a_warning_with_numbers(tmp_path, steps, is
     settings |= {"data.train": str(tmp_path / "rows.csv"), "trainer.max_steps": steps, "trainer.batch_size": 8}
     arms = {"lora": {"settings": {"method": "lora"}, "space": {"optim.lr": [1e-3, 1e-2]}}}
     definition = read_definition({"name": "few", "settings": settings, "arms": arms})
-    warnings = list_warnings(definition, InputsCache())
+    warnings = assess(definition, InputsCache()).warnings
     assert len(warnings) == is_warned
     assert all("2 steps of 8: 0." in text and "most frequent label (accuracy" in text for text in warnings)
     assert all("`trainer.max_steps=" in text for text in warnings)
@@ -165,20 +164,44 @@ def test_too_few_steps_for_labels_are_a_warning_with_numbers(tmp_path, steps, is
 @pytest.mark.parametrize(
     ("groups", "said"),
     [
-        ((), "rest on 8 test examples;"),
-        (("a", "b") * 4, "8 test examples in 2 groups"),
+        ((), " test examples; four"),
+        (("a", "b") * 4, " test examples in 2 groups"),
         (("a",) * 8, "one group ('a')"),
     ],
 )
-def test_it_is_said_on_how_much_test_data_the_verdicts_rest(write_file, content, groups, said):
-    class Test:
-        def __len__(self):
-            return 8
-
-    test = Test()
-    test.groups = groups
-    inputs = SimpleNamespace(splits=SimpleNamespace(test=lambda: test))
-    cache = SimpleNamespace(load=lambda config: inputs)
+def test_it_is_said_on_how_much_test_data_the_verdicts_rest(write_file, content, tiny_inputs, groups, said):
     definition = read_definition(write_file(content), ["confirm.seeds=3"])
-    (sentence,) = describe_test_data(definition, cache)
-    assert said in sentence
+    loaded = tiny_inputs.load(definition.arms[0].base)
+    splits = replace(loaded.splits, test=lambda: replace(loaded.splits.test(), groups=groups))
+    cache = SimpleNamespace(load=lambda config: replace(loaded, splits=splits))
+    assert any(said in sentence for sentence in assess(definition, cache).others)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["a", "b", "a"], ["`data.train`", "at least 30 rows", "3"]),
+        (["a", "b"] * 20 + ["c"], ["`data.label`", "'c': 1"]),
+    ],
+)
+def test_too_few_rows_are_refused_by_new_and_sweep(tmp_path, monkeypatch, capsys, labels, said):
+    monkeypatch.chdir(tmp_path)
+    Path("few.csv").write_text("text,label\n" + "".join(f"text {n},{label}\n" for n, label in enumerate(labels)))
+    for words in (["new", "few.yaml"], ["sweep", "sentences"]):
+        assert run([*words, "model.path=embedded:tiny", "data.train=few.csv"]) == WRONG_REQUEST
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert all(part in error for part in said)
+
+
+def test_a_shipped_sweep_finds_columns_and_length_as_a_draft_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{n % 2},a text of {n} words {'and more ' * (n % 90)},another {n}" for n in range(90)]
+    Path("pairs.csv").write_text("\n".join(["fits,sentence1,sentence2", *rows]))
+    words, cache = ["model.path=embedded:tiny", f"data.train={tmp_path / 'pairs.csv'}"], InputsCache()
+    named = complete_definition(read_definition(find_sweep_file("pairs"), words), cache).arms[0].base.data
+    drafted = draft_definition(words, cache).arms[0].base.data
+    assert (named.text, named.text_pair, named.label, named.max_length) == ("sentence1", "sentence2", "fits", 1024)
+    assert named.max_length == drafted.max_length
+    words += ["data.text=sentence2", "data.max_length=64"]
+    typed = complete_definition(read_definition(find_sweep_file("pairs"), words), cache).arms[0].base.data
+    assert (typed.text, typed.text_pair, typed.label, typed.max_length) == ("sentence2", None, "fits", 64)

@@ -41,7 +41,7 @@ def test_columns_lengths_and_steps_come_from_the_data(here, capsys):
     settings = sweep["settings"]
     assert (settings["model"], settings["data"]) == ("classifier", "table")
     assert (settings["data.text"], settings["data.label"]) == ("review", "stars")
-    assert settings["data.max_length"] % 8 == 0
+    assert settings["data.max_length"] == 128
     assert settings["trainer.max_steps"] == 60  # three epochs of fewer than 200 examples are fewer steps
     assert "trainer.eval_every_steps" not in settings
     assert list(sweep["arms"]) == ["frozen", "full", "lora"]
@@ -126,7 +126,7 @@ def test_pairs_of_answers_are_recognised_and_get_lower_rates(here, row, capsys):
         "causal_lm",
         "preference_accuracy",
     )
-    assert settings["data.max_length"] == 16  # tokens of one conversation, not of the pair
+    assert settings["data.max_length"] == 128
     assert (full["low"], full["high"]) == (1e-6, 1e-4)  # the base is narrow: 160
     assert "Columns that are not used: ['score']." in (here / "mine.yaml").read_text()
     words = [MODEL, "data.train=pairs.jsonl", "data.template=plain"]
@@ -157,10 +157,11 @@ def test_a_wrong_key_is_refused_when_the_kind_of_data_is_known(here, capsys):
     assert "`data.template` is a setting of `data=chat`" in capsys.readouterr().err
 
 
-def test_examples_of_test_that_are_cut_off_are_said_in_the_file(here):
+def test_examples_that_are_cut_off_are_said_with_their_number(here, capsys):
     draft(MODEL, "data.train=topics.csv", "data.max_length=16")
-    cut = [line for line in Path("mine.yaml").read_text().splitlines() if "`data.max_length`" in line]
-    assert [f"of {split} are longer" in line for split, line in zip(("train", "validation", "test"), cut, strict=True)]
+    (line,) = [line for line in Path("mine.yaml").read_text().splitlines() if "`data.max_length`" in line]
+    assert all(f"examples of {split}" in line for split in ("train", "validation", "test"))
+    assert "warning: `data.max_length` cuts off the end of" in capsys.readouterr().out
 
 
 def write_table(path, names, rows=120):

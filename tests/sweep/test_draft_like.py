@@ -146,8 +146,27 @@ def test_pairs_and_their_beta(here):
     (here / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pairs = [{"path": "org/pairs", "type": "chatml.intel"}]
     words = (STAND_INS[0], "data.train=pairs.jsonl")
-    settings = draft(*words, rl="dpo", rl_beta=0.3, datasets=pairs)["settings"]
-    assert settings.items() >= {"data": "preferences", "data.prompt": "question", "objective.beta": 0.3}.items()
+    sweep = draft(*words, rl="dpo", rl_beta=0.7, datasets=pairs)
+    assert sweep["settings"].items() >= {"data": "preferences", "data.prompt": "question"}.items()
+    assert sweep["arms"]["present"]["settings"]["objective.beta"] == 0.7
+    assert sweep["arms"]["lora"]["space"]["objective.beta"] == {"low": 0.01, "high": 0.7, "log": True}
+    sweep = draft(*words, "objective.beta=0.2", rl="dpo", rl_beta=0.7, datasets=pairs, name="typed.yaml")
+    assert sweep["settings"]["objective.beta"] == 0.2
+    assert "objective.beta" not in sweep["arms"]["lora"]["space"]
+
+
+def test_the_files_length_of_training_is_kept_or_its_share_is_said(here):
+    sweep = draft(*STAND_INS, num_epochs=1)
+    assert sweep["settings"]["trainer.max_steps"] == 24  # 190 examples, 8 a step; no lower bound
+    assert "description" not in sweep
+    sweep = draft(*STAND_INS, "trainer.max_steps=60", num_epochs=100, name="shorter.yaml")
+    assert "1/39 of the tokens of theirs.yaml" in sweep["description"]
+
+
+def test_without_full_fine_tuning_the_margin_is_a_number(here):
+    sweep = draft(*STAND_INS, "arms.full=null")
+    assert sweep["settings"]["confirm.margin"] == 0.01
+    assert "full" not in sweep["arms"]
 
 
 def test_full_fine_tuning_is_compared_with_the_searched_arm_of_it(here):

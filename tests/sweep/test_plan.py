@@ -12,7 +12,7 @@ from tests.conftest import SHORT_RUN
 
 import lorasweep.sweep.measure as measure_file
 from lorasweep.errors import ConfigError, OutOfMemory
-from lorasweep.sweep.cost import WHOLE, Budget, Rates, cut_sweep, estimate_cost, fit_minutes
+from lorasweep.sweep.cost import WHOLE, Budget, Rates, cut_sweep, estimate_cost, fit_minutes, list_cuts
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.measure import measure_sweep
@@ -185,15 +185,18 @@ def fit(definition, minutes, **given):
     return fit_minutes(definition, step_rates(definition, **given), minutes, **spent)
 
 
-def test_seeds_and_trials_go_before_steps(quickstart):
+def test_seeds_ranks_and_trials_go_before_steps_and_full_last(quickstart):
     assert fit(quickstart, 30)[0] == Budget(minutes=30)
     assert fit(quickstart, 29)[0] == Budget(looks=(3, 6), minutes=29)
     budget, given_up = fit(quickstart, 12)
     assert budget.steps is None
     assert "3 of 10 seeds" in given_up
     budget, given_up = fit(quickstart, 4)
-    assert (budget.looks, budget.trials) == ((3,), 8)
+    assert (budget.looks, budget.ranks, budget.without) == ((3,), 2, ())
     assert f"{budget.steps} of 240 steps" in given_up
+    assert "`method.rank` 1 and 64 alone" in given_up
+    budget, given_up = fit(quickstart, 1.2)
+    assert (budget.without, "whether LoRA is as good" in given_up) == (("full",), True)
 
 
 @pytest.mark.parametrize("minutes", [3, 5, 8, 14, 29, 30])
@@ -206,7 +209,7 @@ def test_a_sweep_that_was_cut_costs_what_its_budget_costs(quickstart, minutes):
     assert cost.high_s <= 60 * minutes
     assert cut.sweep_config.confirm.seeds == (budget.looks or (3, 6, 10))
     assert cut.sweep_config.sweep.minutes == minutes
-    assert [arm.subjects for arm in cut.arms] == [arm.subjects for arm in quickstart.arms]
+    assert len(cut.find_arm("lora").subjects) == (budget.ranks or 4)
 
 
 def test_a_run_keeps_one_epoch_and_the_smallest_number_of_steps(quickstart):
@@ -215,11 +218,27 @@ def test_a_run_keeps_one_epoch_and_the_smallest_number_of_steps(quickstart):
         assert quickstart.find_arm("lora").base.trainer.batch_size == 8
         return fit_minutes(quickstart, rates, minutes)[0]
 
-    assert fit_epochs(4, 100).steps >= 100
-    with pytest.raises(ConfigError, match=r"`--minutes` must be at least 4 .*100 of 240 steps"):
-        fit_epochs(1, 100)
-    with pytest.raises(ConfigError, match="60 of 240 steps"):
-        fit_epochs(1, 1000)  # the run has less than an epoch in any case
+    budget = fit_epochs(4, 100)
+    assert (budget.without, budget.steps >= 100) == ((), True)
+    with pytest.raises(
+        ConfigError, match=r"`--minutes` must be at least \d .*which `method.rank` is enough.* 80 of 240 st"
+    ):
+        fit_epochs(0.5, 160)
+    with pytest.raises(ConfigError, match="at least") as refused:
+        fit_epochs(0.5, 1000)
+    assert "of 240 steps" not in str(refused.value)  # the run has less than half an epoch in any case
+
+
+def test_what_was_typed_is_not_cut(quickstart):
+    rates = step_rates(quickstart)
+    typed = ["trainer.max_steps", "confirm.seeds", "arms.lora.method.rank", "arms.full.optim.lr"]
+    fields = [{cut.field for cut in list_cuts(quickstart, rates, typed=typed[:end])} for end in range(5)]
+    assert fields[0] - fields[1] == {"steps"}
+    assert fields[1] - fields[2] == {"looks"}
+    assert fields[2] - fields[3] == {"ranks"}
+    assert fields[3] - fields[4] == {"without"}
+    with pytest.raises(ConfigError, match="at least"):
+        fit_minutes(quickstart, rates, 1, typed=typed)
 
 
 def test_time_that_is_left_goes_into_steps(quickstart):
@@ -256,9 +275,10 @@ def test_fewer_examples_are_cut_where_scoring_takes_the_time(quickstart, write_f
 
     assert fit_scored(quickstart, test_s=60.0).examples < 1000
     settings = {"model": "tiny", "data": "chat", "data.train": "c.jsonl", "data.answers.score": "exact_match"}
+    settings |= {"data.answers.max_examples": 400}
     content["settings"] = {"trainer.max_steps": 8, **settings}
     definition = read_definition(write_file(content), ["confirm.seeds=3"])
-    assert fit_scored(definition, answers_s={"test": 120.0}, num=400).examples < 400
+    assert fit_scored(definition, answers_s={"test": 100.0}, num=400).examples < 400
 
 
 def test_arms_that_search_one_key_keep_the_minimum_of_trials(content, write_file):

@@ -9,7 +9,7 @@ from tests.data.conftest import make_data
 from tests.tiny_tokenizer import load_tokenizer
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data.rows import list_passages
+from lorasweep.data.rows import describe_lost, list_passages
 from lorasweep.data.source import DataSource, collect_examples
 from lorasweep.errors import ConfigError
 from lorasweep.models.load import load_base
@@ -166,7 +166,9 @@ def test_conversations_are_completions_and_those_whose_answer_is_cut_off_are_dro
     assert splits.train.sequences["input_ids"][0].tolist() == encoded[:-1]
     splits = build(CONVERSATIONS, data="chat", template="plain", max_length=10)
     assert (len(splits.train), splits.train.groups, splits.train.describe()["left_out"]) == (1, ("0",), 1)
-    assert any("`data.max_length`" in note for note in splits.notes)
+    ((sentence, is_warning),) = describe_lost([splits.train], is_longest=False).items()
+    assert "`data.max_length` cuts off" in sentence
+    assert is_warning
 
 
 def test_answers_that_become_examples_of_their_own_keep_the_group_of_their_conversation():
@@ -216,7 +218,7 @@ def test_pairs_are_tokenised_as_conversations_whose_last_answer_is_scored(templa
 def test_pairs_whose_answers_are_cut_off_are_counted_and_dropped_without_a_scored_token():
     cut = pair("a prompt of which nothing is left to be scored", "yes", "no")
     splits = build([*PAIRS, cut], data="preferences", template="plain", max_length=22)
-    assert (len(splits.train), splits.train.describe()["left_out"], splits.train.describe()["truncated"]) == (2, 1, 3)
-    notes = "3 answers of {} are longer than `data.max_length`, so their end is cut off; 1 pairs lack an answer"
-    assert any(note.startswith(notes.format("train")) for note in splits.notes)
-    assert any(note.startswith(notes.format("test")) for note in splits.test().notes)
+    assert (len(splits.train), splits.train.describe()["left_out"], splits.train.describe()["truncated"]) == (2, 1, 2)
+    ((sentence, is_warning),) = describe_lost([splits.train, splits.test()], is_longest=True).items()
+    assert "2 of 3 examples of train, 2 of 3 examples of test, and leaves out 1 of train, 1 of test" in sentence
+    assert is_warning

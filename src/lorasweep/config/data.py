@@ -198,6 +198,8 @@ class RowSettings(SplitSettings):
     limit_keys = ("max_validation_examples", "max_test_examples")
     cuts_examples = True
     row_keys: ClassVar[tuple[str, ...]] = ("metric", "max_length", "group_by_length")
+    found_columns: ClassVar[tuple[str, ...]] = ()
+    """Settings of columns that a sweep finds in the data if its file and the command line do not name them."""
 
     columns: tuple[str, ...] | None
     """Names of all columns of csv, tsv and txt files without a header; null takes the names from the first line."""

@@ -16,6 +16,8 @@ from lorasweep.errors import ConfigError
 MAX_CONFIRM_SEEDS = 1000
 MAX_ARMS = 100
 MINUTES_KEY = "sweep.minutes"
+DEFAULT_MARGIN = 0.01
+"""The smallest difference that matters, in the metric's unit; else a share of the gain of `full`, if a sweep has it."""
 MAX_CHOICES = 1000
 """Maximum number of choices of a swept key. Each is composed and checked, which takes milliseconds."""
 

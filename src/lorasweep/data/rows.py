@@ -21,6 +21,8 @@ IGNORED = -100
 """Target at positions that are not scored. It is the `ignore_index` of torch's cross-entropy."""
 MODEL_KEYS = ("input_ids", "attention_mask", "token_type_ids")
 """Keys of a batch that are arguments of the model. An objective may read any other key."""
+MAX_CUT_SHARE = 0.01
+"""Largest share of the examples that the default of `data.max_length` cuts off. A larger one gives a warning."""
 HOST_KEYS = ("num_tokens", "num_scored", "slot_lengths")
 """Keys of a batch whose values stay on the CPU, which reads them. Reading them from a GPU would wait for it."""
 
@@ -130,8 +132,8 @@ class Answers:
 class Rows(SplitFacts):
     """The tokenised examples of a split, which make batches of any choice.
 
-    An example has one row in a batch, or several that stay together, such as two answers to one prompt. All examples
-    have the same number n of rows: those of example i are the rows i · n to i · n + n - 1.
+    An example has one row in a batch, or several that never part, such as two answers to one prompt. All examples have
+    the same number n of rows: those of example i are the rows i · n to i · n + n - 1.
     """
 
     sequences: Mapping[str, Ragged]
@@ -144,9 +146,10 @@ class Rows(SplitFacts):
     """A name for each row of an example, which is printed before its text."""
     pad_token: int = 0
     bytes_per_token: float = math.nan
-    """Number of UTF-8 bytes of the scored text divided by its number of tokens, for the metric bits per byte."""
+    """Number of UTF-8 bytes of the scored text divided by its number of tokens, if the bits of a byte are scored."""
     answers: Answers | None = None
-    """The answers that a model can be asked to generate: those of the first row of each example. None without any."""
+    """The answers that a model can be asked for, which are those of the first row of each example; None if there are
+    none."""
 
     def by_example(self, values: Tensor) -> Tensor:
         """Returns a value of each row, (rows,), as (examples, n)."""
@@ -249,10 +252,23 @@ def list_passages(split: Rows, index: int, *, tokenizer: PreTrainedTokenizerBase
     return passages
 
 
-def describe_cut(split: str, number: int, *, what: str = "examples", dropped: str = "") -> list[str]:
-    """Returns a sentence on rows that were cut off, with a clause on dropped ones; an empty list if none was cut."""
-    cut = f"{number} {what} of {split} are longer than `data.max_length`, so their end is cut off{dropped}."
-    return [cut] if number else []
+def describe_lost(splits: Sequence[SplitFacts], *, is_longest: bool) -> dict[str, bool]:
+    """Returns a sentence on what `data.max_length` cuts off, and whether it warns: of more than `MAX_CUT_SHARE`.
+
+    It also warns of examples that are left out because no answer remains. Empty if nothing is cut off. `is_longest`
+    says whether the model reads no longer examples.
+    """
+    facts = {split.name: split.describe() for split in splits}
+    if not any(one.get("truncated") for one in facts.values()):
+        return {}
+    cut = {name: one["truncated"] for name, one in facts.items()}
+    sizes = {name: one["examples"] + one.get("left_out", 0) for name, one in facts.items()}
+    listed = ", ".join(f"{cut[name]:,} of {sizes[name]:,} examples of {name}" for name in facts)
+    left_out = [f"{one['left_out']:,} of {name}" for name, one in facts.items() if one.get("left_out")]
+    dropped = f", and leaves out {', '.join(left_out)}, of which no answer remains" if left_out else ""
+    remedy = "The model reads no more: shorten the examples." if is_longest else "A larger one keeps them."
+    sentence = f"`data.max_length` cuts off the end of {listed}{dropped}. {remedy}"
+    return {sentence: bool(left_out) or sum(cut.values()) > MAX_CUT_SHARE * sum(sizes.values())}
 
 
 def choose_evenly(counts: Sequence[int], *, limit: int) -> list[int]:
@@ -289,7 +305,7 @@ def select_model_inputs(batch: Batch) -> Batch:
 
 
 def move_batch(batch: Batch, device: torch.device) -> Batch:
-    """Moves a batch to `device`, except for what the CPU reads (`HOST_KEYS`). Counts the scored tokens before."""
+    """Returns a batch of the CPU on `device`, except for what the CPU reads (`HOST_KEYS`), which is counted here."""
     counted = dict(batch)
     if batch["targets"].dim() == 2:
         counted["num_scored"] = (batch["targets"] != IGNORED).sum(1)
@@ -297,7 +313,7 @@ def move_batch(batch: Batch, device: torch.device) -> Batch:
 
 
 def move_tensor(tensor: Tensor, device: torch.device) -> Tensor:
-    """Moves a tensor of the CPU to `device`. A copy from pinned memory to a GPU does not wait for the GPU."""
+    """Returns a tensor of the CPU on `device`. A copy from pinned memory to a GPU does not wait for the GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

@@ -7,26 +7,36 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from lorasweep.config.compose import choose_evaluation_interval
 from lorasweep.config.run import STEPS_KEY, RunConfig
-from lorasweep.config.sweep import MINUTES_KEY, RayWorkers
+from lorasweep.config.sweep import DEFAULT_MARGIN, MINUTES_KEY, RayWorkers, parse_margin
 from lorasweep.errors import ConfigError
+from lorasweep.record import QuestionName
 from lorasweep.sweep.controller.proposals import find_batch_start
 from lorasweep.sweep.controller.stopping import MIN_STEPS
 from lorasweep.sweep.definition.arms import Arm, Definition, searches_one_key
-from lorasweep.sweep.definition.confirm import count_confirm_runs
+from lorasweep.sweep.definition.confirm import count_confirm_runs, list_questions
+from lorasweep.sweep.definition.ranges import Range
 from lorasweep.training.environment import get_device
+from lorasweep.wording import join_words
 
 MIN_SEEDS = 3
 """Minimum number of confirm seeds that `--minutes` leaves. Fewer seeds leave nearly every question open."""
 MIN_TRIALS = 6
 """Minimum number of trials that `--minutes` leaves. Fewer are too few to search two decades of learning rates."""
-MIN_EXAMPLES = 64
-"""Minimum number of examples or blocks on which `--minutes` lets a run be scored."""
+MIN_EXAMPLES = 200
+"""Minimum number of examples or blocks on which `--minutes` lets a run be scored. If two settings differ on a quarter
+of them, 10 points of accuracy are found with a probability of 80 %: 196 = (1.96 + 0.84)² · 0.25 / 0.1²."""
+ANSWERED: Mapping[QuestionName, str] = {
+    "as_good_as_full": "whether `{one.arm}` is as good as full fine-tuning",
+    "smallest": "which `{one.key}` is enough",
+    "pair": "whether `{one.arm}` is better than `{one.reference}`",
+}
+"""What the answer to a question says."""
 MINUTES_TOLERANCE = 0.15
 """The smallest budget may exceed `--minutes` by this fraction, because two measurements differ by as much."""
 
@@ -37,12 +47,16 @@ class Budget:
 
     looks: tuple[int, ...] | None = None
     """Numbers of seeds at which the questions are tested."""
-    trials: int | None = None
-    """The setting `sweep.trials`: an arm that searches one key gets half of it."""
     examples: int | None = None
     """Number of examples or blocks of a split on which a run is scored."""
+    ranks: int | None = None
+    """Number of values of `confirm_each`."""
+    trials: int | None = None
+    """The setting `sweep.trials`: an arm that searches one key gets half of it."""
     steps: int | None = None
     """Steps of a run."""
+    without: tuple[str, ...] = ()
+    """Names of the arms that are left out."""
     minutes: float | None = None
     """The time to which the sweep is cut."""
 
@@ -54,12 +68,26 @@ class Budget:
             settings["confirm.seeds"] = self.looks[-1] if isinstance(confirm.seeds, int) else list(self.looks)
         if (examples := self.examples) is not None:
             settings |= {f"data.{key}": min(examples, getattr(data, key) or examples) for key in data.limit_keys}
-        return {key: value for key, value in settings.items() if value is not None}
+        return {key: value for key, value in settings.items() if value is not None} | self.leave_out(definition)
 
-    def limit_trials(self, arm: Arm) -> int:
-        if self.trials is None:
-            return arm.trials
-        return min(arm.trials, math.ceil(self.trials / 2) if searches_one_key(arm.space) else self.trials)
+    def leave_out(self, definition: Definition) -> dict[str, Any]:
+        """Returns the overrides that leave out arms: without full fine-tuning, the margin is no share of its gain."""
+        if not self.without:
+            return {}
+        margin = definition.sweep_config.confirm.margin
+        changes = {"confirm.margin": DEFAULT_MARGIN} if parse_margin(margin).is_share_of_gain else {}
+        return dict.fromkeys(f"arms.{name}" for name in self.without) | changes
+
+    def limit(self, arm: Arm) -> Arm:
+        """Returns an arm with at most this number of trials, and of values of `confirm_each`, evenly spaced."""
+        trials, key = arm.trials, arm.confirm_each
+        if self.trials is not None:
+            trials = min(trials, math.ceil(self.trials / 2) if searches_one_key(arm.space) else self.trials)
+        if self.ranks is None or key is None or len(arm.subjects) <= self.ranks:
+            return replace(arm, trials=trials)
+        values = [subject.value for subject in arm.subjects]
+        kept = [values[round(n * (len(values) - 1) / (self.ranks - 1))] for n in range(self.ranks)]
+        return replace(arm, trials=trials, space={**arm.space, key: Range(choices=kept)})
 
     def limit_steps(self, config: RunConfig) -> tuple[int, int]:
         """Returns the number of steps of a run, and the number of steps between two of its evaluations."""
@@ -121,6 +149,7 @@ class Rates:
             answers_s = {name: _share(budget.examples, most[name]) * s for name, s in answers_s.items()}
         return replace(
             self,
+            arms=tuple(name for name in self.arms if name not in budget.without),
             evaluation_s=validation * self.evaluation_s,
             final_s=validation * self.final_s,
             test_s=test * self.test_s,
@@ -159,9 +188,9 @@ def estimate_cost(definition: Definition, rates: Sequence[Rates], *, budget: Bud
     low = high = max((group.reference_s for group in rates), default=0.0)
     confirm = 0.0
     for group in rates:
-        arms = [definition.find_arm(name) for name in group.arms]
-        arms, config = [replace(arm, trials=budget.limit_trials(arm)) for arm in arms], arms[0].base
+        config = definition.find_arm(group.arms[0]).base
         limited = group.limit(budget, config)
+        arms = [budget.limit(definition.find_arm(name)) for name in limited.arms]
         run_s = limited.estimate_run_s(*budget.limit_steps(config))
         for arm in arms:
             batches = Counter(find_batch_start(arm, number) for number in range(arm.trials))
@@ -186,107 +215,131 @@ def find_empty_cost(config: RunConfig) -> float:
 
 
 class Cut(NamedTuple):
-    """A value of a field of `Budget`."""
+    """A smaller value of a field of `Budget`."""
 
+    field: str
     value: Any
-    loss: float
-    """How bad the cut is. Dropping one of several looks is 1."""
-    given_up: str
 
 
 def fit_minutes(
-    definition: Definition, rates: Sequence[Rates], minutes: float, *, spent_s: float = 0.0
+    definition: Definition,
+    rates: Sequence[Rates],
+    minutes: float,
+    *,
+    typed: Collection[str] = (),
+    spent_s: float = 0.0,
 ) -> tuple[Budget, str]:
     """Returns the best budget with which a command ends within the minutes, and a sentence on what is given up.
 
-    The next cut of `list_cuts` is always the one that saves most time for its loss, and time that is left goes into
-    steps. The estimate assumes that no run stops early and all seeds are needed. `spent_s` is the time that loading and
-    measuring have taken.
+    The cuts of `list_cuts` are made one after another. Then each field gets back what still fits, the last one first.
+    The estimate assumes that no run stops early and all seeds are needed. `typed` are the keys that the user typed,
+    whose values stay. `spent_s` is the time that loading and measuring have taken.
 
-    Raises ConfigError if the smallest budget takes longer.
+    Raises ConfigError if the smallest budget takes longer, with the minutes that it needs.
     """
-    cuts, available_s = list_cuts(definition, rates), 60 * minutes - spent_s
-    most, places = max(arm.base.num_steps for arm in definition.arms), dict.fromkeys(cuts, 0)
-
-    def build(places: Mapping[str, int]) -> Budget:
-        return Budget(minutes=minutes, **{name: cuts[name][place].value for name, place in places.items()})
+    cuts, available_s = list_cuts(definition, rates, typed=typed), 60 * minutes - spent_s
+    budgets = [Budget(minutes=minutes)]
+    for cut in cuts:
+        budgets.append(replace(budgets[-1], **{cut.field: cut.value}))
 
     def estimate(budget: Budget) -> float:
         cost = estimate_cost(definition, rates, budget=budget, look=-1)
         return cost.low_s + find_empty_cost(definition.arms[0].base) * (cost.high_s - cost.low_s)
 
-    def save_by_loss(name: str) -> float:
-        added = cuts[name][places[name] + 1].loss - cuts[name][places[name]].loss
-        return (estimate(build(places)) - estimate(build({**places, name: places[name] + 1}))) / added
-
-    while estimate(build(places)) > available_s:
-        if not (names := [name for name, place in places.items() if place + 1 < len(cuts[name])]):
-            break
-        places[max(names, key=save_by_loss)] += 1
-    budget = build(places)
-    given_up = {name: cuts[name][place].given_up for name, place in places.items() if place}
-    if budget.steps is not None:
-        longer = range(cuts["steps"][places["steps"] - 1].value or most, budget.steps, -2)
-        fitting = (replace(budget, steps=steps) for steps in longer)
+    budget = next((each for each in budgets if estimate(each) <= available_s), budgets[-1])
+    longest = max(arm.base.num_steps for arm in definition.arms)
+    for name in dict.fromkeys(cut.field for cut in reversed(cuts)):
+        values = [getattr(WHOLE, name), *(cut.value for cut in cuts if cut.field == name)]
+        larger = values[: values.index(getattr(budget, name))]
+        if name == "steps" and budget.steps is not None:  # in finer steps than the cuts
+            larger = [None, *range(longest - 2, budget.steps, -2)]
+        fitting = (replace(budget, **{name: value}) for value in larger)
         budget = next((each for each in fitting if estimate(each) <= available_s), budget)
-        given_up["steps"] = _describe_steps(budget.steps or most, most)
-    seconds, lost = estimate(budget), "; ".join(given_up.values()) or "nothing is given up"
+    seconds, lost = estimate(budget), "; ".join(describe_cuts(definition, rates, budget)) or "nothing is given up"
     # with room, because an earlier measurement may have named these minutes
     if seconds + spent_s > (1 + MINUTES_TOLERANCE) * 60 * minutes:
+        asked = list_questions(cut_sweep(definition, budget))
+        answers = join_words([ANSWERED[one.name].format(one=one) for one in asked]) or "which settings are best"
         raise ConfigError(
             f"`--minutes` must be at least {math.ceil((seconds + spent_s) / 60)} for this sweep on this machine, but "
-            f"got {minutes:g}. That would give up: {lost}. What helps: shorter examples (`data.max_length`), "
-            "fewer ranks, an arm less, or a smaller model."
+            f"got {minutes:g}. They would answer {answers}, and give up: {lost}. "
+            f"Shorter examples (`data.max_length`) or a smaller model take less."
         )
     about = "about " if seconds > available_s else ""
     return budget, f"within {about}{minutes:g} min: {lost}."
 
 
-def _describe_steps(steps: int, most: int) -> str:
-    return f"{steps:,} of {most:,} steps a run (the answers hold for shorter training)"
+def list_cuts(definition: Definition, rates: Sequence[Rates], *, typed: Collection[str] = ()) -> list[Cut]:
+    """Returns cuts in their order: seeds, examples, values of the rank, trials, steps, full fine-tuning, more steps.
 
-
-def list_cuts(definition: Definition, rates: Sequence[Rates]) -> dict[str, list[Cut]]:
-    """Returns the cuts of each field of `Budget`, from none to the largest.
-
-    The losses are judgements: seeds, trials and examples go before steps. Every arm and value stays, because a sweep
-    without them does not answer its questions. A run keeps `MIN_STEPS`, and one epoch if it had as much.
+    The training is protected: a run keeps one epoch before full fine-tuning goes, then half an epoch, never fewer than
+    `MIN_STEPS`, and all that it has if that is less. LoRA stays. A key that was `typed` is not cut.
     """
-    looks = definition.sweep_config.confirm.list_looks()
-    cuts = {each.name: [Cut(None, 0.0, "")] for each in fields(Budget) if each.name != "minutes"}
 
-    def add(name: str, value: Any, loss: float, given_up: str) -> None:
-        cuts[name].append(Cut(value, loss, given_up))
+    def is_free(*endings: str) -> bool:
+        return not any(f".{key}".endswith(f".{ending}") for key in typed for ending in endings)
 
-    fewer = [(looks[:end], float(len(looks) - end)) for end in range(len(looks) - 1, 0, -1)]
-    fewer += [((MIN_SEEDS,), 4.0)] if looks and looks[0] > MIN_SEEDS else []
-    for seeds, loss in fewer:
-        add("looks", seeds, loss, f"at most {seeds[-1]} of {looks[-1]} seeds (small differences stay open)")
+    cuts, looks = list[Cut](), definition.sweep_config.confirm.list_looks()
+    if looks and is_free("confirm.seeds"):
+        cuts += [Cut("looks", looks[:end]) for end in range(len(looks) - 1, 0, -1)]
+        cuts += [Cut("looks", (MIN_SEEDS,))] if looks[0] > MIN_SEEDS else []
+    limits = definition.arms[0].base.data.limit_keys
+    most = max(size for group in rates for size in (*group.num_scored.values(), 0)) if limits else 0
+    if is_free(*(f"data.{key}" for key in limits)):
+        sizes = (most >> number for number in range(1, 20))
+        cuts += [Cut("examples", size) for size in sizes if size > MIN_EXAMPLES]
+        cuts += [Cut("examples", MIN_EXAMPLES)] if most > MIN_EXAMPLES else []
+    most = max(len(arm.subjects) for arm in definition.arms)
+    if is_free(*(arm.confirm_each for arm in definition.arms if arm.confirm_each)):
+        cuts += [Cut("ranks", number) for number in range(most - 1, 1, -1)]
     largest = max(definition.arms, key=lambda arm: (arm.trials, not searches_one_key(arm.space)))
     unit, most = 2 if searches_one_key(largest.space) else 1, largest.trials
-    least = min(MIN_TRIALS, most)
-    for number, loss in {max(least, most * 3 // 4): 1.0, max(least, most // 2): 3.0, least: 6.0}.items():
-        if number < most:
-            given_up = f"{number} of {most} trials an arm (a better learning rate may be missed)"
-            add("trials", unit * number, loss, given_up)
-    most = max(size for group in rates for size in (*group.num_scored.values(), 0))
-    most = most if definition.arms[0].base.data.limit_keys else 0
-    for size in (most >> number for number in range(1, 20) if most >> number >= MIN_EXAMPLES):
-        loss = 2.0 * math.log2(most / size) + 20.0 * MIN_EXAMPLES / size
-        add("examples", size, loss, f"at most {size:,} of {most:,} scored examples (small differences stay open)")
+    if is_free("trials"):
+        least = min(MIN_TRIALS, most)
+        numbers = dict.fromkeys(max(least, number) for number in (most * 3 // 4, most // 2, least))
+        cuts += [Cut("trials", unit * number) for number in numbers if number < most]
+    full = [arm.name for arm in definition.arms if arm.base.method.trains_all]
+    has_others = any(arm.space and arm.name not in full for arm in definition.arms)
+    is_typed = any(key.startswith(f"arms.{name}") for key in typed for name in full)
     longest = max((arm.base for arm in definition.arms), key=lambda config: config.num_steps)
-    steps = most = longest.num_steps
-    epoch = math.ceil(max(group.num_train for group in rates) / longest.trainer.batch_size)
-    least = max(MIN_STEPS, epoch if epoch <= most else 0)
-    while steps > least:
-        steps = max(least, 2 * (steps // 3))
-        add("steps", steps, 10 * math.log2(most / steps), _describe_steps(steps, most))
+    epoch, steps = max(group.num_train for group in rates) / longest.trainer.batch_size, longest.num_steps
+    for epochs in (1.0, 0.5):
+        least = max(MIN_STEPS, 2 * math.ceil(epochs * epoch / 2))
+        while steps > least and is_free(STEPS_KEY, "sweep.epochs"):
+            steps = max(least, 2 * (steps // 3))
+            cuts.append(Cut("steps", steps))
+        cuts += [Cut("without", tuple(full))] if epochs == 1 and full and has_others and not is_typed else []
     return cuts
+
+
+def describe_cuts(definition: Definition, rates: Sequence[Rates], budget: Budget) -> Iterator[str]:
+    """Yields a clause on each number that a budget cuts, and on what that gives up."""
+    looks = definition.sweep_config.confirm.list_looks()
+    if budget.looks is not None:
+        yield f"at most {budget.looks[-1]} of {looks[-1]} seeds (small differences stay open)"
+    if budget.examples is not None:
+        most = max(size for group in rates for size in group.num_scored.values())
+        yield f"at most {budget.examples:,} of {most:,} scored examples (small differences stay open)"
+    for arm in definition.arms:
+        if budget.ranks is not None and len(arm.subjects) > budget.ranks:
+            kept = join_words([str(subject.value) for subject in budget.limit(arm).subjects])
+            yield f"`{arm.confirm_each}` {kept} alone"
+    largest = max(definition.arms, key=lambda arm: (arm.trials, not searches_one_key(arm.space)))
+    if budget.trials is not None:
+        yield f"{budget.limit(largest).trials} of {largest.trials} trials an arm (a better learning rate may be missed)"
+    most = max(arm.base.num_steps for arm in definition.arms)
+    if budget.steps is not None:
+        yield f"{budget.steps:,} of {most:,} steps a run (the answers hold for shorter training)"
+    for name in budget.without:
+        yield f"the arm `{name}`, so whether LoRA is as good as full fine-tuning is not asked (`arms.{name}`)"
 
 
 def cut_sweep(definition: Definition, budget: Budget) -> Definition:
     """Returns a sweep whose arms have at most the numbers of a budget."""
     changes = budget.find_settings(definition)
+    for arm in definition.arms:
+        if arm.confirm_each and (limited := budget.limit(arm)).space != arm.space:
+            changes[f"arms.{arm.name}.{arm.confirm_each}"] = list(limited.space[arm.confirm_each].choices)
     if budget.steps is not None:
         changes["trainer.eval_every_steps"] = choose_evaluation_interval(budget.steps)
     cut = definition.with_overrides(changes)
@@ -294,7 +347,7 @@ def cut_sweep(definition: Definition, budget: Budget) -> Definition:
     corrections: dict[str, int] = {}
     for after in cut.arms:
         before = definition.find_arm(after.name)
-        trials, (steps, interval) = budget.limit_trials(before), budget.limit_steps(before.base)
+        trials, (steps, interval) = budget.limit(before).trials, budget.limit_steps(before.base)
         if trials != after.trials:
             corrections[f"arms.{before.name}.trials"] = trials
         if steps != after.base.num_steps:

@@ -11,8 +11,8 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,14 +27,17 @@ from lorasweep.config.compose import SWEEP_GROUPS, compose_run, merge_settings
 from lorasweep.config.data import DataSettings, RowSettings
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import ALPHA, LR, RANK, STEPS_KEY
+from lorasweep.config.sweep import DEFAULT_MARGIN
 from lorasweep.console import say
 from lorasweep.data.reading.files import find_files, find_suffix, open_text
 from lorasweep.data.reading.local import DEFAULT_DIALECTS, TABLE_SUFFIXES
 from lorasweep.data.reading.tables import load_tables
+from lorasweep.data.rows import MAX_CUT_SHARE
 from lorasweep.errors import ConfigError
 from lorasweep.recipes.read import Recipe
 from lorasweep.recipes.write import NullRepresenter
-from lorasweep.sweep.checks import MAX_STEPS, count_steps
+from lorasweep.sweep.checks import check_rows
+from lorasweep.sweep.controller.stopping import MIN_STEPS
 from lorasweep.sweep.definition.arms import Definition, read_definition
 from lorasweep.sweep.definition.confirm import MAX_LAW_FACTOR
 from lorasweep.sweep.definition.overrides import Overrides
@@ -57,14 +60,17 @@ ROW_KEYS = frozenset(field.name for field in fields(RowSettings)) - {"name", "me
 RANKS = (1, 4, 16, 64)
 EPOCHS = 3
 MAX_VALIDATION_EXAMPLES = 1000
-MAX_MEASURED_TOKENS = 4096
-"""Length up to which examples are measured."""
+LENGTHS = (128, 256, 512, 1024, 2048)
+"""Values of `data.max_length`: the smallest is taken that cuts off at most `MAX_CUT_SHARE` of the examples."""
+MAX_STEPS = 900
+"""Upper bound of the steps that `sweep.epochs` sets, because a sweep trains dozens of runs. `MIN_STEPS` is the lower
+one."""
+MAX_SHORTER_FRACTION = 0.05
+"""A sweep that follows a file and trains less than it by more than this fraction says so."""
 MAX_BALANCED_SHARE = 0.8
 """Share of the most frequent label up to which accuracy is a good metric."""
 MIN_LABEL_SHARE = 0.05
 """Share of the rarest label from which accuracy shows whether it is learned."""
-COVERED_SHARE = 0.99
-"""Share of the examples that `data.max_length` does not cut."""
 DEFAULT_WIDTH = 768
 COMMENT_WIDTH = 116
 Place: TypeAlias = tuple[str, ...]
@@ -108,7 +114,7 @@ def draft_sweep(
     Raises:
         ConfigError: A setting is missing or wrong, or the model or the data can't be read.
     """
-    expected: dict[str, Any] = {}
+    expected, typed = dict[str, Any](), settings
     if recipe is not None:
         settings, expected = _follow_recipe(recipe, settings)
     if not DATA_KEYS & settings.keys():
@@ -120,6 +126,7 @@ def draft_sweep(
     of_sweep = {key: value for key, value in settings.items() if key.split(".")[0] in SWEEP_GROUPS}
     left_out = [key for key, value in settings.items() if re.fullmatch(r"arms\.\w+", key) and value is None]
     settings = {key: value for key, value in settings.items() if key not in {*of_sweep, *left_out}}
+    ranks = settings.pop(RANK) if isinstance(settings.get(RANK), list) else None
     texts = recipe.texts if recipe else {}
     found, notes = ({}, []) if "data" in settings else _choose_data(settings, expected, texts)
     chosen = {**found, **settings}
@@ -147,17 +154,28 @@ def draft_sweep(
         )
 
     # blocks of text have a fixed length; the length of examples is measured
-    lengths = {"data.max_length": MAX_MEASURED_TOKENS} if kind.cuts_examples else {}
+    lengths = {"data.max_length": LENGTHS[-1]} if kind.cuts_examples else {}
     # absolute paths as in a definition, which then shares what is loaded here
-    inputs = inputs_cache.load(compose_run(make_paths_absolute({**lengths, **chosen})))
+    config = compose_run(make_paths_absolute({**lengths, **chosen}))
+    inputs = inputs_cache.load(config)
     inputs.splits.test()  # reads every row, because the confirm stage would fail after hours of training
+    check_rows(config.data, inputs.splits)
     metric = {} if any(key.startswith("data.metric") for key in chosen) else {"data.metric": inputs.splits.metric}
     numbered = {**chosen, **metric, **_choose_numbers(inputs, chosen, recipe, kind=kind)}
-    arms, comments = _build_arms(inputs, recipe, kind=kind)
+    shorter = _describe_shorter(inputs, numbered, recipe) if recipe else {}
+    arms, comments = _build_arms(inputs, recipe, kind=kind, ranks=ranks)
+    for key, bounds in find_task(kind).searched.items():
+        if "present" in arms and key not in typed and key in numbered:
+            theirs = arms["present"]["settings"][key] = numbered.pop(key)
+            bounds = {**bounds, "low": min(bounds["low"], theirs), "high": max(bounds["high"], theirs)}
+        for name in ("full", "lora") if key not in numbered else ():
+            arms[name]["space"][key] = bounds
     kept = {name: arm for name, arm in arms.items() if f"arms.{name}" not in left_out}
     comments |= _list_comments(numbered, inputs, recipe, has_full="full" in kept)
-    content = {"name": path.stem, "settings": {**numbered, **SWEEP_SETTINGS, **of_sweep}, "arms": kept}
-    head = _list_head(path, inputs, recipe, notes, has_full="full" in kept)
+    margin = {} if "full" in kept else {"confirm.margin": DEFAULT_MARGIN}
+    of_sweep = {**SWEEP_SETTINGS, **margin, **of_sweep}
+    content = {"name": path.stem, **shorter, "settings": {**numbered, **of_sweep}, "arms": kept}
+    head = _list_head(path, inputs, recipe, [*inputs.describe_lost(config, has_test=True), *notes], kept)
     text = _write_yaml(content, comments, head)
     return Draft(text=text, definition=read_definition(content), notes=notes)  # it must be a sweep that starts
 
@@ -190,9 +208,8 @@ def _choose_data(
 
     Raises ConfigError if the first line of a csv, tsv or txt file looks like a row: its label occurs again below it.
     """
-    train, first = str(settings["data.train"]), None
     if "data.path" not in settings:
-        first = find_files(train, key="data.train")[0]
+        first = find_files(str(settings["data.train"]), key="data.train")[0]
         is_table = not first.is_dir() and find_suffix(first) in TABLE_SUFFIXES
         if is_table and find_suffix(first) == ".txt":  # it has columns if there is a tab in its first line
             with open_text(first) as file:
@@ -203,18 +220,13 @@ def _choose_data(
     of_rows = {key: value for key, value in settings.items() if key.partition("data.")[2] in ROW_KEYS}
     config = compose_run({"data": ROW_DATA, **of_rows, "model": "tiny"}, require_all=False).data
     assert isinstance(config, RowSettings)
-    table, *_ = load_tables(config, "train", lambda names, source: names)
-    columns = {name: table.get_values(name) for name in table.columns}
+    given = _read_given(config, settings)
+    columns = given.columns
     if expected.get("data.input") not in columns:
         expected = {key: value for key, value in expected.items() if key != "data.input"}
     of_expected = {value for key, value in expected.items() if key.partition("data.")[2] in COLUMN_KEYS}
     is_expected = bool(of_expected) and of_expected <= columns.keys()
-    is_unsure = first is not None and find_suffix(first) in DEFAULT_DIALECTS and "data.columns" not in settings
-    given = GivenTable(
-        columns=columns,
-        settings={**expected, **settings} if is_expected else settings,
-        unsure_header=train if is_unsure else None,
-    )
+    given = replace(given, settings={**expected, **settings} if is_expected else settings)
     typed = {key for key in settings if key.startswith("data.")}
     kinds = {name: kind for name, kind in DATA.items() if kind.task_path}
     fitting = {name: kind for name, kind in kinds.items() if typed <= _list_keys(kind)}
@@ -252,14 +264,11 @@ def _choose_numbers(
     batch_size = int(chosen.get("trainer.batch_size", min(16, len(train))))
     numbers: dict[str, Any] = {}
     if kind.cuts_examples:
-        covered = int(train.sequences["input_ids"].lengths.double().quantile(COVERED_SHARE))
-        limit = getattr(inputs.base.model.config, "max_position_embeddings", None) or MAX_MEASURED_TOKENS
-        needed = recipe.length if recipe else min(MAX_MEASURED_TOKENS, 8 * math.ceil(covered / 8))
-        numbers["data.max_length"] = min(limit, needed)
+        numbers["data.max_length"] = choose_length(inputs, needed=recipe.length if recipe else None)
         if len(inputs.splits.validation) > MAX_VALIDATION_EXAMPLES:
             numbers["data.max_validation_examples"] = MAX_VALIDATION_EXAMPLES
     epochs = recipe.epochs if recipe else EPOCHS
-    numbers[STEPS_KEY] = count_steps(epochs, len(train), batch_size)
+    numbers[STEPS_KEY] = count_steps(epochs, len(train), batch_size, is_bounded=recipe is None)
     numbers["trainer.batch_size"] = batch_size
     if recipe and recipe.warmup_steps:
         steps = chosen.get(STEPS_KEY, numbers[STEPS_KEY])
@@ -269,13 +278,80 @@ def _choose_numbers(
     return {key: number for key, number in numbers.items() if key not in chosen}
 
 
+def choose_length(inputs: RunInputs, *, needed: int | None = None) -> int:
+    """Returns `needed`, or else the smallest of `LENGTHS` that fits nearly all examples; at most what the model reads.
+
+    The examples must have been read with the largest of `LENGTHS`.
+    """
+    lengths, limit = inputs.data.train.row_lengths, MAX_CUT_SHARE * len(inputs.data.train)
+    fitting = (length for length in LENGTHS if int((lengths > length).sum()) <= limit)
+    return min(needed or next(fitting, LENGTHS[-1]), inputs.max_positions or LENGTHS[-1])
+
+
+def _describe_shorter(inputs: RunInputs, settings: Mapping[str, Any], recipe: Recipe) -> dict[str, str]:
+    """Returns a description of a sweep that trains less than the recipe; empty if it trains as much."""
+    steps, batch_size = recipe.settings.get(STEPS_KEY), recipe.settings["trainer.batch_size"]
+    examples = steps * batch_size if steps else recipe.epochs * len(inputs.data.train)
+    share = settings[STEPS_KEY] * settings["trainer.batch_size"] / examples
+    if share > 1 / (1 + MAX_SHORTER_FRACTION):
+        return {}
+    return {
+        "description": f"Each run sees 1/{1 / share:.2g} of the tokens of {recipe.path.name}: with longer training the "
+        "best learning rate may be lower."
+    }
+
+
+def count_steps(epochs: float, num_examples: int, batch_size: int, *, is_bounded: bool = True) -> int:
+    """Returns the number of steps of this number of epochs, perhaps within the bounds.
+
+    It is even, so that there is an evaluation at its half. From 1,000 on it has divisors for evaluations of packs.
+    """
+    steps = math.ceil(epochs * num_examples / batch_size)
+    if is_bounded:
+        steps = min(max(steps, MIN_STEPS), MAX_STEPS)
+    unit = 2 * int(10 ** max(0, len(str(steps)) - 3))  # at most 2 % more
+    return unit * math.ceil(steps / unit)
+
+
+def complete_definition(definition: Definition, inputs_cache: InputsCache) -> Definition:
+    """Returns a definition with what its file and the command line leave open, chosen as for a drafted sweep.
+
+    These are the columns of a table, `data.max_length` if the arms have the same data, and the steps of `sweep.epochs`.
+    Loads the model and the training data. Raises ConfigError if no column fits.
+    """
+    arm, epochs = definition.arms[0], definition.sweep_config.sweep.epochs
+    config, given = arm.base, arm.settings
+    is_same = all(other.base.data == config.data and "data.max_length" not in other.space for other in definition.arms)
+    found: dict[str, Any] = {}
+    if is_same and isinstance(config.data, RowSettings) and given.get("data") in DATA:  # not an option with columns
+        if any(f"data.{key}" not in given for key in config.data.found_columns):
+            recognised = find_task(config.data).recognise(_read_given(config.data, given))
+            found |= {} if recognised is None else recognised.settings
+        if "data.max_length" not in given:
+            measured = {**given, **found, "data.max_length": LENGTHS[-1]}
+            found["data.max_length"] = choose_length(inputs_cache.load(compose_run(measured)))
+    if epochs is not None and STEPS_KEY not in definition.raw["overrides"]:
+        train = inputs_cache.load(compose_run({**given, **found})).splits.train
+        found[STEPS_KEY] = count_steps(epochs, len(train), config.trainer.batch_size)
+    return definition.with_overrides(found) if found else definition
+
+
+def _read_given(config: RowSettings, settings: Mapping[str, Any]) -> GivenTable:
+    """Returns the columns of the first file or split of training."""
+    table, *_ = load_tables(config, "train", lambda names, source: names)
+    is_unsure = config.path is None and "data.columns" not in settings
+    is_unsure = is_unsure and find_suffix(find_files(config.train, key="data.train")[0]) in DEFAULT_DIALECTS
+    columns = {name: table.get_values(name) for name in table.columns}
+    return GivenTable(columns=columns, settings=settings, unsure_header=config.train if is_unsure else None)
+
+
 def _list_head(
-    path: Path, inputs: RunInputs, recipe: Recipe | None, notes: Sequence[str], *, has_full: bool
+    path: Path, inputs: RunInputs, recipe: Recipe | None, notes: Sequence[str], arms: Collection[str]
 ) -> list[str]:
     """Returns the lines above a draft: what it compares, what to type, and facts on the recipe, model and data."""
     labels, recipe_facts = inputs.base.labels, recipe.describe() if recipe else []
     named = "" if labels is None or len(labels.names) < 2 else f" and {len(labels.names)} labels"
-    compared = "LoRA and full fine-tuning" if has_full else "LoRA"
+    compared = "LoRA and full fine-tuning" if "full" in arms else "LoRA"
     return [
         f"{compared} beside the frozen base. First look at the cost, then start:",
         f"  lorasweep plan {path}",
@@ -310,7 +386,8 @@ def _list_comments(
     is_cut = "; longer ones are cut off" if longest > settings.get("data.max_length", longest) else ""
     comments = {
         "confirm.seeds": "numbers of seeds at which the questions are tested",
-        "confirm.margin": "smallest difference that matters: a number, or a share of the gain of `full` over `frozen`",
+        "confirm.margin": "smallest difference that matters"
+        + (": a number, or a share of the gain of `full` over `frozen`" if has_full else ", in the unit of the metric"),
         "data.max_validation_examples": "evenly spaced; an evaluation of all takes longer",
         **({"trainer.batch_size": recipe.batch} if recipe else {}),
         "sweep.trials": "; ".join(searches),
@@ -323,9 +400,12 @@ def _list_comments(
 
 
 def _build_arms(
-    inputs: RunInputs, recipe: Recipe | None, *, kind: type[DataSettings]
+    inputs: RunInputs, recipe: Recipe | None, *, kind: type[DataSettings], ranks: Sequence[int] | None
 ) -> tuple[dict[str, Any], dict[Place, str]]:
-    """Returns the arms with that of the recipe's settings, and the comments on them. `kind` is that of the data."""
+    """Returns the arms with that of the recipe's settings, and the comments on them.
+
+    `kind` is that of the data, and `ranks` are searched instead of `RANKS` and that of the recipe.
+    """
     times_width = find_task(kind).full_rate_times_width
     middle = times_width / (getattr(inputs.base.model.config, "hidden_size", None) or DEFAULT_WIDTH)
     low, high = (float(f"{rate:.0e}") for rate in (middle / 10, middle * 10))
@@ -362,8 +442,7 @@ def _build_arms(
     if recipe is not None:
         low, high = min(low, recipe.lr), max(high, recipe.lr)
     comments["arms", "lora", "space", LR] = rates
-    ranks = sorted({*RANKS, *([] if own is None else [own])})
-    space = {rank: ranks, LR: _build_rates(low, high)}
+    space = {rank: ranks or sorted({*RANKS, *([] if own is None else [own])}), LR: _build_rates(low, high)}
     return {**arms, "lora": {"settings": method, "space": space, "confirm_each": rank}}, comments
 
 

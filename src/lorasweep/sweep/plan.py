@@ -13,8 +13,7 @@ from rich.text import Text
 from lorasweep.record import describe_confirmation
 from lorasweep.sweep.cost import Rates, count_workers, estimate_cost
 from lorasweep.sweep.definition.arms import Definition
-from lorasweep.sweep.definition.confirm import count_confirm_runs, find_warnings
-from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms
+from lorasweep.sweep.definition.confirm import count_confirm_runs
 from lorasweep.wording import format_bytes, format_count, format_seconds_range
 
 LONG_PLAN_S = 3600
@@ -57,15 +56,12 @@ def render_plan(definition: Definition, rates: Sequence[Rates]) -> RenderableTyp
 
 
 def _list_notes(definition: Definition, rates: Sequence[Rates]) -> Iterator[str]:
-    yield from explain_bases(definition)
-    yield from explain_solo_arms(definition)
     for group in rates:
         if group.reason:
             yield f"{', '.join(f'`{name}`' for name in group.arms)}: {group.reason}"
     looks = definition.sweep_config.confirm.list_looks()
     confirm_stage = f"then confirm: {describe_confirmation(looks)}" if looks else "no confirm stage"
     yield f"Stages (the numbers of runs): search on validation data; {confirm_stage}."
-    yield from find_warnings(definition)
     cost, longest = estimate_cost(definition, rates), estimate_cost(definition, rates, look=-1)
     total = format_seconds_range(cost.low_s, cost.high_s)
     parts = f"search {format_seconds_range(cost.search_low_s, cost.search_high_s)}"

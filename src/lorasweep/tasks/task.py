@@ -58,6 +58,8 @@ class Task:
     """For `lorasweep new`: returns what the task reads in a table; None if the table is of another task."""
     hint: tuple[str, str] | None = None
     """A key of settings, and what `lorasweep new` says about it if it is not set."""
+    searched: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the objective that a drafted sweep searches, each with its range as in a sweep file."""
     full_rate_times_width: float = FULL_RATE_TIMES_WIDTH
 
 

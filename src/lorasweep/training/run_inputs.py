@@ -13,7 +13,7 @@ from lorasweep.config.build import as_settings
 from lorasweep.config.components import find_own_files
 from lorasweep.config.data import SplitSettings
 from lorasweep.config.run import RunConfig
-from lorasweep.data.rows import Splits
+from lorasweep.data.rows import Splits, describe_lost
 from lorasweep.errors import ConfigError
 from lorasweep.lora.targets import Coverage
 from lorasweep.methods import bind
@@ -45,6 +45,17 @@ class RunInputs:
         """The splits of a workload with an objective."""
         assert isinstance(self.splits, DataSplits)
         return self.splits
+
+    @property
+    def max_positions(self) -> int | None:
+        """Maximum number of tokens of an example that the model can read; None if it has no limit."""
+        positions: int | None = getattr(getattr(self.base.model, "config", None), "max_position_embeddings", None)
+        return positions
+
+    def describe_lost(self, config: RunConfig, *, has_test: bool) -> dict[str, bool]:
+        """Returns a sentence on what `data.max_length` cuts off, and whether it warns (`data.rows.describe_lost`)."""
+        splits = self.splits.train, self.splits.validation, *([self.splits.test()] if has_test else [])
+        return describe_lost(splits, is_longest=config.data.max_tokens == self.max_positions)
 
     def prepare(self, config: RunConfig, *, folder: Path | None) -> RunInputs:
         """Returns inputs for training, whose splits have the reference if the objective needs one (`add_reference`)."""

@@ -47,7 +47,7 @@ class Answer:
     """All subjects that it is compared with."""
     verdict: Verdict
     value: float | None
-    """The tested quantity. If the margin is a share of full fine-tuning's gain: 1 + (advantage over reference) / gain.
+    """The tested quantity. If the margin is a share of full fine-tuning's gain: 1 + advantage over reference / gain.
     With `full` as the reference, this is the subject's share of the gain. Else `subject - reference` in the metric's
     unit."""
     interval: Interval | None
@@ -114,6 +114,6 @@ class ChainOutcome:
 
     @property
     def blocking(self) -> Answer | None:
-        """The answer on the largest value whose own test is open, which must be settled first; None if all are."""
+        """The answer that must be settled first: that on the largest value whose own test is open; None if settled."""
         own = (answer for answer in self.answers[::-1] if answer.blocker not in (None, "another value"))
         return next(own, self.below) if self.state == "open" else None

@@ -37,7 +37,7 @@ from lorasweep.sweep.controller.folder import (
     open_storage,
 )
 from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition
-from lorasweep.sweep.definition.confirm import draw_confirm_seeds, find_warnings, has_fixed_score, list_questions
+from lorasweep.sweep.definition.confirm import draw_confirm_seeds, has_fixed_score, list_questions
 from lorasweep.sweep.definition.ranges import describe_space
 from lorasweep.wording import join_words
 
@@ -83,7 +83,7 @@ def create_sweep(
         retained=list(retained),
         retain_margin=definition.sweep_config.retain.margin,
         notes=list(notes),
-        warnings=[*find_warnings(definition), *warnings],
+        warnings=list(warnings),
         started_at=utc_now(),
     )
     with ExitStack() as undo:
@@ -180,8 +180,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
     done, planned = [look.seeds for look in record.looks_done], definition.sweep_config.confirm.list_looks()
     record.looks = sorted({*done, *(look for look in planned if look > max(done, default=0))})
     record.arms = [build_arm_row(arm) for arm in definition.arms]
-    # the confirm stage adds its own warnings again
-    record.warnings = [*find_warnings(definition), *_warn_of_late_growth(record.changes)]
+    record.warnings = _warn_of_late_growth(record.changes)  # the caller and the confirm stage add theirs again
     return SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lorasweep.data.rows import IGNORED, Answers, Ragged, Rows, describe_cut
+from lorasweep.data.rows import IGNORED, Answers, Ragged, Rows
 from lorasweep.data.source import DataSource, Examples
 from lorasweep.data.tokenise import find_pad_token
 from lorasweep.errors import ConfigError
@@ -34,7 +34,7 @@ def build_conversations(
     Raises ConfigError if all are, and as `tokenise_chats`.
     """
     columns, size = tokenise_chats(examples, config=config, tokenizer=tokenizer), len(row_names)
-    targets, num_cut = columns["targets"], int((columns["full_length"].values > config.max_length).sum())
+    targets, is_cut = columns["targets"], columns["full_length"].values > config.max_length
     num_scored = count_scored(targets)
     is_kept = (num_scored > 0).view(-1, size).all(1)
     kept = is_kept.repeat_interleave(size).nonzero().flatten()
@@ -45,7 +45,7 @@ def build_conversations(
         )
     # an answer that was cut off, or is not scored at its end, is no reference for generated ones
     last_targets = targets.values[targets.starts + targets.lengths - 1]
-    is_whole = (columns["full_length"].values <= config.max_length) & (last_targets != IGNORED)
+    is_whole = ~is_cut & (last_targets != IGNORED)
     starts = columns["answer_start"].values.where(is_whole, 0)[kept].view(-1, size)[:, 0]
     items = columns["row"].values[kept].view(-1, size)[:, 0].tolist()  # the first conversation of each example
     texts = [message.content for conversation in examples.items for message in conversation.messages]
@@ -53,23 +53,19 @@ def build_conversations(
     facts = {
         "examples": len(items),
         "bytes": sum(len(text.encode()) for text in texts),
-        "truncated": num_cut,
+        "truncated": int(is_cut.view(-1, size).any(1).sum()),
+        "left_out": len(is_kept) - len(items),
         "fingerprint": examples.fingerprint,
         "conversations": len(examples),
         "without_reasoning": int(columns["omits_reasoning"].values.sum()),
         "after_added_end": int(columns["follows_added_end"].values.sum()),
         **describe_chat_format(config, tokenizer),
     }
-    what, lack = ("examples", "have no answer left") if size == 1 else ("answers", "pairs lack an answer then")
-    dropped = ""
-    if num_dropped := len(is_kept) - len(items):
-        facts["left_out"], dropped = num_dropped, f"; {num_dropped} {lack} and are not used"
-    cut = describe_cut(examples.name, num_cut, what=what, dropped=dropped)
     of_train = _describe_template(len(kept), facts) if examples.name == "train" else ()
     return Rows(
         name=examples.name,
         fingerprint=examples.fingerprint,
-        notes=(*examples.notes, *cut, *of_train),
+        notes=(*examples.notes, *of_train),
         groups=tuple(examples.items[item].group or str(item) for item in items),
         sequences={"input_ids": columns["input_ids"].select(kept), "targets": targets.select(kept)},
         weights=num_scored.float() if size == 1 else torch.ones(len(items)),

@@ -36,7 +36,7 @@ class Dpo(PairObjective):
         if any(parameter.requires_grad for parameter in model.parameters()):
             chosen, rejected = split_pairs(self.sum_log_probabilities(model, batch) - batch["reference"])
             margins = beta * (chosen - rejected)
-        else:  # the base: rounding in batches of other shapes must not decide which answer is preferred
+        else:  # the base: two batches of other shapes would differ by rounding, which must not decide who is preferred
             margins = batch["reference"].new_zeros(len(beta))
         # log σ(m) - log σ(-m) = m
         return margins, softplus(-margins) + self.settings.label_smoothing * margins

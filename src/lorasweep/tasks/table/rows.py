@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lorasweep.data.rows import Ragged, Rows, describe_cut
+from lorasweep.data.rows import Ragged, Rows
 from lorasweep.data.source import DataSource, Examples
 from lorasweep.data.tokenise import Columns, cache_key, find_pad_token, map_cached
 from lorasweep.errors import ConfigError
@@ -34,11 +34,10 @@ def build_labelled(
         # n / (classes · count), as scikit-learn balances them. A class without examples counts as one example.
         columns["weights"] = (len(examples) / (len(counts) * torch.tensor(counts).clamp(min=1).float()))[labels]
     texts = [text for example in examples.items for text in (example.text, example.pair or "")]
-    num_cut = int((full_lengths > config.max_length).sum())
     return Rows(
         name=examples.name,
         fingerprint=examples.fingerprint,
-        notes=(*examples.notes, *describe_cut(examples.name, num_cut)),
+        notes=examples.notes,
         groups=tuple(str(row) if item.group is None else item.group for row, item in enumerate(examples.items)),
         sequences=sequences,
         columns=columns,
@@ -47,7 +46,7 @@ def build_labelled(
         facts={
             "examples": len(examples),
             "bytes": sum(len(text.encode()) for text in texts),
-            "truncated": num_cut,
+            "truncated": int((full_lengths > config.max_length).sum()),
             "fingerprint": examples.fingerprint,
             "labels": dict(zip(source.label_names, counts, strict=True)),
         },

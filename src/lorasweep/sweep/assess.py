@@ -1,0 +1,106 @@
+"""Says what to expect of a sweep before it starts: in one list for `new`, `plan`, `sweep` and `--resume`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from lorasweep.sweep.checks import score_constant_answer
+from lorasweep.sweep.definition.arms import Definition
+from lorasweep.sweep.definition.confirm import find_warnings
+from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms
+from lorasweep.training.inputs import InputsCache
+from lorasweep.wording import format_share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """A sentence on a sweep that has not started."""
+
+    kind: Literal["warning", "sweep", "data"]
+    """A warning is always shown, a note on the sweep in its plan and by `--verbose`, one on the data by `--verbose`."""
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assessment:
+    """What to expect of a sweep."""
+
+    notes: tuple[Note, ...]
+    """Each sentence once."""
+
+    @property
+    def warnings(self) -> list[str]:
+        return [note.text for note in self.notes if note.kind == "warning"]
+
+    @property
+    def others(self) -> list[str]:
+        """The notes that are no warnings."""
+        return [note.text for note in self.notes if note.kind != "warning"]
+
+
+def assess(definition: Definition, inputs_cache: InputsCache) -> Assessment:
+    """Returns what to expect of a checked sweep."""
+    warnings = {text: Note(kind="warning", text=text) for text in find_warnings(definition)}
+    found = {note.text: note for note in _list_notes(definition, inputs_cache)}
+    return Assessment(notes=(*warnings.values(), *found.values()))
+
+
+def _list_notes(definition: Definition, inputs_cache: InputsCache) -> Iterator[Note]:
+    """Yields notes on what was loaded; the last one of a text counts."""
+    has_test = bool(definition.sweep_config.confirm.list_looks())
+    for arm in definition.arms:
+        inputs = inputs_cache.load(arm.base)
+        for text in inputs.list_notes(arm.base):
+            yield Note(kind="data", text=text)
+        for text, is_warning in inputs.describe_lost(arm.base, has_test=has_test).items():
+            yield Note(kind="warning" if is_warning else "sweep", text=text)
+    for config in definition.corner_configs:
+        if (coverage := inputs_cache.load(config).find_coverage(config)) is not None:
+            yield Note(kind="warning" if coverage.fused_experts else "sweep", text=coverage.describe())
+    yield from _describe_steps(definition, inputs_cache)
+    for text in (*explain_bases(definition), *explain_solo_arms(definition)):
+        yield Note(kind="sweep", text=text)
+    if has_test:
+        yield Note(kind="sweep", text=_describe_test_data(definition, inputs_cache))
+
+
+def _describe_steps(definition: Definition, inputs_cache: InputsCache) -> Iterator[Note]:
+    """Yields a note on steps that are less than an epoch: a warning if labels may not be learned."""
+    config = next((arm.base for arm in definition.arms if arm.base.num_steps), None)
+    if config is None or config.data.name.startswith("stdlib"):
+        return
+    splits, batch_size = inputs_cache.load(config).splits, config.trainer.batch_size
+    num_examples, most_frequent = len(splits.train), score_constant_answer(definition, inputs_cache).get("accuracy")
+    if (epochs := config.num_steps * batch_size / num_examples) >= 1:
+        return
+    sentences = [
+        f"Each run trains {config.num_steps:,} steps of {batch_size}: {epochs:.2f} epochs of {num_examples:,} training "
+        "examples."
+    ]
+    if most_frequent is not None:
+        sentences.append(
+            "So few steps may not get beyond the answer that is always the most frequent label (accuracy "
+            f"{format_share(most_frequent)})."
+        )
+    is_cut = definition.sweep_config.sweep.minutes is not None
+    remedy = "More `--minutes` make" if is_cut else f"`trainer.max_steps={math.ceil(num_examples / batch_size)}` makes"
+    kind: Literal["warning", "sweep"] = "sweep" if most_frequent is None else "warning"
+    yield Note(kind=kind, text=" ".join([*sentences, f"{remedy} one epoch."]))
+
+
+def _describe_test_data(definition: Definition, inputs_cache: InputsCache) -> str:
+    """Returns a sentence on how much test data the verdicts rest."""
+    test = inputs_cache.load(definition.arms[0].base).splits.test()
+    groups = set(test.groups)
+    if len(groups) == 1:
+        return (
+            f"All test examples ({len(test)}) are in one group ({groups.pop()!r}), which says nothing about other "
+            "groups: verdicts will hold for this group alone. Give test data of at least 20 groups."
+        )
+    of_groups = f" in {len(groups):,} groups" if groups and len(groups) < len(test) else ""
+    return (
+        f"The verdicts rest on {len(test):,} test examples{of_groups}; four times as many settle half the difference."
+    )
