@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch import nn
 
 from lorasweep.lora import LoraConfig, inject_lora
 from lorasweep.lora.fully_trained import trained_modules
@@ -53,21 +52,3 @@ def test_modules_with_a_tied_weight_must_be_named_together(make_model, tokens):
     adapt(model, modules_to_save=("out", "embed"))
     assert model.out.weight is model.embed.weight
     step(model, tokens)
-
-
-def test_arguments_by_name_reach_the_copy():
-    class Scale(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-            self.bias = None
-
-        def forward(self, x, *, times):
-            return {"y": x * self.weight * times}
-
-    model = nn.ModuleDict({"up": nn.Linear(2, 2), "scale": Scale()})
-    inject_lora(model, LoraConfig(rank=1, targets=("up",), modules_to_save=("scale",)))
-    out = model["scale"](torch.ones(1, dtype=torch.bfloat16), times=3)
-    assert out["y"].item() == 3
-    assert out["y"].dtype is torch.bfloat16
-    assert model["scale"].bias is None

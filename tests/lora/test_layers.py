@@ -41,15 +41,6 @@ def test_a_base_with_hooks_is_called(hook):
     assert calls == [1]
 
 
-def test_a_layer_used_under_two_names_stays_one_layer():
-    shared = nn.Linear(4, 4)
-    model = nn.ModuleDict({"first": shared, "second": shared})
-    inject_lora(model, LoraConfig(rank=2))
-    assert isinstance(model["first"], LoraLayer)
-    assert model["first"] is model["second"]
-    assert len(lora_layers(model)) == 1
-
-
 def test_injecting_twice_is_refused(model):
     inject_lora(model, LoraConfig(rank=2, targets=("layers.0.up",)))
     with pytest.raises(ValueError, match=r"no LoRA layers yet, but 'layers.0.up' is one"):

@@ -29,10 +29,7 @@ def test_merged_weights_are_the_exact_ones_rounded_once(model, fill_b, dtype, se
         assert ((weight.double() - expected).abs() <= half_spacing + slack[name]).all()
 
 
-OTHERS = [{}, {"modules_to_save": ("out",)}]
-
-
-@pytest.mark.parametrize("settings", OTHERS)
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ("out",)}])
 def test_a_merged_model_is_a_plain_one_with_the_same_output(make_model, tokens, fill_b, settings):
     model, base = make_model(), make_model()
     inject_lora(model.double(), LoraConfig(rank=2, **settings))

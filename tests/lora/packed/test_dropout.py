@@ -21,9 +21,14 @@ def make_dropping(p=0.3):
 CONFIGS = [LoraConfig(rank=2, dropout=0.4), LoraConfig(rank=1), LoraConfig(rank=1, targets=("2",), dropout=0.2)]
 
 
-def test_masks_are_those_of_solo_runs(make_pack):
+def test_masks_are_those_of_solo_runs_and_evaluation_drops_nothing(make_pack):
     x = torch.randn(6, 5, 6, generator=stream(1), dtype=torch.float64)
-    make_pack(make_dropping, CONFIGS).assert_equal(x)
+    both = make_pack(make_dropping, CONFIGS)
+    both.assert_equal(x)
+    both.pack.eval()
+    both.solos = [solo.eval() for solo in both.solos]
+    torch.testing.assert_close(*both.run(x))
+    assert torch.equal(both.pack(x), both.run(x)[0])  # whatever the streams
 
 
 @pytest.mark.parametrize("shape", [(4, 5, 6), (4, 6)])

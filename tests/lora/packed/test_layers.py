@@ -155,14 +155,6 @@ def test_gradients_of_a_whole_pack_by_finite_differences(make_pack):
     assert gradcheck(run, tuple(p for p in pack.parameters() if p.requires_grad))  # which moves them in place
 
 
-def test_evaluation_drops_nothing(make_model, make_pack):
-    both = make_pack(make_model, [LoraConfig(rank=2, dropout=0.5)] * 3)
-    both.pack.eval()
-    for solo in both.solos:
-        solo.eval()
-    torch.testing.assert_close(*both.run(tokens_of(11, 5)))
-
-
 def test_rows_that_slots_do_not_share_out_evenly_are_refused(make_model):
     model = make_model()
     inject_packed_lora(model, [LoraConfig(rank=1), LoraConfig(rank=2)])
