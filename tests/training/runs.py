@@ -65,9 +65,8 @@ def stop_after(steps):
 
 
 def settings_of(method):
-    """What names a method; the embedded model has no biases, so its norms train."""
-    more = {"norms": {"method": "full", "method.parameters": ".*norm.*"}, "peft": {"method.config": VERA}}
-    more["head"] = {"method": "full", "method.parameters": "lm_head.*"}
+    """Returns the settings that choose a method, by its name or `head`."""
+    more = {"head": {"method": "full", "method.parameters": "lm_head.*"}, "peft": {"method.config": VERA}}
     return {"method": method} | more.get(method, {})
 
 

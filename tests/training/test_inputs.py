@@ -21,11 +21,11 @@ def test_runs_on_other_data_share_the_weights_but_not_the_choice_of_attention(ma
     load = inputs_file.load_base
     monkeypatch.setattr(inputs_file, "load_base", lambda *given, **more: names.append(given) or load(*given, **more))
     inputs_cache = InputsCache()
-    short, long = (
-        inputs_cache.load(make_config({"data.block_length": length, "trainer.precision": "bf16"}))
-        for length in (32, 512)
-    )
+    configs = [make_config({"data.block_length": length, "trainer.precision": "bf16"}) for length in (32, 512)]
+    short, long = map(inputs_cache.load, configs)
     assert len(names) == 1
+    other = {"method": "full", "optim.lr": 1.0, "trainer.max_steps": 9, "trainer.precision": "bf16"}
+    assert inputs_cache.load(make_config(other)) is short
     assert short.base.fingerprint == long.base.fingerprint
     pairs = zip(short.base.model.parameters(), long.base.model.parameters(), strict=True)
     assert all(one is other for one, other in pairs)

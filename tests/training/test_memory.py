@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-import lorasweep.training.inputs as inputs_file
 from lorasweep.errors import ConfigError
 from lorasweep.models.attention import AttentionChoice
 from lorasweep.record import read_run
-from lorasweep.training.inputs import InputsCache, check_batch_memory
+from lorasweep.training.inputs import check_batch_memory
 from lorasweep.training.memory import list_cgroup_free_bytes
 from lorasweep.training.open_run import RunFolder
 from lorasweep.training.run import train_run
@@ -53,16 +52,6 @@ def test_what_a_control_group_uses_is_not_free_but_cached_files_are(tmp_path, li
     (tmp_path / limit).with_name("memory.stat").write_text(f"anon 5\n{cached} 300\n")
     given = {"memberships": tmp_path / "cgroup", "mount": tmp_path}
     assert list(list_cgroup_free_bytes(**given)) == [600]
-
-
-def test_inputs_are_loaded_once_for_all_runs_that_can_share_them(make_config, monkeypatch):
-    loaded = []
-    monkeypatch.setattr(inputs_file, "load_inputs", lambda config, cache: loaded.append(config) or object())
-    inputs_cache = InputsCache()
-    first = inputs_cache.load(make_config())
-    assert inputs_cache.load(make_config({"method": "full", "optim.lr": 1.0, "trainer.max_steps": 9})) is first
-    assert inputs_cache.load(make_config({"data.block_length": 16})) is not first
-    assert len(loaded) == 2
 
 
 def test_the_attention_that_was_chosen_is_said_and_recorded(make_config, inputs, tmp_path):

@@ -5,15 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tests.small_runs import SMALL_RUN
 from tests.training.own_modules import DigitClassifier
-from tests.training.runs import logged_rows, stop_after, train_together
+from tests.training.runs import logged_rows, stop_after
 
 import lorasweep
-from lorasweep.cli import main
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError
-from lorasweep.record import read_run, read_steps, restore_config
+from lorasweep.record import read_run, read_steps
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.training.finished_run import restore_model, score_run
@@ -159,48 +157,3 @@ def test_the_sweep_file_of_the_page_is_a_sweep_whose_trials_run_alone():
     plan = plan_packing(definition)["lora"]
     assert plan.key is None
     assert "module._target_" in plan.reason
-
-
-def test_a_mistake_ends_the_command_with_exit_code_2(capsys, tmp_path):
-    words = [f"{key}={value}" for key, value in PREFERENCES.items() if key != "metric.name"]
-    with pytest.raises(SystemExit, match="2"):
-        main(["train", *words, "metric.name=val_los", f"output={tmp_path / 'run'}"])
-    assert "val/loss" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-ACCURACY = "torchmetrics.classification.MulticlassAccuracy"
-METRIC = {"data.metric._target_": ACCURACY, "data.metric.num_classes": 512, "data.metric.average": "micro"}
-NAME = "MulticlassAccuracy"
-TEXT = SMALL_RUN | {
-    "data.block_length": 64,
-    "data.max_validation_blocks": 8,
-    "trainer.progress": False,
-    "logger": "none",
-}
-
-
-@pytest.fixture(scope="module")
-def own_inputs():
-    return load_inputs(compose_run(TEXT | METRIC))
-
-
-@pytest.mark.release
-def test_a_packed_run_scores_as_it_would_alone_and_the_record_restores_the_metric(own_inputs, tmp_path):
-    configs = [compose_run(TEXT | METRIC | {"method.rank": rank, "optim.lr": 1e-2}) for rank in (2, 4)]
-    for rank, config in enumerate(configs):
-        train_run(config, RunFolder(path=tmp_path / f"alone-{rank}"), inputs=own_inputs)
-    packed = {tmp_path / f"packed-{rank}": config for rank, config in enumerate(configs)}
-    train_together(packed, inputs=own_inputs, checkpoint_file=tmp_path / "pack.ckpt")
-    for rank in range(2):
-        alone, packed = (read_run(tmp_path / f"{how}-{rank}") for how in ("alone", "packed"))
-        assert alone.metric == packed.metric == NAME
-        assert alone.direction == "maximize"
-        assert 0 < alone.score < 1
-        # one of 504 tokens may be predicted otherwise, because kernels of other shapes round otherwise
-        assert packed.last[NAME] == pytest.approx(alone.last[NAME], abs=1.5 / 504)
-        assert packed.last["loss"] == pytest.approx(alone.last["loss"], rel=1e-4)
-        assert restore_config(packed) == configs[rank]
-    scored = score_run(tmp_path / "alone-0", inputs=own_inputs)
-    assert 0 < scored.test[NAME] < 1
-    assert not (tmp_path / "alone-0" / "test_scores.csv").exists()  # its parts are not the scores of examples

@@ -15,13 +15,11 @@ from lorasweep.record import RUN_FILE, read_run
 
 RESUMED = [
     pytest.param({}, [0], id="while the first batch was prepared"),
-    pytest.param({}, [1], id="before the first evaluation"),
     pytest.param({}, [1, 1, 1, 1], id="at every step"),
     pytest.param({"trainer.eval_every_steps": 3}, [3], id="at an evaluation that does not divide the run"),
     pytest.param({"trainer.eval_every_steps": 4}, [6], id="after the last step, before its evaluation"),
     pytest.param({"trainer.accumulate": 2, "method.dropout": 0.5}, [3], id="with accumulation and dropout"),
     pytest.param({"method": "full", "optim.lr": 1e-3}, [3], id="full"),
-    pytest.param(settings_of("norms"), [3], id="norms"),
     pytest.param(settings_of("peft"), [3], id="peft"),
     pytest.param({"method": "intrinsic"}, [3], id="intrinsic"),
     pytest.param({"optim.lr_ratio_b": 4.0, "schedule": "cosine", "optim.weight_decay": 0.1}, [3], id="two groups"),

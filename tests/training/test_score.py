@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from tests.training.runs import settings_of
+from tests.training.runs import settings_of, train_together
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.data import ScoreMetric
 from lorasweep.data import batching
 from lorasweep.errors import RecordError
 from lorasweep.objectives.next_tokens import NextTokens
-from lorasweep.record import TEST_SCORES_FILE, compute_sha256, read_run, read_steps
+from lorasweep.record import TEST_SCORES_FILE, compute_sha256, read_run, read_steps, restore_config
 from lorasweep.training.evaluation import evaluate_model
 from lorasweep.training.finished_run import restore_model, score_run
 from lorasweep.training.inputs import load_inputs
@@ -115,6 +115,25 @@ def test_rows_of_perplexity_are_losses_of_which_it_is_the_exponential(make_confi
     mean = sum(row["score"] * row["weight"] for row in rows) / sum(row["weight"] for row in rows)
     assert mean == pytest.approx(record.test["loss"], rel=1e-12)
     assert math.exp(mean) == pytest.approx(record.test["perplexity"], rel=1e-12)
+
+
+def test_a_metric_by_its_class_scores_a_slot_as_a_run_alone_and_no_single_example(make_config, tmp_path):
+    name, metric = "MulticlassAccuracy", {"num_classes": 257, "average": "micro"}
+    metric |= {"_target_": f"torchmetrics.classification.{name}"}
+    configs = [
+        make_config({f"data.metric.{key}": value for key, value in metric.items()} | {"seed": n}) for n in (0, 1)
+    ]
+    inputs, alone = load_inputs(configs[0]), tmp_path / "alone"
+    packed = {tmp_path / f"packed-{n}": config for n, config in enumerate(configs)}
+    train_together(packed, inputs=inputs, checkpoint_file=tmp_path / "pack.ckpt")
+    train_run(configs[0], RunFolder(path=alone), inputs=inputs)
+    one, slot = read_run(alone), read_run(tmp_path / "packed-0")
+    assert (one.metric, one.direction) == (slot.metric, slot.direction) == (name, "maximize")
+    # one of 128 tokens may be predicted otherwise, because kernels of other shapes round otherwise
+    assert slot.last[name] == pytest.approx(one.last[name], abs=1.5 / 128)
+    assert restore_config(slot) == configs[0]
+    assert score_run(alone, inputs=inputs).test.keys() >= {name, "loss"}
+    assert not (alone / TEST_SCORES_FILE).exists()  # its parts are not the scores of examples
 
 
 def test_a_run_is_scored_once(trained, inputs):

@@ -176,10 +176,8 @@ def step_slots(optimizers: Sequence[SlotOptimizer]) -> list[float]:
         torch._foreach_div_(divisors, list(clipped.values()))  # numbers: a tensor of them would be a copy to the GPU
         torch._foreach_clamp_min_(divisors, 1.0)
         for slot, divisor in zip(clipped, divisors, strict=True):
-            if divisor.dtype == torch.float32:  # fused AdamW divides in its own kernel, but only in fp32
-                setattr(slot.optimizer, "grad_scale", divisor)  # noqa: B010 (no attribute that mypy knows)
-            else:
-                slot.gradient.div_(divisor)
+            # fused AdamW divides in its own kernel
+            setattr(slot.optimizer, "grad_scale", divisor)  # noqa: B010 (no attribute that mypy knows)
     for slot in optimizers:
         slot.optimizer.step()
         slot.schedule.step()
