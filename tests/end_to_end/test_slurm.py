@@ -5,8 +5,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.servers.ray_head import LOOPBACK
-from tests.servers.slurm import NODE
+from tests.servers.slurm import LOOPBACK, NODE
 
 import lorasweep
 from lorasweep.record import read_sweep
@@ -41,8 +40,11 @@ def test_jobs_may_be_cancelled_drained_and_requeued(start, tmp_path, on_loopback
     wait_for(lambda: count_evaluations(folder), sweep)
     check_listens_here_only(psutil.Process(sweep.process.pid).children(recursive=True))
     wait_for(lambda: len({row.run for row in read_sweep(folder).trials if row.state == "running"}) == 2, sweep)
+    check_listens_here_only(slurm.processes())
     first, second = slurm.jobs()
-    slurm.run("scancel", first)  # its trial goes on in the other job
+    slurm.run("scancel", "--signal=USR2", first)  # told of its end, it leaves; its trial goes on in the other job
+    slurm.wait_for_jobs({first: "PENDING", second: "RUNNING"})
+    slurm.run("scancel", first)
     slurm.wait_for_jobs({second: "RUNNING"})
     slurm.run("scontrol", "update", f"NodeName={NODE}", "State=DRAIN", "Reason=test")
     slurm.run("scontrol", "requeue", second)  # no job is left until the node is back

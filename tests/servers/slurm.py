@@ -17,6 +17,8 @@ import pytest
 
 from .daemon import find_free_port, need, start_daemon, wait_until
 
+LOOPBACK = Path(__file__).parent / "ray_loopback"
+"""For PYTHONPATH of every process that starts a part of Ray: it listens on 127.0.0.1 alone."""
 NODE = "node1"
 PARTITION = "main"
 STEP_TITLE = "slurmstepd: ["
