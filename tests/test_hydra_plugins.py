@@ -19,7 +19,10 @@ pytestmark = pytest.mark.usefixtures("here")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
-    [["joblib", "hydra.launcher.n_jobs=2"], pytest.param(["submitit_local"], marks=pytest.mark.cluster)],
+    [
+        pytest.param(["joblib", "hydra.launcher.n_jobs=2"], marks=pytest.mark.release),
+        pytest.param(["submitit_local"], marks=pytest.mark.cluster),
+    ],
     ids=lambda words: words[0],
 )
 def test_a_launcher_gives_each_job_a_folder_and_the_command_an_exit_code(here, short_words, launcher):

@@ -1,5 +1,6 @@
 """Data sets of a few examples, written to a folder and read back."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,15 @@ def make_ragged(sequences):
     lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
     values = torch.tensor([value for sequence in sequences for value in sequence], dtype=torch.int64)
     return Ragged.join(values, lengths=lengths)
+
+
+def jsonl_of(*rows):
+    return "\n".join(map(json.dumps, rows))
+
+
+def said(role, content):
+    """Returns a message of a chat."""
+    return {"role": role, "content": content}
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def read_ended(folder):
 
 
 @pytest.mark.parametrize("num_kills", NUM_KILLS)
-@pytest.mark.parametrize("pack_size", ["1", "3"])
+@pytest.mark.parametrize("pack_size", [pytest.param("1", marks=pytest.mark.release), "3"])
 def test_a_sweep_that_is_killed_and_resumed_is_the_same_to_the_last_bit(tmp_path, begin, finish, pack_size, num_kills):
     (tmp_path / "repeated.yaml").write_text(yaml.safe_dump(SWEEP, sort_keys=False))
     words = ["sweep", "repeated.yaml", f"worker.pack_size={pack_size}"]

@@ -94,6 +94,7 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.release
 def test_a_full_disk_ends_a_sweep_with_a_sentence_and_it_goes_on_when_there_is_room(
     tmp_path, begin, finish, words, disk
 ):

@@ -23,9 +23,6 @@ OWN = """
 def raises(answer, reference, example):
     raise OSError("gone")
 
-def nan(answer, reference, example):
-    return float("nan")
-
 def loss(answer, reference, example):
     return 1
 
@@ -50,8 +47,6 @@ def content(tmp_path, monkeypatch):
     [
         (["data.answers.score=bleu"], "`data.answers.score` must be one of exact_match, last_number, but got 'bleu'"),
         (["data.answers.score._target_=own.raises"], "`raises` raised OSError: gone"),
-        (["data.answers.score._target_=own.nan"], "`nan` returned nan"),
-        (["data.answers.score._target_=own.gone"], "must be the import path of a function"),
         (["data.answers.score._target_=own.loss"], "`data.answers.score` must have another name"),
         (["confirm.metric=last_number"], "`confirm.metric` must be one of auto, bits_per_byte, exact_match, but got"),
         (["confirm.metric=exact_match", "data.answers.score=null"], "`data.answers.score` measures generated answers"),

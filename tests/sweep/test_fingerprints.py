@@ -26,7 +26,6 @@ OWN = {
     "data.test": "test.txt",
 }
 NUMBERS = itertools.count()
-MORE_TRIALS = {"arms.lora.trials": 3}
 
 
 def change(path):
@@ -48,13 +47,12 @@ def own(here, make_config):
     return OWN | {"callbacks.mine._target_": f"{name}.Mine"}, f"{name}.py"
 
 
-@pytest.mark.parametrize("seeds", [0, 1])
-def test_a_sweep_goes_on_only_with_what_it_began_with(own, here, seeds):
+def test_a_sweep_goes_on_only_with_what_it_began_with(own, here):
     settings, code = own
-    settings = MINI["settings"] | settings | {"confirm.seeds": seeds}
+    settings = MINI["settings"] | settings | {"confirm.seeds": 1}
     lorasweep.run_sweep(MINI | {"settings": settings}, output="sweep", progress=None)
-    changed = ["train.txt", "base/model.safetensors", "base/config.json", code, *["test.txt"] * seeds]
-    changes = MORE_TRIALS if seeds == 0 else {"confirm.seeds": 2}
+    changed = ["train.txt", "base/model.safetensors", "base/config.json", code, "test.txt"]
+    changes = {"arms.lora.trials": 3, "confirm.seeds": 2}
     before = read_files(here / "sweep")
     for name in changed:
         content = (here / name).read_bytes()

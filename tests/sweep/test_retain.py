@@ -77,7 +77,7 @@ def test_labels_that_the_model_does_not_learn_are_refused(path, capsys):
     assert (row.name, row.metric) == ("same", ScoreMetric(name="accuracy", direction="maximize"))
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_tenfold_learning_rate_forgets_more(path):
     settings = {"trainer.max_steps": 20, "trainer.eval_every_steps": 10, "trainer.batch_size": 4, "confirm.seeds": 3}
     arms = CONTENT["arms"] | {

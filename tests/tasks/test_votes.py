@@ -34,12 +34,6 @@ def votes(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_run_alone_learns_votes(votes):
-    run = lorasweep.train_run([f"{key}={json.dumps(value)}" for key, value in SETTINGS.items()], output=votes / "run")
-    assert run.record.metric == "vote_accuracy"
-    assert any("answers of train are liked" in note for note in run.record.notes)
-
-
 def test_a_wrong_setting_is_named(votes):
     with pytest.raises(ConfigError, match=r"`data\.anser` is not a setting. Did you mean `data\.answer`"):
         compose_run(SETTINGS | {"data.anser": "text"})
@@ -60,5 +54,6 @@ def test_a_sweep_packs_its_trials_and_ends_with_verdicts(votes):
     assert plan_packing(read_definition(sweep))["lora"].key is not None
     result = lorasweep.run_sweep(sweep, output=votes / "sweep", progress=None)
     assert result.metric == "vote_accuracy"
+    assert any("answers of train are liked" in note for note in result.load_run(result.best("full")).record.notes)
     assert len(result.confirm_dataframe()) == 1 + 2 + 2  # the frozen base has the same score on every seed
     assert "full" in result.table()

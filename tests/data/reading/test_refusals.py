@@ -1,9 +1,9 @@
 """Data that can't be used is refused in one sentence with the setting or the place, the value and the remedy."""
 
 import gzip
-import json
 
 import pytest
+from tests.data.conftest import jsonl_of, said
 
 from lorasweep.errors import ConfigError
 
@@ -12,20 +12,12 @@ def rows(*lines, header="text,label"):
     return "\n".join([header, *lines, ""])
 
 
-def jsonl(*objects):
-    return "\n".join(map(json.dumps, objects))
-
-
 def talk(*messages, **columns):
-    return jsonl({"messages": list(messages), **columns})
+    return jsonl_of({"messages": list(messages), **columns})
 
 
 def labelled(label):
     return {"text": "a", "label": label}
-
-
-def said(role, content):
-    return {"role": role, "content": content}
 
 
 GOOD = rows("a,x", "b,y", "c,x")
@@ -68,10 +60,10 @@ ROWS = [
 ]
 NO_FILES = ["*.parquet", "no/a.csv", "x" * 5000, "~nobody-here/a.csv"]
 CHATS = [
-    (jsonl({"prompt": "", "completion": "b"}), ["row 1 of 'train.jsonl'", "`prompt` ''", "`completion` 'b'"]),
-    (jsonl({"prompt": "a", "completion": None}), ["text", "None"]),
-    (jsonl({"prompt": "a"}), ["'train.jsonl'", "['prompt']", "`data.prompt`", "`data.messages`"]),
-    (jsonl({"messages": "hi"}), ["list of messages", "'hi'"]),
+    (jsonl_of({"prompt": "", "completion": "b"}), ["row 1 of 'train.jsonl'", "`prompt` ''", "`completion` 'b'"]),
+    (jsonl_of({"prompt": "a", "completion": None}), ["text", "None"]),
+    (jsonl_of({"prompt": "a"}), ["'train.jsonl'", "['prompt']", "`data.prompt`", "`data.messages`"]),
+    (jsonl_of({"messages": "hi"}), ["list of messages", "'hi'"]),
     (talk("hi"), ["`role` and `content`", "'hi'"]),
     (talk(), ["assistant's", "[]"]),
     (talk(USER), ["assistant's", "'user'"]),
@@ -123,20 +115,20 @@ CASES = [
         {"group": "by"},
         ["`data.group`", "'test.csv'"],
     ),
-    ("table", {"train.csv": GOOD, "test.jsonl": jsonl({"txt": "b"})}, {}, ["`data.text`", "'test.jsonl'", "`txt`"]),
+    ("table", {"train.csv": GOOD, "test.jsonl": jsonl_of({"txt": "b"})}, {}, ["`data.text`", "'test.jsonl'", "`txt`"]),
     ("table", {"train.csv": GOOD, "test.parquet": ""}, {}, ["'test.parquet'"]),
     # rows and labels
     *(("table", {"train.csv": rows(*lines)}, settings, words) for lines, settings, words in ROWS),
-    ("table", {"train.jsonl": jsonl(labelled(1), labelled(True))}, REGRESSION, [LABEL, "finite number", "True"]),
+    ("table", {"train.jsonl": jsonl_of(labelled(1), labelled(True))}, REGRESSION, [LABEL, "finite number", "True"]),
     (
         "table",
-        {"train.jsonl": jsonl(labelled("x"), labelled({"a": 1}))},
+        {"train.jsonl": jsonl_of(labelled("x"), labelled({"a": 1}))},
         {},
         ["row 2", "must have texts"],
     ),
     (
         "table",
-        {"train.jsonl": jsonl(labelled([["a"]]), labelled(None))},
+        {"train.jsonl": jsonl_of(labelled([["a"]]), labelled(None))},
         {},
         ["row 1", "must have texts"],
     ),
@@ -165,12 +157,12 @@ CASES = [
     # conversations
     (
         "chat",
-        {"a.jsonl": jsonl({"prompt": "a", "completion": "b"}), "b.jsonl": talk(USER, ANSWER)},
+        {"a.jsonl": jsonl_of({"prompt": "a", "completion": "b"}), "b.jsonl": talk(USER, ANSWER)},
         {"train": "[ab].jsonl"},
         ["`data.train`", "same columns", "['prompt', 'completion']", "'b.jsonl'"],
     ),
     *(("chat", {"train.jsonl": content}, {}, words) for content, words in CHATS),
-    *(("preferences", {"train.jsonl": jsonl(row)}, {}, words) for row, words in PAIRS),
+    *(("preferences", {"train.jsonl": jsonl_of(row)}, {}, words) for row, words in PAIRS),
 ]
 
 

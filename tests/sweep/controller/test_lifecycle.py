@@ -7,12 +7,10 @@ from pathlib import Path
 import optuna
 import pytest
 from tests.files import read_files
-from tests.sweep.controller.conftest import Simulation
 
 from lorasweep.disk import is_running
 from lorasweep.errors import ConfigError, RecordError, WorkerError
 from lorasweep.record import read_sweep
-from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.folder import JOURNAL_FILE, open_storage
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
@@ -134,18 +132,6 @@ def test_a_folder_that_was_moved_is_not_written_to(folder, tmp_path, becomes):
             write()
     assert not (folder.path / "sweep.json").exists()
     assert not (folder.path / JOURNAL_FILE).exists()
-
-
-def test_a_sweep_whose_journal_was_removed_does_not_end_as_complete(begin, content):
-    controller = Controller(begin(content))
-    Simulation(controller).run()
-    assert controller.is_over()
-    path = controller.sweep.path
-    (path / JOURNAL_FILE).unlink()
-    with pytest.raises(FileNotFoundError, match=r"journal\.log"):
-        controller.finish()
-    assert read_sweep(path).status == "running"
-    controller.sweep.close()
 
 
 @pytest.mark.parametrize("where", ["run", "journal", "record"])

@@ -3,16 +3,7 @@
 import json
 
 import pytest
-
-SPLITS = ("train", "validation", "test")
-
-
-def jsonl_of(*rows):
-    return "\n".join(map(json.dumps, rows))
-
-
-def said(role, content):
-    return {"role": role, "content": content}
+from tests.data.conftest import SPLITS, jsonl_of, said
 
 
 @pytest.mark.parametrize(

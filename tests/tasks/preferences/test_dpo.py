@@ -7,10 +7,7 @@ import pytest
 import torch
 from tests.small_runs import SMALL_RUN
 from tests.tasks.preferences.pairs import make_pairs, make_preference_inputs, make_small
-from tests.training.runs import (
-    settings_of,
-    train,
-)
+from tests.training.runs import settings_of, train
 from torch.nn.functional import logsigmoid
 
 from lorasweep.config.compose import compose_run
@@ -19,7 +16,6 @@ from lorasweep.data.rows import IGNORED, move_batch, padding_fraction
 from lorasweep.errors import ConfigError
 from lorasweep.lora import slot_model
 from lorasweep.lora.packed.inject import find_slots
-from lorasweep.methods import METHODS
 from lorasweep.objectives.objective import ExampleScores
 from lorasweep.sweep.cost import estimate_cost
 from lorasweep.sweep.definition.arms import read_definition
@@ -106,7 +102,7 @@ def test_a_tie_counts_half():
     assert Dpo().compute(scores)["preference_accuracy"] == 0.5
 
 
-@pytest.mark.parametrize("settings", [{}, {"trainer.eval_batch_size": 1}, {"trainer.eval_batch_size": 7}])
+@pytest.mark.parametrize("settings", [{}, {"trainer.eval_batch_size": 7}])
 def test_the_frozen_base_has_exactly_a_half_and_ln_2(settings, tmp_path):
     config = make_config({"method": "frozen", "trainer.precision": "fp32"} | settings)
     inputs = make_inputs(make_config(), number=200)
@@ -121,8 +117,8 @@ def test_the_frozen_base_has_exactly_a_half_and_ln_2(settings, tmp_path):
     assert values == record_values
 
 
-@pytest.mark.parametrize("method", [config.name for config in METHODS if not config.trains_nothing])
-def test_restored_weights_of_every_method_are_no_frozen_base(method, tmp_path):
+@pytest.mark.parametrize("method", ["lora", "peft"])  # one that is put onto the base, and one that PEFT restores
+def test_restored_weights_are_no_frozen_base(method, tmp_path):
     config = make_config(settings_of(method) | {"optim.lr": 3e-2})
     inputs = make_inputs(config)
     record = train(tmp_path, config, inputs=inputs)
