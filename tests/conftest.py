@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config, items):
         if any(found[-1].scope == "module" for found in item._fixtureinfo.name2fixturedefs.values()):
             item.add_marker(pytest.mark.xdist_group(item.location[0]))
     if hasattr(config, "workerinput"):  # a process of xdist
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        items.sort(key=lambda item: not any(map(item.get_closest_marker, ("slow", "docs"))))
 
 
 @pytest.fixture(autouse=True)

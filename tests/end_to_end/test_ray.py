@@ -37,7 +37,7 @@ from .ray_sweep import (
 from .ray_sweep import start as start
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
-STEPS = 80
+STEPS = 48
 """Optimizer steps of a trial whose processes are killed."""
 EVALUATIONS = "trainer.eval_every_steps=8"
 NUM_KILLS = (pytest.param(1, marks=pytest.mark.smoke), pytest.param(4, marks=pytest.mark.soak))

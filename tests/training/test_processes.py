@@ -183,7 +183,6 @@ def test_the_command_starts_processes_and_resumes(tmp_path, alone):
     assert_equal_runs(tmp_path / "run", alone())
 
 
-@pytest.mark.smoke
 def test_a_step_of_srun_is_joined(tmp_path, alone):
     """Two processes with Slurm's variables, as srun starts them."""
     words = [sys.executable, "-m", "lorasweep", *typed("output=run", "trainer.strategy=ddp")]
