@@ -34,7 +34,8 @@ from bench_answers import (
 )
 
 from lorasweep.config.compose import compose_sweep
-from lorasweep.report.evidence.advice import SEED_NUMBERS, CurrentEvidence, find_step
+from lorasweep.report.evidence.advice import SEED_NUMBERS, find_step
+from lorasweep.report.evidence.evidence import Evidence
 
 MAX_COST = 2.0
 """Largest cost of a step, in costs of the sweep."""
@@ -64,7 +65,7 @@ def follow(
     name: str, others: Sequence[str], stage: Confirmation, *, search_runs: float, rng: np.random.Generator
 ) -> Row:
     """Returns the row of an open line: the number of seeds that is advised, and whether they settled it."""
-    present = CurrentEvidence(
+    present = Evidence(
         questions=QUESTIONS,
         answers=stage.answers,
         scores=stage.scores,

@@ -50,7 +50,7 @@ from lorasweep.config.data import ScoreMetric
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import Question, Subject, Trial
 from lorasweep.report.evidence.estimates import ConfirmScores
-from lorasweep.report.evidence.questions import Answer, MarginScale, answer_questions, list_subjects_to_train
+from lorasweep.report.evidence.questions import AnswerRow, MarginScale, answer_questions, list_subjects_to_train
 from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.controller.proposals import find_batch_start, propose
@@ -274,7 +274,7 @@ def end_trial(trial: Trial, arm: Arm, table: Table, *, seed: int) -> Trial:
 class Outcome:
     """One replay."""
 
-    answers: list[Answer]
+    answers: list[AnswerRow]
     regrets: list[float]
     """For each rank: how much worse the chosen rate is than the best rate, as a share of full's gain."""
     search_steps: int
@@ -348,14 +348,14 @@ class Confirmation:
     looks: Sequence[int]
     """The numbers of seeds of all planned looks."""
     values: dict[str, dict[int, Array]] = field(default_factory=dict)
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[AnswerRow] = field(default_factory=list)
     looks_done: list[int] = field(default_factory=list)
     num_runs: int = 0
     """The number of runs that trained."""
 
     @property
     def scale(self) -> MarginScale:
-        return MarginScale(margin=parse_margin("5%"), sign=self.table.sign, base="frozen", full="full")
+        return MarginScale(margin=parse_margin("5%"), metric=get_metric(self.table), base="frozen", full="full")
 
     @property
     def scores(self) -> ConfirmScores:
@@ -455,7 +455,7 @@ def find_truth(table: Table) -> Truth:
     )
 
 
-def is_wrong(answer: Answer, truth: Truth) -> bool:
+def is_wrong(answer: AnswerRow, truth: Truth) -> bool:
     """Returns whether a verdict is false."""
     if answer.name == "smallest":
         behind = truth.behind_larger[answer.subject]
@@ -469,7 +469,7 @@ def is_wrong(answer: Answer, truth: Truth) -> bool:
     }.get(answer.verdict, False)
 
 
-def is_line_settled(name: str, answers: Sequence[Answer]) -> bool:
+def is_line_settled(name: str, answers: Sequence[AnswerRow]) -> bool:
     """Returns whether the report's line on a question is settled."""
     verdicts = [answer.verdict for answer in answers if answer.name == name]
     if name == "as_good_as_full":  # yes from some rank on, or no at every rank

@@ -18,18 +18,20 @@ import argparse
 
 import numpy as np
 
+from lorasweep.config.data import ScoreMetric
 from lorasweep.config.sweep import Margin
 from lorasweep.record import Question
 from lorasweep.report.evidence.estimates import ConfirmScores, estimate_sum
 from lorasweep.report.evidence.questions import (
     NEGATIVE_VERDICTS,
     POSITIVE_VERDICTS,
-    Answer,
+    AnswerRow,
     MarginScale,
     answer_questions,
 )
 
 MARGIN = 0.05
+METRIC = ScoreMetric(name="loss", direction="minimize")
 LOOKS = (3, 6, 10)
 TRUTHS = {
     "saturating": (0.20, 0.07, 0.02, 0.0),
@@ -83,7 +85,7 @@ def cover(seeds: int, groups: int, repeats: int, *, uneven: bool) -> tuple[float
 def judge(truth: tuple[float, ...], noise: float, repeats: int) -> tuple[float, float, float]:
     """Returns how often a stage has a false verdict, settles the largest rank, and knows the smallest sufficient."""
     rng, counts = np.random.default_rng(1), np.zeros(3)
-    scale = MarginScale(margin=Margin(value=MARGIN, is_share_of_gain=True), sign=1, base="frozen", full="full")
+    scale = MarginScale(margin=Margin(value=MARGIN, is_share_of_gain=True), metric=METRIC, base="frozen", full="full")
     questions = [
         Question(name="as_good_as_full", arm="lora", key="method.rank", subjects=list(RANKS), reference="full"),
         Question(name="smallest", arm="lora", key="method.rank", subjects=list(RANKS), reference=None),
@@ -108,7 +110,7 @@ def judge(truth: tuple[float, ...], noise: float, repeats: int) -> tuple[float, 
     return float(is_false_share), float(as_good), float(rank)
 
 
-def _is_false(answer: Answer, means: dict[str, float]) -> bool:
+def _is_false(answer: AnswerRow, means: dict[str, float]) -> bool:
     loss = max(means[answer.subject] - means[other] for other in answer.compared_with)
     if answer.verdict in ("better", "worse"):
         return loss >= 0 if answer.verdict == "better" else loss <= 0

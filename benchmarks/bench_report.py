@@ -47,7 +47,7 @@ PROBE = """<script>addEventListener("load", () => {
 });</script>"""
 """Draws every figure, as printing does, and sorts the table by score."""
 WRITE = (
-    "import sys; from pathlib import Path; from lorasweep.report.findings import read_findings; "
+    "import sys; from pathlib import Path; from lorasweep.report.facts import read_findings; "
     "from lorasweep.report.write import write_report; write_report(read_findings(Path(sys.argv[1])))"
 )
 

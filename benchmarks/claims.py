@@ -271,15 +271,15 @@ def run_sweep(name: str, *, data: str | None) -> None:
     subprocess.run([sys.executable, "-m", "lorasweep", "sweep", *command], check=True)
     summary = json.loads((output / "report" / "summary.json").read_text())
     settings = {row["subject"]: row["params"] for row in json.loads((output / "sweep.json").read_text())["settings"]}
-    forgotten = [row | {"name": f"forgotten_of_{row['data']}"} for row in summary["retained"]]
     rows = []
-    for row in [*summary["questions"], *forgotten]:
-        if row["name"] == "setting":
+    for answer, row in ((one, row) for one in summary["answers"] for row in one["rows"]):
+        if row["name"] in ("setting", "present"):
             continue
         low, high = row["interval"] or ("", "")
         chosen = json.dumps(settings.get(row["subject"], {}))
         kept = {key: row[key] for key in ("subject", "reference", "verdict", "value")}
-        rows.append({"question": row["name"], **kept, "low": low, "high": high, "settings": chosen})
+        name = f"forgotten_of_{answer['arm']}" if row["name"] == "retained" else row["name"]
+        rows.append({"question": name, **kept, "low": low, "high": high, "settings": chosen})
     write_rows(name, rows)
     runs = [row for row in read_rows("runs") if row["name"] != name]
     command = f"lorasweep sweep {' '.join(SWEEPS[name])}"

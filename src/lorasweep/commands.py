@@ -244,16 +244,16 @@ def _export_into(arguments: argparse.Namespace) -> Outcome:
     """Writes the settings that a sweep decided into a training file of another tool, and says each change."""
     from lorasweep.recipes.write import write_recipe
     from lorasweep.record import read_run
-    from lorasweep.report.answers import describe_evidence
     from lorasweep.report.recommend import load_recommended
+    from lorasweep.report.text import describe_evidence
 
     swept: tuple[str, ...] = ()
     if _is_run(arguments.run):
         run, evidence = read_run(arguments.run), "one run, compared with no other"
     else:
-        data, one, trial = load_recommended(arguments.run, key="RUN", methods=("lora", "peft"))
-        assert trial.record is not None  # `find_recommended` refuses others
-        run, swept, evidence = trial.record, tuple(trial.params), describe_evidence(one, data)
+        data, one, setting = load_recommended(arguments.run, key="RUN", methods=("lora", "peft"))
+        assert setting.record is not None  # `find_recommended` refuses others
+        run, swept, evidence = setting.record, tuple(setting.params), describe_evidence(one, data)
     changes, notes = write_recipe(arguments.into, tool=arguments.format, run=run, swept=swept, evidence=evidence)
     for change in changes:
         say(f"{change.line} (was {change.old or 'missing'})")
@@ -380,15 +380,14 @@ def help(arguments: argparse.Namespace) -> Outcome:
 
 def _show_report(result: SweepResult, *, verbose: bool) -> None:
     """Prints the answers and the table of a sweep, the page, and what to type next."""
-    from lorasweep.report.terminal import render_terminal
+    from lorasweep.report.terminal import list_commands, render_terminal
 
     show(render_terminal(result.findings, verbose=verbose))
     say(f"report: {result.report}")
     if not verbose:
         say(f"All findings: lorasweep compare {result.folder} --verbose")
-        for recommendation in result.findings.recommended:
-            for purpose, command in recommendation.commands.items():
-                say(f"{purpose}: {command}")
+        for purpose, command in list_commands(result.findings):
+            say(f"{purpose}: {command}")
 
 
 def _say_how_to_resume(result: SweepResult) -> Outcome:

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from torch import nn
 
-    from lorasweep.report.findings import Findings
+    from lorasweep.report.facts import Findings
+    from lorasweep.report.sweep_data import Setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,13 +149,15 @@ class SweepResult:
     @cached_property
     def findings(self) -> Findings:
         """What the sweep found: answers, evidence and warnings, read from the runs' records at the first use."""
-        from lorasweep.report.findings import read_findings  # noqa: PLC0415 (slow to import)
+        from lorasweep.report.facts import read_findings  # noqa: PLC0415 (slow to import)
 
         return read_findings(self.folder, self.record)
 
     def as_json(self) -> dict[str, Any]:
         """Returns what `lorasweep sweep --json` prints: `report/summary.json`, and where the files are."""
-        return {"folder": self.folder, "report": self.report, **self.findings.as_json()}
+        from lorasweep.report.summary import build_summary  # noqa: PLC0415 (slow to import)
+
+        return {"folder": self.folder, "report": self.report, **build_summary(self.findings)}
 
     @property
     def trials(self) -> list[Trial]:
@@ -174,8 +177,8 @@ class SweepResult:
             raise RecordError(f"arm `{arm}` must have a complete trial, but has none yet.")
         return winner
 
-    def recommended(self, subject: str | None = None) -> Trial:
-        """Returns the recommended setting as a trial. Its `params` are the settings of `lorasweep train --from`.
+    def recommended(self, subject: str | None = None) -> Setting:
+        """Returns the recommended setting. Its `params` are the settings of `lorasweep train --from`.
 
         Args:
             subject: An arm, or one value of its `confirm_each` key (`lora-rank-8`). None is the whole sweep.

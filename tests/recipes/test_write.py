@@ -14,7 +14,7 @@ from lorasweep.config.build import as_settings
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError
 from lorasweep.recipes.write import Change, edit_text
-from lorasweep.report.findings import read_findings
+from lorasweep.report.facts import read_findings
 
 FILES = {
     "axolotl": """\

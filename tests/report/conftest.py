@@ -23,7 +23,7 @@ from lorasweep.record import (
     read_sweep,
     write_record,
 )
-from lorasweep.report.findings import read_findings
+from lorasweep.report.facts import read_findings
 from lorasweep.report.write import write_report
 
 BASE_SCORE = 2.031

@@ -1,19 +1,62 @@
-"""The three lines at the top: verdict, number and interval, or what is open and what would close it."""
+"""The answers: a headline, a row for each value, and the same values in terminal, page and JSON."""
 
+import html
 import json
+import re
 import shutil
 
 import pytest
 from tests.files import edit_json
 
-from lorasweep.report.findings import read_findings
-from lorasweep.report.sweep_data import load_sweep_data
-from lorasweep.report.terminal import list_details
+from lorasweep.report.facts import list_subject_rows, read_findings
+from lorasweep.report.page import render_page
+from lorasweep.report.summary import build_summary
+from lorasweep.report.terminal import list_lines
+from lorasweep.report.text import list_cells, list_notes, list_warnings
 
 from .conftest import STEPS, build_rank_sweep
 
 
-def test_other_methods_and_pairs_get_a_sentence_each(tmp_path):
+def find_answers(findings, name):
+    return [answer for answer in findings.answers if answer.name == name]
+
+
+def list_headlines(findings):
+    return [headline for _, headline, _ in list_lines(findings)]
+
+
+def find_numbers(text):
+    return [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
+
+
+@pytest.mark.parametrize("fixed", [None, 1.8])
+def test_terminal_page_and_json_show_the_same_values_in_the_same_order(tmp_path, fixed):
+    sweep = build_rank_sweep(tmp_path, {1: 1.9, 4: 1.70, 16: 1.662}, fixed=fixed, examples=12)
+    findings = read_findings(sweep)
+    stored = json.loads(json.dumps(build_summary(findings)))["answers"]
+    shown = [[*find_numbers(line)] for _, _, lines in list_lines(findings) for line in lines]
+    page = render_page(findings, [])
+    tables = re.findall(r'<table class="verdicts">.*?</table>', page, re.DOTALL)
+    rows = [row for table in tables for row in re.findall(r"<tr>.*?</tr>", table, re.DOTALL)]
+    on_page = [find_numbers(html.unescape(re.sub("<[^>]*>", " ", row))) for row in rows]
+    assert on_page == shown
+    rows = [row for answer in stored for row in answer["rows"]]
+    cells = [(answer, *cell) for answer in findings.answers for cell in list_cells(answer, findings.data)]
+    assert len(rows) == len(cells) == len(shown) > 5
+    for row, (answer, _, value, verdict) in zip(rows, cells, strict=True):
+        shift = 1 if row["is_share"] and row["name"] not in ("as_good_as_full", "setting") else 0
+        scale = 100 if row["is_share"] else 1
+        numbers = [scale * (number - shift) for number in (row["value"], *(row["interval"] or ()))]
+        assert find_numbers(value)[: len(numbers)] == pytest.approx(numbers, rel=0.05, abs=0.06)
+        assert verdict == row["verdict"]
+        assert answer.state == "settled"
+    questions = [re.sub("[`]", "", question) for question, *_ in list_lines(findings)]
+    assert questions == [answer["question"].replace("`", "") for answer in stored]
+    terms = re.findall(r"<dt>(.*?)</dt>", page[page.index('id="answers"') : page.index("</section>")])
+    assert [re.sub("<[^>]*>", "", term) for term in terms] == questions
+
+
+def test_other_pairs_are_answers_of_their_own(tmp_path):
     sweep = build_rank_sweep(tmp_path, {4: 1.7, 16: 1.662})
 
     def ask(raw):
@@ -21,60 +64,58 @@ def test_other_methods_and_pairs_get_a_sentence_each(tmp_path):
         raw["questions"].append(pair)
 
     edit_json(sweep / "sweep.json", ask)
-    (sentence,) = list_details(load_sweep_data(sweep))
-    assert sentence.startswith("`lora-rank-4` gains -10 %")
-
-
-def test_findings_has_an_entry_for_each_answer_and_the_setting(tmp_path):
-    sweep = build_rank_sweep(tmp_path, {1: 1.8, 4: 1.7, 16: 1.662})
     findings = read_findings(sweep)
-    entries = findings.as_json()["questions"]
-    assert all(
-        entry.keys() == {"name", "subject", "reference", "verdict", "value", "interval", "open_because"}
-        for entry in entries
-    )
-    assert [entry["name"] for entry in entries] == ["as_good_as_full"] * 3 + ["smallest_rank"] * 2 + ["setting"]
-    first = findings.data.evidence.answers[0]
-    assert [entries[0][key] for key in ("subject", "value", "interval")] == [first.subject, first.value, first.interval]
-    assert entries[-1]["subject"] == "lora-rank-16"
-    assert entries[-1]["value"] == {"method.rank": 16, "optim.lr": 0.0102}
-    assert entries[-1]["interval"] == (0.0, 0.001)
-    assert entries[-1]["verdict"] == "predicted"
+    (answer,) = find_answers(findings, "pair")
+    ((name, value, verdict),) = list_cells(answer, findings.data)
+    assert (name, verdict) == ("rank 4", "worse")
+    assert value.startswith("-10 %")
 
 
-def test_fixed_settings_stand_beside_the_best_of_the_search(tmp_path):
-    scores = {4: 1.662, 16: 1.66}
-    findings = read_findings(build_rank_sweep(tmp_path / "both", scores, fixed=1.8))
-    fixed = findings.answers
-    assert [line.question for line in fixed][3:] == ["What do the settings of present cost?"]
-    line = fixed[3]
-    assert line.state == "settled"
-    present, best = line.text.split("; ")
-    assert present.startswith("Rank 32, α 16, learning rate 0.001 keeps 6")
-    assert present.endswith(" of full's gain (worse)")
-    assert best.startswith("rank 4, α 16, learning rate 0.0102 keeps ")
-    assert "present" not in fixed[0].text
-    assert present.count("[") == best.count("[") == 1
-    assert len(read_findings(build_rank_sweep(tmp_path / "none", scores)).answers) == 3
+def test_the_setting_has_a_row_on_what_is_untried(tmp_path):
+    findings = read_findings(build_rank_sweep(tmp_path, {1: 1.8, 4: 1.7, 16: 1.662}))
+    (answer,) = find_answers(findings, "setting")
+    (row,) = answer.rows
+    assert (row.subject, row.verdict, answer.state) == ("lora-rank-16", "sufficient", "settled")
+    assert row.value == pytest.approx(0.001 / findings.data.evidence.gain)
+    (recommended,) = build_summary(findings)["recommended"]
+    assert recommended["params"] == {"method.rank": 16, "optim.lr": 0.0102}
+    assert "Rank 16, α 16, learning rate 0.0102 (predicted)." in list_headlines(findings)
 
 
-def test_fixed_settings_are_compared_by_score_without_a_gain_or_a_confirm_stage(tmp_path):
-    sweep = build_rank_sweep(tmp_path, {4: 1.662, 16: 1.66}, fixed=1.8)
-
-    def drop(raw, *, arms, stage):
+def drop_full(sweep):
+    def drop(raw):
         for name in ("arms", "trials", "settings", "confirm"):
-            raw[name] = [row for row in raw[name] if row.get("arm", row.get("name")) not in arms]
-        if stage:
-            raw |= {"settings": [], "confirm": [], "questions": [], "looks": []}
+            raw[name] = [row for row in raw[name] if row.get("arm", row.get("name")) != "full"]
+        raw["questions"] = [row for row in raw["questions"] if row["reference"] != "full"]
 
-    edit_json(sweep / "sweep.json", lambda raw: drop(raw, arms=["full"], stage=False))
-    line = read_findings(sweep).answers[3]
-    assert "has 1.80" in line.text
-    assert "bits per byte; rank" in line.text
-    edit_json(sweep / "sweep.json", lambda raw: drop(raw, arms=[], stage=True))
-    line = read_findings(sweep).answers[3]
-    assert line.text.startswith("Open: Rank 32")
-    assert line.next.command
+    edit_json(sweep / "sweep.json", drop)
+
+
+@pytest.mark.parametrize("has_full", [True, False])
+@pytest.mark.parametrize(("score", "verdict"), [(1.8, "worse"), (1.5, "better")])
+def test_present_settings_are_compared_with_those_that_the_sweep_found(tmp_path, score, verdict, has_full):
+    sweep = build_rank_sweep(tmp_path, {4: 1.662, 16: 1.66}, fixed=score, examples=12)
+    if not has_full:
+        drop_full(sweep)
+    findings = read_findings(sweep)
+    (answer,) = find_answers(findings, "present")
+    first, *others = answer.rows
+    difference = findings.data.evidence.estimate_difference("present", first.reference)
+    assert (first.subject, first.verdict, first.is_share, answer.state) == ("present", verdict, False, "settled")
+    assert first.value == pytest.approx(difference.value)
+    assert first.value == pytest.approx(score - 1.66, abs=0.01)
+    assert first.interval == pytest.approx(difference.find_interval(findings.data.evidence.confidence))
+    assert [row.reference for row in others] == ["full"] * has_full
+    (headline,) = [headline for question, headline, _ in list_lines(findings) if "present" in question]
+    assert "Present: rank 32, α 16, learning rate 0.001. Found: rank" in headline
+    assert "present" not in [row.subject for row in findings.answers[0].rows]
+
+
+def test_present_settings_are_open_without_a_confirm_stage(tmp_path):
+    sweep = build_rank_sweep(tmp_path, {4: 1.662}, fixed=1.8)
+    edit_json(sweep / "sweep.json", lambda raw: raw.update(settings=[], confirm=[], questions=[], looks=[]))
+    (answer,) = find_answers(read_findings(sweep), "present")
+    assert (answer.state, answer.missing) == ("open", "not confirmed")
 
 
 @pytest.mark.parametrize(
@@ -90,13 +131,12 @@ def test_the_rate_at_another_alpha_is_said_only_of_adam(finished_and_confirmed, 
     sweep = shutil.copytree(finished_and_confirmed, tmp_path / "sweep")
     for run in sweep.glob("runs/*/run.json"):
         edit_json(run, lambda raw: raw["config"].update(optim={"lr": 1e-3, **optim}))
-    findings = read_findings(sweep)
-    assert ("lr = u/√α" in findings.answers[2].text) is has_law
+    assert any("lr = u/√α" in note for note in list_notes(read_findings(sweep))) is has_law
 
 
 def test_share_of_full_gain_is_mirrored_when_maximizing(sweep):
     def list_shares():
-        return [arm["share_of_full_gain"] for arm in read_findings(sweep).as_json()["arms"]]
+        return [row["share_of_full_gain"] for row in list_subject_rows(read_findings(sweep).data)]
 
     def negate(raw):
         raw["search_metric"]["direction"] = "maximize"
@@ -108,7 +148,7 @@ def test_share_of_full_gain_is_mirrored_when_maximizing(sweep):
     assert list_shares() == pytest.approx(before)
 
 
-def test_without_a_shown_gain_a_verdict_has_the_interval_of_the_difference(tmp_path):
+def test_shares_of_a_gain_that_is_not_shown_are_nowhere(tmp_path):
     sweep = build_rank_sweep(tmp_path, {4: 1.60, 64: 1.75}, seeds=2)
 
     def take_the_gain(raw):
@@ -116,30 +156,28 @@ def test_without_a_shown_gain_a_verdict_has_the_interval_of_the_difference(tmp_p
             row["test_scores"]["bits_per_byte"] = 2.031 + (-0.02, 0.019)[number]
 
     edit_json(sweep / "sweep.json", take_the_gain)
-    full, rank, _ = (line.text for line in read_findings(sweep).answers)
-    assert "it differs from rank 64 by -0.15 [-0.22, -0.08] bits per byte (sufficient)" in rank
-    assert "rank 64 differs from `full` by" in full
-    assert "%" not in full + rank
+    findings = read_findings(sweep)
+    full, rank, _ = findings.answers
+    assert list_cells(rank, findings.data) == [("rank 4", "-0.15 [-0.22, -0.08]", "sufficient")]
+    assert {row.blocker for row in full.rows} == {"no gain"}
+    text = str([*list_lines(findings), *list_notes(findings), *list_warnings(findings)])
+    assert "% of full's gain" not in text.replace("shares of its gain", "")
+    assert not any(row["share_of_full_gain"] for row in list_subject_rows(findings.data))
 
 
-def test_answers_say_that_minutes_left_less_than_an_epoch_and_why_the_looks_ended(tmp_path):
-    sweep = build_rank_sweep(tmp_path, {4: 1.7, 16: 1.662}, noise=0.05)
-
-    def list_texts():
-        return [line.text for line in read_findings(sweep).answers]
-
-    assert not any("`--minutes`" in text or "The sweep ended at" in text for text in list_texts())
-
-    def cut(raw):
-        raw["definition"] = {"file": {"settings": {"sweep.minutes": 6}}, "overrides": {}}
-        raw["looks"] = [3, 5, 10]
-        raw["looks_done"] = [{"seeds": 5, "open": ["lora-rank-4"], "next": []}]
-
-    edit_json(sweep / "sweep.json", cut)
+def test_minutes_that_left_less_than_an_epoch_are_said(tmp_path):
+    sweep = build_rank_sweep(tmp_path, {4: 1.7, 16: 1.662})
+    assert not any("`--minutes`" in text for text in list_warnings(read_findings(sweep)))
+    edit_json(sweep / "sweep.json", lambda raw: raw["definition"].update(file={"settings": {"sweep.minutes": 6}}))
     for run in sweep.glob("runs/*/run.json"):
         edit_json(run, lambda raw: raw["data"].update(train={"examples": 10_000}))
-        trainer = json.loads(run.read_text())["config"]["trainer"]
-    texts, size = list_texts(), trainer["batch_size"]
-    cut_to = f"each run had {STEPS} steps of {size} ({STEPS * size / 10_000:.2g} epochs)."
-    assert all(text.endswith(f" To fit `--minutes`, {cut_to}") for text in texts)
-    assert "The sweep ended at 5 of 10 seeds, because more had no good chance to settle it." in texts[0]
+        size = json.loads(run.read_text())["config"]["trainer"]["batch_size"]
+    said = f"To fit `--minutes`, each run had {STEPS} steps of {size} ({STEPS * size / 10_000:.2g} epochs)."
+    assert said in list_warnings(read_findings(sweep))
+
+
+def test_why_the_looks_ended_is_a_note(tmp_path):
+    sweep = build_rank_sweep(tmp_path, {4: 1.7, 16: 1.662}, noise=0.05)
+    looks = [{"seeds": 5, "open": ["lora-rank-4"], "next": []}]
+    edit_json(sweep / "sweep.json", lambda raw: raw.update(looks=[3, 5, 10], looks_done=looks))
+    assert any("5 were used; more had no good chance" in note for note in list_notes(read_findings(sweep)))

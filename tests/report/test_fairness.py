@@ -5,6 +5,7 @@ from tests.files import edit_json
 
 from lorasweep.report.caveats import judge_fairness, list_edges
 from lorasweep.report.sweep_data import load_sweep_data
+from lorasweep.report.text import describe_fault
 
 from .conftest import build_rank_sweep, build_sweep
 
@@ -54,7 +55,7 @@ def test_a_fault_names_what_the_definition_gave_unequally(even, change, fault):
     edit_json(even / "sweep.json", change)
     fairness = judge(even)
     assert fairness.is_fair is (fault is None)
-    assert fault is None or fault in "; ".join(fairness.faults)
+    assert fault is None or fault in "; ".join(map(describe_fault, fairness.faults))
 
 
 def test_the_longest_run_of_an_arm_counts(even):
@@ -65,7 +66,7 @@ def test_the_longest_run_of_an_arm_counts(even):
     for number in range(6):
         change_run(even, number, state="complete", steps=75)
     fairness = judge(even)
-    assert "`lora` had 154 k tokens a run and `full` 307 k" in fairness.faults[0]
+    assert "`lora` had 154 k tokens a run and `full` 307 k" in describe_fault(fairness.faults[0])
 
 
 def test_a_search_that_left_more_than_a_margin_open_is_decided_by_luck(tmp_path):
@@ -77,7 +78,7 @@ def test_a_search_that_left_more_than_a_margin_open_is_decided_by_luck(tmp_path)
         )
         fairness = judge(sweep)
         assert fairness.is_fair is (factor < 1)
-    assert "1.5 margins for `lora-rank-4`" in fairness.faults[0]
+    assert "1.5 margins for `lora-rank-4`" in describe_fault(fairness.faults[0])
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_best_value_at_the_end_of_its_range_is_said_if_a_complete_trial_lies_els
     edit_json(sweep / "sweep.json", sweep_one_rank)
     said = list_edges(load_sweep_data(sweep))
     assert len(said) == (1 if end else 0)
-    assert all(key == "method.rank" and f"`{key}` of `lora`" in text and f"{end} end" in text for key, text in said)
+    assert all(fault.name == f"{end} end" and fault.key == "method.rank" and "lora" in fault.values for fault in said)
     edit_json(sweep / "sweep.json", lambda raw: raw["trials"][2].update(state="stopped"))  # its score counts
     assert len(list_edges(load_sweep_data(sweep))) == len(said)
     edit_json(sweep / "sweep.json", lambda raw: raw["trials"][2].update(search_score=None))
@@ -123,5 +124,5 @@ def test_nothing_is_below_a_rate_of_0(sweep, value, end):
         raw["trials"][2].update(search_score=3.0, params={"method.dropout": 0.1})
 
     edit_json(sweep / "sweep.json", sweep_dropout)
-    said = [text for _, text in list_edges(load_sweep_data(sweep))]
-    assert [f"{end} end" in text for text in said] == [True] * (end is not None)
+    said = [fault.name for fault in list_edges(load_sweep_data(sweep))]
+    assert said == [f"{end} end"] * (end is not None)

@@ -81,7 +81,7 @@ def test_dots_rings_bars_and_band_over_rank_are_those_of_the_evidence(
 
 
 def test_the_smallest_sufficient_rank_has_a_mark_only_if_it_is_settled(ranked, ranked_copy):
-    verdicts = {answer.subject: answer.verdict for answer in ranked.evidence.list_answers("smallest")}
+    verdicts = {answer.subject: answer.verdict for answer in ranked.evidence.answers if answer.name == "smallest"}
     assert verdicts["lora-rank-4"] == "insufficient"
     assert verdicts["lora-rank-16"] == "sufficient"
     (mark,) = find_traces(draw_scores_by_value(ranked).figures[0], symbol="diamond-open")

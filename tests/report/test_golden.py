@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from tests.files import edit_json
 
-from lorasweep.report.findings import read_findings
+from lorasweep.report.facts import read_findings
 from lorasweep.report.page import render_page
 
 from .conftest import BASE_SCORE, build_rank_sweep, build_sweep, confirm_sweep, scatter_seeds
 
 GOLDEN = Path(__file__).parent / "golden"
-ANSWERS = ("failure", "answers", "verdicts")
+ANSWERS = ("failure", "answers")
 """The ids of the parts of the page that are compared for every kind of sweep."""
 PAGE = (*ANSWERS, "use", "warnings", "findings", "arms")
 """Those that are compared for the first one."""
@@ -30,7 +30,7 @@ def read_page(sweep, shown):
     for name in shown:
         part = re.search(rf'<(\w+) id="{name}".*?</\1>', page, re.DOTALL)
         text = re.sub(r"\s+|<button.*?</button>", " ", part[0] if part else "")
-        text = re.sub(r"<(p|li|tr|h2|dt|summary|pre)\b[^>]*>", "\n", text)
+        text = re.sub(r"<(p|li|tr|h2|dt|caption|summary|pre)\b[^>]*>", "\n", text)
         text = re.sub(r"<[^>]*>", "", re.sub(r"<(td|th|dd)\b[^>]*>", " | ", text))
         text = re.sub(" +", " ", text)
         lines += [f"== {name}", *(line for row in text.splitlines() if (line := row.strip(" |")))] if part else []

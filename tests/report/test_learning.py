@@ -7,9 +7,12 @@ import pytest
 from rich.console import Console
 from tests.files import edit_json
 
+from lorasweep.errors import RecordError
 from lorasweep.report.caveats import judge_learning
+from lorasweep.report.recommend import read_recommended
 from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.report.terminal import render_terminal
+from lorasweep.report.text import list_warnings
 
 from .conftest import BASE_SCORE, confirm_winners, report
 
@@ -41,10 +44,7 @@ def classify(sweep, accuracy):
 
 def test_trials_that_score_like_the_majority_class_are_the_headline_everywhere(sweep):
     findings = report(classify(sweep, lambda trial: MAJORITY))
-    headline = findings.learning.headline
-    assert headline
-    assert headline.startswith("Nothing learned: all 23 trials score like the majority class (")
-    assert "0.690" in headline
+    headline = "Nothing learned: no trial is better than the majority class (0.690)."
     assert json.loads((sweep / "report/summary.json").read_text())["headline"] == headline
     page = (sweep / "report/index.html").read_text()
     assert f"<h2>{headline}</h2>" in page
@@ -60,7 +60,7 @@ def test_what_the_longer_answer_scores_is_said_once_and_a_damaged_record_does_no
     for number, run in enumerate(runs):
         shown = facts | ({"chosen_tokens": "many"} if number == 0 else {})
         edit_json(run, lambda raw, shown=shown: raw["data"].update(validation={"examples": 9, **shown}))
-    found = [text for text in report(sweep).warnings if "longer answer" in text]
+    found = [text for text in list_warnings(report(sweep)) if "longer answer" in text]
     assert len(found) == 1
     assert all(word in found[0] for word in ("0.610 on validation data", "30 scored tokens", "rejected ones 21"))
 
@@ -68,10 +68,10 @@ def test_what_the_longer_answer_scores_is_said_once_and_a_damaged_record_does_no
 def test_an_arm_that_learned_nothing_beside_one_that_did_is_a_warning(sweep):
     classify(sweep, lambda trial: 0.8 if trial["arm"] == "lora" else MAJORITY)
     findings = report(sweep)
-    assert (findings.learning.state, findings.learning.headline) == ("learned", None)
-    warning, *_ = findings.warnings
-    assert warning.startswith("`full` learned nothing: all 6 trials score like the majority class (")
-    assert warning in findings.as_json()["warnings"]
+    assert (findings.learning.state, findings.learning.failed) == ("learned", ("full",))
+    warning, *_ = list_warnings(findings)
+    assert warning == "`full` learned nothing: no trial is better than the majority class (0.690)."
+    assert warning in json.loads((sweep / "report/summary.json").read_text())["warnings"]
     page = (sweep / "report/index.html").read_text()
     assert '<li class="problem"><code>full</code> learned nothing' in page
     assert 'id="failure"' not in page
@@ -92,8 +92,19 @@ def test_gains_that_test_data_do_not_show_are_said(confirmed):
     set_test_scores(confirmed, lambda seed: BASE_SCORE + 0.1 * (seed - 2))
     findings = report(confirmed)
     assert findings.learning.state == "not shown"
-    assert "on test data no method is shown to be better than the frozen base" in (findings.learning.headline or "")
-    assert findings.recommended
+    summary = json.loads((confirmed / "report/summary.json").read_text())
+    assert "on test data no method is shown to be better than the frozen base" in summary["headline"]
+    # nothing is recommended: no settings, and no command that trains or exports them
+    assert summary["recommended"] == []
+    console = Console(width=400, record=True, file=io.StringIO())
+    console.print(render_terminal(findings, verbose=True))
+    for text in (console.export_text(), (confirmed / "report/index.html").read_text().partition("<nav")[0]):
+        assert "--from" not in text
+        assert "export" not in text
+        assert "is fair" not in text
+    assert {answer.missing for answer in findings.answers} <= {"not learned", "no rank"}
+    with pytest.raises(RecordError, match="must be a sweep that learned something"):
+        read_recommended(confirmed)
 
 
 @pytest.mark.parametrize(("spread", "is_shown"), [(0.01, True), (0.1, False)])
@@ -103,5 +114,5 @@ def test_test_scores_are_compared_with_the_majority_class_of_test_data(confirmed
     learning = judge_learning(load_sweep_data(confirmed))
     assert learning.state == ("learned" if is_shown else "not shown")
     report(confirmed)
-    marked = "not shown to beat the majority class" in (confirmed / "report/index.html").read_text()
+    marked = "shown to be better than the majority class" in (confirmed / "report/index.html").read_text()
     assert marked is not is_shown

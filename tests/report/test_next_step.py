@@ -1,4 +1,4 @@
-"""What to type next: the command has a number that the sweep takes, or there is a reason why no command helps."""
+"""What to type next: a command that the sweep takes and that probably helps, once, or what a new sweep needs."""
 
 import shlex
 from dataclasses import replace
@@ -11,16 +11,15 @@ import lorasweep
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.record import read_sweep
 from lorasweep.report import next_step
-from lorasweep.report.evidence.advice import MIN_CHANCE
-from lorasweep.report.findings import read_findings
-from lorasweep.report.next_step import MAX_COST_RATIO
-from lorasweep.report.sweep_data import load_sweep_data
+from lorasweep.report.facts import read_findings
+from lorasweep.report.next_step import MAX_COST_RATIO, find_next_step
+from lorasweep.report.text import describe_step
 
-from .conftest import build_rank_sweep, build_sweep
+from .conftest import STEPS, build_rank_sweep, build_sweep
 
 
 def read_steps(folder):
-    return [line.next for line in read_findings(folder).answers]
+    return [answer.next for answer in read_findings(folder).answers]
 
 
 def read_command(step, *, begin):
@@ -30,57 +29,117 @@ def read_command(step, *, begin):
     return parse_overrides(words[len(begin) :])
 
 
-def test_an_open_question_has_a_step_with_its_chance_and_time_and_a_settled_one_has_nothing(tmp_path):
+def resume(sweep, **fields):
+    """Writes a change of a resumed sweep into its record."""
+    change = {"at": "", "stage": "confirm", "settings": {}, "trials": {}, **fields}
+    edit_json(sweep / "sweep.json", lambda raw: raw.update(changes=[change]))
+
+
+def test_an_open_question_has_seeds_that_may_settle_it_and_a_settled_one_has_nothing(tmp_path):
     sweep = SWEEPS["open"](tmp_path)
     full, rank, setting = read_steps(sweep)
     answers = read_findings(sweep).data.evidence.answers
     for step in (full, rank):
         overrides = read_command(step, begin=["lorasweep", "sweep", "--resume", str(sweep)])
-        assert overrides["confirm.seeds"] > max(answer.num_seeds for answer in answers)
-        assert MIN_CHANCE <= step.chance <= 1
+        assert overrides["confirm.seeds"] == step.number > max(answer.num_seeds for answer in answers)
         assert 0 < step.seconds <= MAX_COST_RATIO * read_sweep(sweep).makespan_s
-        assert f"chance to settle it {step.chance:.0%}" in str(step)
+        assert ("likely to settle it" if step.is_likely else "may settle it") in describe_step(step)
+        assert "%" not in describe_step(step)
     assert setting is None
-    assert str(full) in lorasweep.load_sweep(sweep).table()  # in one line, to be copied
+    assert f"{describe_step(full)}: {full.command}" in lorasweep.load_sweep(sweep).table()  # in one line, to be copied
+
+
+def test_seeds_that_were_added_are_not_advised_again(tmp_path):
+    sweep = SWEEPS["open"](tmp_path)
+    before = {step.command for step in read_steps(sweep) if step}
+    resume(sweep, settings={"confirm.seeds": 15})
+    after = [step for step in read_steps(sweep) if step]
+    assert not before & {step.command for step in after}
+    assert "confirm.seeds" not in str([step.command for step in after])
 
 
 @pytest.mark.parametrize("status", ["complete", "interrupted"])
 def test_a_sweep_without_test_scores_is_resumed(tmp_path, status):
     edit_json(build_sweep(tmp_path, lora=6) / "sweep.json", lambda raw: raw.update(status=status))
-    full, _, setting = read_steps(tmp_path)
+    full, *others = read_steps(tmp_path)
     added = {"confirm.seeds": [3, 6, 10]} if status == "complete" else {}
     assert read_command(full, begin=["lorasweep", "sweep", "--resume", str(tmp_path)]) == added
-    assert full == setting
+    assert others == [None, None]  # a step is said once
 
 
-def test_no_command_is_said_for_what_none_can_settle(tmp_path):
-    steps = read_steps(fail_to_learn(build_sweep(tmp_path)))
-    assert {step.command for step in steps if step} == {None}
+def write_definition(sweep, **overrides):
+    definition = {"file": {"settings": {"sweep.minutes": 8}}, "overrides": {"model": "tiny", **overrides}}
+    edit_json(sweep / "sweep.json", lambda raw: raw.update(source="mine.yaml", definition=definition))
 
 
-def test_a_setting_with_a_large_regret_has_twice_the_trials(tmp_path):
+def set_runs(sweep, *, steps, examples):
+    for run in sweep.glob("runs/*/run.json"):
+        edit_json(run, lambda raw: raw.update(steps_planned=steps, data={"train": {"examples": examples}}))
+
+
+@pytest.mark.parametrize(("steps", "examples", "longer"), [(42, 3200, 200), (150, 2400, 300), (42, 100_000, 420)])
+def test_where_nothing_is_learned_the_longer_run_is_the_step(tmp_path, steps, examples, longer):
+    """One epoch (of batches of 16), at least twice the steps, and at most ten times."""
+    sweep = fail_to_learn(build_sweep(tmp_path))
+    typed = {"trainer.max_steps": steps} if steps < STEPS else {}  # of less than an epoch
+    write_definition(sweep, **typed, **{"arms.lora.trials": 4})
+    set_runs(sweep, steps=steps, examples=examples)
+    batch = read_findings(sweep).data.longest_run.config["trainer"]["batch_size"]
+    set_runs(sweep, steps=steps, examples=examples * batch // 16)
+    first, *others = [step for step in read_steps(sweep) if step]
+    assert not others
+    assert (first.name, first.number) == ("longer", longer)
+    assert first.seconds == pytest.approx(read_sweep(sweep).makespan_s * longer / steps)
+    assert read_command(first, begin=["lorasweep", "sweep", "mine.yaml"]) == {
+        "model": "tiny",
+        "arms.lora.trials": 4,
+        "trainer.max_steps": longer,
+        "sweep.output": f"{sweep}-longer",
+        "sweep.minutes": None,
+    }
+
+
+def test_a_longer_run_that_learned_nothing_is_not_advised_again(tmp_path):
+    sweep = fail_to_learn(build_sweep(tmp_path))
+    write_definition(sweep, **{"trainer.max_steps": STEPS})
+    set_runs(sweep, steps=STEPS, examples=STEPS)
+    assert read_steps(sweep) == [None, None, None]
+
+
+def test_scores_that_still_improve_at_the_end_of_training_ask_for_a_longer_run(tmp_path):
+    sweep = SWEEPS["open"](tmp_path)
+
+    def straighten(raw):
+        for trial in (*raw["trials"], *raw["confirm"]):
+            trial["values"] = {str(step): 2.0 - 0.3 * (step / STEPS) ** 2 for step in (0, 75, 150)}
+
+    edit_json(sweep / "sweep.json", straighten)
+    assert {step.name for step in read_steps(sweep) if step} == {"longer"}
+
+
+def test_a_setting_with_a_large_regret_has_twice_the_trials_once(tmp_path):
     sweep = build_rank_sweep(tmp_path, {4: 1.7})
-
-    def set_regret(raw):
-        for row in raw["settings"]:
-            row["regret"] = 2 * load_sweep_data(sweep).search_margin
-
-    edit_json(sweep / "sweep.json", set_regret)
+    margin = read_findings(sweep).data.search_margin
+    edit_json(sweep / "sweep.json", lambda raw: [row.update(regret=2 * margin) for row in raw["settings"]])
     trials = {row.name: row.trials for row in read_sweep(sweep).arms}["lora"]
     overrides = read_command(read_steps(sweep)[2], begin=["lorasweep", "sweep", "--resume", str(sweep)])
     assert overrides == {"arms.lora.trials": 2 * trials}
+    resume(sweep, trials={"lora": 2 * trials})
+    assert read_steps(sweep)[2] is None
 
 
 @pytest.mark.parametrize(
     ("blocker", "reason"),
     [
-        ("few examples", "more test examples"),
+        ("few examples", "with more test examples"),
         ("no margin", "`method=frozen`"),
         ("few trials", "twice the trials"),
     ],
 )
-def test_a_question_that_seeds_cannot_settle_has_its_remedy_in_words(tmp_path, monkeypatch, blocker, reason):
+def test_a_question_that_seeds_cannot_settle_has_its_remedy(tmp_path, monkeypatch, blocker, reason):
     monkeypatch.setattr(next_step, "find_step", lambda *_, **__: None)
-    data = load_sweep_data(SWEEPS["open"](tmp_path))
-    answers = [replace(answer, blocker=blocker) for answer in data.evidence.answers if answer.blocker]
-    assert reason in next_step.find_settling_step("smallest", answers[:1], data).reason
+    findings = read_findings(SWEEPS["open"](tmp_path))
+    answer = next(answer for answer in findings.answers if answer.name == "smallest")
+    rows = tuple(replace(row, blocker=row.blocker and blocker) for row in answer.rows)
+    step = find_next_step(replace(answer, rows=rows), findings.data, findings.learning)
+    assert reason in describe_step(step)

@@ -12,6 +12,7 @@ from tests.files import edit_json
 
 from lorasweep.record import json_file
 from lorasweep.report.figures import draw_panels
+from lorasweep.report.summary import build_summary
 from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.report.write import write_report
 from lorasweep.results import load_sweep
@@ -144,4 +145,6 @@ def test_files_have_a_line_per_trial_evaluation_and_confirm_run(confirmed):
     assert [row["subject"] for row in runs] == ["frozen", *["lora"] * 5, *["full"] * 5]
     assert {row["is_better_than_untrained"] for row in trials if row["arm"] == "full"} == {"True"}
     assert failed["is_better_than_untrained"] == ""
-    assert json.loads((confirmed / "report/summary.json").read_text()) == json.loads(json.dumps(findings.as_json()))
+    assert json.loads((confirmed / "report/summary.json").read_text()) == json.loads(
+        json.dumps(build_summary(findings))
+    )

@@ -6,8 +6,9 @@ from tests.files import edit_json, set_values
 from lorasweep.config.build import as_settings
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.report.findings import read_findings
+from lorasweep.report.facts import read_findings
 from lorasweep.report.recommend import load_recommended, read_recommended
+from lorasweep.report.text import name_settings
 from lorasweep.results import load_sweep
 
 from .conftest import build_rank_sweep, scatter_seeds
@@ -19,11 +20,11 @@ def recommended(sweep):
 
 def test_better_method_is_recommended_with_lora_as_the_alternative(finished_and_confirmed):
     full, lora = recommended(finished_and_confirmed)
-    assert (full.arm, full.is_settled) == ("full", True)
-    assert full.settings.keys() == {"method", "learning rate", "steps"}
-    assert lora.settings["method"] == "LoRA"
-    assert lora.settings.keys() == {"method", "rank", "α", "learning rate", "steps"}
-    train, export = lora.commands.values()
+    assert (full.subject.name, full.is_settled) == ("full", True)
+    assert name_settings(full).keys() == {"method", "learning rate", "steps"}
+    assert name_settings(lora)["method"] == "LoRA"
+    assert name_settings(lora).keys() == {"method", "rank", "α", "learning rate", "steps"}
+    train, export = lora.commands["train"], lora.commands["export"]
     assert train == f"lorasweep train --from {finished_and_confirmed}/lora"
     assert export == f"lorasweep export {finished_and_confirmed}/lora --format peft --out adapter"
     assert len(full.commands) == 1
@@ -62,9 +63,11 @@ def test_rank_is_the_smallest_that_is_shown_to_be_sufficient(tmp_path):
     assert verdicts["as_good_as_full", "lora-rank-16"] == "open"
     assert verdicts["as_good_as_full", "lora-rank-64"] == "not worse"
     assert verdicts["smallest", "lora-rank-16"] == "sufficient"
-    assert [(one.settings["rank"], one.is_settled) for one in recommended(sweep)] == [("64", False)]
+    assert [(name_settings(one)["rank"], one.is_settled) for one in recommended(sweep)] == [("64", False)]
     found = recommended(build_rank_sweep(tmp_path / "two", {2: 1.75, 8: 1.6605, 32: 1.66}, noise=0.0002))
-    assert [(one.settings["rank"], one.is_settled) for one in found] == [("8", True)]  # it is as good as full, too
+    assert [(name_settings(one)["rank"], one.is_settled) for one in found] == [
+        ("8", True)
+    ]  # it is as good as full, too
 
 
 def test_predicted_setting_is_read_with_the_value_of_confirm_each(tmp_path):
@@ -88,8 +91,8 @@ def test_settings_are_read_of_a_sweep_or_of_an_arm_and_use_all_training_data(con
         assert origin == {
             "sweep": str(confirmed.resolve()),
             "name": "quickstart",
-            "arm": one.arm,
-            "trial": load_sweep(confirmed).best(one.arm).number,
+            "arm": one.subject.name,
+            "trial": load_sweep(confirmed).best(one.subject.arm).number,
         }
 
 

@@ -9,7 +9,7 @@ from tests.files import edit_json
 from lorasweep.config.data import ScoreMetric
 from lorasweep.record import RETAINED_SCORES_FILE, RetainedRow, read_run, read_sweep, write_record
 from lorasweep.report.sweep_data import load_sweep_data
-from lorasweep.report.terminal import render_terminal
+from lorasweep.report.terminal import list_lines
 
 from .conftest import report
 
@@ -80,13 +80,13 @@ def test_every_output_has_it(confirmed):
     assert {*rows} == {"full", "lora"}
     assert (rows["full"]["data"], rows["full"]["verdict"]) == ("code", "worse")
     assert float(rows["full"]["low"]) < float(rows["full"]["change"]) < float(rows["full"]["high"])
-    stored = json.loads((folder / "report" / "summary.json").read_text())["retained"]
-    assert {row["subject"]: row["value"] for row in stored} == {n: float(row["change"]) for n, row in rows.items()}
-    line = findings.answers[-1]
-    assert line.question == "What was forgotten of code?"
-    assert line.state == "settled"
-    assert "(worse)" in line.text
-    assert "(no more forgotten than 0.01)" in line.text
-    page = (folder / "report" / "index.html").read_text()
-    assert "full: forgotten of code" in page
-    assert render_terminal(findings)
+    answer = findings.answers[-1]
+    (question, headline, lines) = [*list_lines(findings)][-1]
+    assert question == "What was forgotten of code?"
+    assert headline.startswith("`full` forgot more than 0.01. (difference in bits per byte")
+    assert answer.state == "settled"
+    assert {row.subject: row.value for row in answer.rows} == {n: float(row["change"]) for n, row in rows.items()}
+    assert [line.split()[-1] for line in lines] == ["equivalent", "worse"]
+    stored = json.loads((folder / "report" / "summary.json").read_text())["answers"][-1]
+    assert {row["subject"]: row["verdict"] for row in stored["rows"]} == {"full": "worse", "lora": "equivalent"}
+    assert question in (folder / "report" / "index.html").read_text()

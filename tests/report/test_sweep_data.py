@@ -19,7 +19,7 @@ def test_trials_and_reruns_are_joined_with_their_runs(confirmed):
     assert all((t.record.arm, t.record.trial) == (t.arm, t.number) for t in data.trials if t.record)
     assert [run.seed for run in data.subjects[1].confirm_runs] == [0, 1, 2, 3, 4]
     assert all(rerun.record and rerun.is_complete for rerun in data.confirm_runs)
-    assert (data.evidence.num_examples, data.evidence.num_groups, data.problems) == (40, 20, ())
+    assert (data.evidence.scores.num_examples, data.evidence.scores.num_groups, data.problems) == (40, 20, ())
 
 
 @pytest.mark.parametrize(

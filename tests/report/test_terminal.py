@@ -6,8 +6,9 @@ import pytest
 from rich.console import Console
 
 from lorasweep.record import read_run, read_sweep, write_record
-from lorasweep.report.findings import read_findings
+from lorasweep.report.facts import read_findings
 from lorasweep.report.terminal import render_terminal
+from lorasweep.report.text import list_notes
 
 
 def shown(renderable, *, width=200):
@@ -18,8 +19,8 @@ def shown(renderable, *, width=200):
 
 def test_findings_are_shown_if_asked_for(sweep):
     findings = read_findings(sweep)
-    assert findings.notes[0] not in shown(render_terminal(findings), width=1000)
-    assert findings.notes[0] in shown(render_terminal(findings, verbose=True), width=1000)
+    assert list_notes(findings)[0] not in shown(render_terminal(findings), width=1000)
+    assert list_notes(findings)[0] in shown(render_terminal(findings, verbose=True), width=1000)
 
 
 @pytest.mark.parametrize(("cut_off", "is_shown"), [(3, True), (1, False), (0, False)])

@@ -80,12 +80,12 @@ def test_verdicts_are_about_the_chosen_metric_and_the_page_shows_both_and_the_an
     assert data.problems == ()
     full = [trial.test_scores["exact_match"] for trial in record.confirm if trial.arm == "full"]
     assert data.evidence.means["full"].value == pytest.approx(sum(full) / 2)
-    assert data.evidence.num_examples == read_run(folder / record.confirm[0].run).answers["test"]["examples"]
+    assert data.evidence.scores.num_examples == read_run(folder / record.confirm[0].run).answers["test"]["examples"]
     assert data.other_means["full"].value > 1  # bits per byte
     summary = json.loads((folder / "report" / "summary.json").read_text())
     assert any("exact match (`confirm.metric`)" in sentence for sentence in summary["sentences"])
-    (question,) = [one for one in summary["questions"] if one["name"] == "as_good_as_full"]
-    assert -1 <= question["value"] <= 1
+    (row,) = [row for answer in summary["answers"] for row in answer["rows"] if row["name"] == "as_good_as_full"]
+    assert -1 <= row["value"] <= 1
     with (folder / "report" / "confirmed.csv").open() as file:
         assert {"exact_match", "bits_per_byte"} <= next(csv.DictReader(file)).keys()
     examples = list_generated_examples(data)

@@ -124,14 +124,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        if self.is_predicted:
-            return f"{self.subject}, predicted"
         return f"{self.arm} {self.number}" if self.seed is None else f"{self.subject}, seed {self.seed}"
-
-    @property
-    def is_predicted(self) -> bool:
-        """Whether this is a setting that was predicted from the search, and that no trial has tried."""
-        return self.stage == "confirm" and self.seed is None
 
     @property
     def is_complete(self) -> bool:

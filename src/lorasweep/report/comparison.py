@@ -92,7 +92,7 @@ def compare_sweeps(folders: Sequence[Path]) -> Comparison:
     names = [format_setting(value).rsplit("/", 1)[-1] for value in values]
     labels = names if len(differences) == 1 and len({*names}) == len(found) else [str(data.folder) for data in found]
     subjects = dict.fromkeys(one.name for data in found for one in data.subjects if not one.row.is_base)
-    has_shares = all(data.evidence.gain or (data.full_gain and not data.evidence.means) for data in found)
+    has_shares = all(data.evidence.gain or (data.search_gain and not data.evidence.means) for data in found)
     arms = [row.name for row in found[0].record.arms if row.key]
     return Comparison(
         sweeps={label: data.folder for label, data in zip(labels, found, strict=True)},
@@ -137,18 +137,18 @@ def _read_cell(data: SweepData, name: str, *, is_share: bool) -> Cell | None:
     mean = data.evidence.mean(name)
     value, interval = data.find_score(one), mean.find_interval() if mean else None
     if is_share:
-        value, interval = data.subject_share_of_full_gain(one)
-    verdicts = {answer.subject: answer.verdict for answer in data.evidence.list_answers("as_good_as_full")}
+        value, interval = data.find_share(one)
+    verdicts = {row.subject: row.verdict for row in data.evidence.answers if row.name == "as_good_as_full"}
     return Cell(value=value, interval=interval, verdict=verdicts.get(name, ""))
 
 
 def _describe_enough(data: SweepData, arm: str) -> str:
     """Returns the smallest value of an arm that is enough: `4`, `at most 4`, `only 64`, or `open`."""
-    outcome = data.evidence.find_outcome("smallest", arm)
-    chosen = outcome.good.subject if outcome.good else outcome.largest if outcome.state == "settled" else None
+    answer = data.evidence.find_answer("smallest", arm)
+    chosen = answer.good.subject if answer.good else answer.largest if answer.state == "settled" else None
     if (found := data.find_subject(chosen)) is None:
-        return "open" if outcome.answers else UNKNOWN
-    about = "only " if outcome.good is None else "" if outcome.state == "settled" else "at most "
+        return "open" if answer.rows else UNKNOWN
+    about = "only " if answer.good is None else "" if answer.state == "settled" else "at most "
     return about + format_setting(found.subject.value)
 
 

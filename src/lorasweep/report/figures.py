@@ -6,12 +6,11 @@ Each function takes a `SweepData` and returns a `Panel`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import plotly.graph_objects as go
 
 from lorasweep.config.run import ALPHA, LR
-from lorasweep.record import Trial
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.panel import (
     METHOD_COLOURS,
@@ -25,8 +24,8 @@ from lorasweep.report.panel import (
     set_score_axis,
 )
 from lorasweep.report.recommend import choose_subject
-from lorasweep.report.sweep_data import SubjectData, SweepData
-from lorasweep.report.terminal import format_means
+from lorasweep.report.sweep_data import SubjectResult, SweepData
+from lorasweep.report.text import format_means
 from lorasweep.wording import format_metric, short_key
 
 MAX_OTHER_ARMS = 6
@@ -49,7 +48,7 @@ def draw_scores_by_value(data: SweepData) -> Panel:
     shown = [one for one in data.subjects if not one.row.is_base and evidence.mean(one.name)]
     by_arm = {row.name: [one for one in shown if one.row is row] for row in data.record.arms if row.key}
     groups = [values for values in by_arm.values() if values]
-    others = [one for one in shown if one.subject.key is None and one.name != evidence.full]
+    others = [one for one in shown if one.subject.key is None and one.name != evidence.scale.full]
     keys = dict.fromkeys(short_key(values[0].subject.key or "") for values in groups)
     title = f"Test score by {' and by '.join(keys)}" if keys else "Test score by arm"
     if not shown:
@@ -59,7 +58,7 @@ def draw_scores_by_value(data: SweepData) -> Panel:
     figures = [_draw_scores(values, beside, data) for values in groups]
     # if full fine-tuning is alone, it is a point and not only a band
     figures = figures or [_draw_scores([], others or shown, data)]
-    dots, full = "Dots are means over seeds on test data, rings single seeds.", f"`{evidence.full}`"
+    dots, full = "Dots are means over seeds on test data, rings single seeds.", f"`{evidence.scale.full}`"
     # intervals of differences, because an interval of a mean also has the error that all subjects share (the choice of
     # test examples), which is larger than most differences
     bars = (
@@ -67,19 +66,19 @@ def draw_scores_by_value(data: SweepData) -> Panel:
         f"examples, added to the mean of {full}. The band is the margin around {full}. Verdicts also count the "
         "chance in the search and the error of the gain, so their intervals are wider."
     )
-    bars = bars if evidence.full else "Bars are the 95 % intervals of the means."
+    bars = bars if evidence.scale.full else "Bars are the 95 % intervals of the means."
     text = f"{dots} {bars} A diamond marks the smallest value that is enough."
     return Panel(key="confirmed", title=title, text=text, figures=tuple(figures))
 
 
-def _draw_scores(values: Sequence[SubjectData], others: Sequence[SubjectData], data: SweepData) -> go.Figure:
+def _draw_scores(values: Sequence[SubjectResult], others: Sequence[SubjectResult], data: SweepData) -> go.Figure:
     """Returns the figure of the values of one arm's `confirm_each` key, and of arms without one."""
     evidence, colours = data.evidence, choose_colours(data)
     figure = build_figure(" ", f"{format_metric(data.shown_metric.name)}, test data")
     figure.update_xaxes(type="category", showgrid=False)
     means = [(one, found) for one in (*values, *others) if (found := evidence.mean(one.name))]
     rows = [(one, found, _find_interval(one.name, data)) for one, found in means]
-    full, base = evidence.mean(evidence.full), evidence.mean(evidence.base)
+    full, base = evidence.mean(evidence.scale.full), evidence.mean(evidence.scale.base)
     band = [full.value - evidence.margin, full.value + evidence.margin] if full and evidence.margin is not None else []
     if band:
         figure.add_hrect(y0=band[0], y1=band[1], fillcolor=METHOD_COLOURS["full"], opacity=0.15, line_width=0)
@@ -87,16 +86,16 @@ def _draw_scores(values: Sequence[SubjectData], others: Sequence[SubjectData], d
     ends = [end for *_, interval in rows for end in interval or ()]
     levels = {"full": full.value if full else None, "frozen": base.value if base else None}
     set_score_axis(figure, [*scores, *band], ends, **levels)
-    is_asked = bool(values) and evidence.find_outcome("smallest", values[0].arm).state != "not asked"
+    is_asked = bool(values) and bool(evidence.find_answer("smallest", values[0].arm).rows)
     enough = choose_subject(data, values[0].arm) if is_asked else None
-    shown = format_means(evidence.means)
+    shown = format_means({name: (mean.value, mean.find_interval()) for name, mean in evidence.means.items()})
     for one, found, interval in rows:
         colour, place = colours[one.name], escape(one.subject.label)  # `rank 4` differs from an arm named `4`
         text = escape(f"{one.name}: {shown[one.name]}")
         add_point(figure, place, found.value, colour, one.name, text=text, marker={"size": 11}, interval=interval)
         seeds = [(place, run, data.record.find_run_score(run)) for run in one.confirm_runs if run.is_complete]
         add_trials(figure, seeds, colour, one.name, marker={"symbol": "circle-open"})
-        if enough and enough.is_settled and enough.data is one:
+        if enough and enough.is_settled and enough.subject is one:
             marker = LARGE | {"symbol": "diamond-open"}
             add_point(figure, place, found.value, colour, one.name, text=text, marker=marker)
     return figure
@@ -104,10 +103,11 @@ def _draw_scores(values: Sequence[SubjectData], others: Sequence[SubjectData], d
 
 def _find_interval(name: str, data: SweepData) -> Interval | None:
     """Returns full's mean plus the interval of the difference from full; without full the interval of the mean."""
-    full = data.evidence.mean(data.evidence.full)
-    if full is None or name == data.evidence.full:
+    scale = data.evidence.scale
+    full = data.evidence.mean(scale.full)
+    if full is None or name == scale.full:
         return data.evidence.means[name].find_interval()
-    difference = data.evidence.estimate_difference(name, data.evidence.full)
+    difference = data.evidence.estimate_difference(name, scale.full)
     interval = difference.find_interval(data.evidence.confidence) if difference else None
     return interval and (full.value + interval[0], full.value + interval[1])
 
@@ -115,7 +115,7 @@ def _find_interval(name: str, data: SweepData) -> Interval | None:
 def draw_score_by_lr(data: SweepData) -> Panel:
     """Returns score against learning rate: a figure for each arm with `confirm_each`, one for all others."""
     title = "Score against learning rate"
-    groups: dict[str, list[SubjectData]] = {}
+    groups: dict[str, list[SubjectResult]] = {}
     for row in data.record.arms:
         if len({trial.numeric_setting(LR) for trial in data.list_trials(row.name) if trial.is_complete}) > 1:
             groups.setdefault(row.name if row.key else "", []).extend(one for one in data.subjects if one.row is row)
@@ -130,15 +130,15 @@ def draw_score_by_lr(data: SweepData) -> Panel:
     return Panel(key="lr", title=title, text=text, figures=figures)
 
 
-def _draw_rates(subjects: Sequence[SubjectData], data: SweepData) -> go.Figure:
+def _draw_rates(subjects: Sequence[SubjectResult], data: SweepData) -> go.Figure:
     scored = [trial for one in subjects for trial in one.trials if trial.search_score is not None]
     alphas = {trial.numeric_setting(ALPHA) for trial in scored}
     has_u = len(alphas) > 1 and all(trial.follows_rate_law for trial in scored)
 
-    def find_x(trial: Trial) -> float:
+    def find_x(get_number: Callable[[str], float | None]) -> float:
         """Returns the learning rate, or the coordinate of the rate law; 0 if it is not known."""
-        alpha = trial.numeric_setting(ALPHA) or 0.0 if has_u else 1.0
-        return (trial.numeric_setting(LR) or 0.0) * math.sqrt(max(alpha, 0.0))
+        alpha = get_number(ALPHA) or 0.0 if has_u else 1.0
+        return (get_number(LR) or 0.0) * math.sqrt(max(alpha, 0.0))
 
     x_title = f"{'u = lr · √α' if has_u else 'learning rate'} (log scale)"
     figure = build_figure(x_title, format_metric(data.record.search_metric.name))
@@ -146,18 +146,18 @@ def _draw_rates(subjects: Sequence[SubjectData], data: SweepData) -> go.Figure:
     colours, scores = choose_colours(data), []
     for one in subjects:
         colour = colours[one.name]
-        points = [(find_x(trial), trial, score) for trial in one.trials if (score := trial.search_score) is not None]
-        points = [point for point in points if point[0] > 0]
+        known = [(trial, score) for trial in one.trials if (score := trial.search_score) is not None]
+        points = [(x, trial, score) for trial, score in known if (x := find_x(trial.numeric_setting)) > 0]
         complete = [point for point in points if point[1].is_complete]
         stopped = [point for point in points if point[1].state == "stopped"]
         scores += [score for _, _, score in (*complete, *stopped)]
         add_trials(figure, complete, colour, one.name, showlegend=True)
         add_trials(figure, stopped, colour, one.name, marker={"symbol": "x-thin-open"})
-        if one.best and (x := find_x(one.best)):
-            marker = LARGE | {"symbol": "diamond-open" if one.best.is_predicted else "circle-open"}
-            score = one.best.search_score
-            text = describe_point(one.best, score)
-            add_point(figure, x, score, colour, one.name, text=text, marker=marker)
+        if (best := one.best) and (x := find_x(best.get_number)):
+            marker = LARGE | {"symbol": "diamond-open" if best.is_predicted else "circle-open"}
+            name = f"{one.name}, predicted" if best.is_predicted else f"{one.arm} {best.trial}"
+            text = describe_point(name, best.score, best.params)
+            add_point(figure, x, best.score, colour, one.name, text=text, marker=marker)
     ranked = sorted(scores, key=lambda score: data.record.search_metric.sign * score)
     half = 1 + len(ranked) // 2  # the better half is always shown
     full, frozen = data.best_score("full"), data.best_score("frozen")

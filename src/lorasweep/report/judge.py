@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorasweep.config.data import METRIC_RANGES
+from lorasweep.config.data import METRIC_RANGES, ScoreMetric
 from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import ConfigError
 from lorasweep.record import Question, QuestionName, Subject, is_number
-from lorasweep.report.answers import build_entry
 from lorasweep.report.evidence.estimates import (
     UNBOUNDED,
     ConfirmScores,
@@ -25,7 +24,8 @@ from lorasweep.report.evidence.estimates import (
     build_scores,
 )
 from lorasweep.report.evidence.questions import MarginScale, answer_questions, compute_level
-from lorasweep.report.evidence.verdicts import Answer
+from lorasweep.report.evidence.verdicts import AnswerRow
+from lorasweep.report.text import build_entry
 from lorasweep.wording import join_words, shorten
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ REQUIRED_COLUMNS = ("arm", "seed", "score")
 class Judgement:
     """Verdicts on scores of runs that were trained elsewhere. `print` shows the table and the notes."""
 
-    answers: tuple[Answer, ...]
+    answers: tuple[AnswerRow, ...]
     scores: ConfirmScores
     margin: float | str
     confidence: float
@@ -118,7 +118,8 @@ def judge(
     )
     num_seeds = max(len(seeds) for seeds in found.values.values())
     planned = tuple(sorted({*looks, num_seeds})) if looks else (num_seeds,)
-    scale = MarginScale(margin=parsed, sign=-1 if maximize else 1, base=base, full=reference)
+    judged = ScoreMetric(name=metric, direction="maximize" if maximize else "minimize")
+    scale = MarginScale(margin=parsed, metric=judged, base=base, full=reference)
     answers = answer_questions(questions, found, scale, looks=planned)
     return Judgement(
         answers=tuple(answers), scores=found, margin=margin, confidence=1 - 2 * compute_level(questions, planned)

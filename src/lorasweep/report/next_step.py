@@ -1,4 +1,7 @@
-"""The next step for each open question: a command, or what may settle it in a new sweep."""
+"""The next step for each open answer: one command that probably helps, or what a new sweep needs.
+
+A step that was followed is not advised again.
+"""
 
 from __future__ import annotations
 
@@ -6,116 +9,139 @@ import math
 import shlex
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lorasweep.config.command_line import format_override
-from lorasweep.record import ArmRow, QuestionName
+from lorasweep.config.run import STEPS_KEY
+from lorasweep.config.sweep import MINUTES_KEY
+from lorasweep.record import ArmRow
 from lorasweep.report.caveats import Learning
-from lorasweep.report.evidence.advice import MIN_CHANCE, CurrentEvidence, find_step
-from lorasweep.report.evidence.evidence import build_scale
-from lorasweep.report.evidence.verdicts import Answer, Blocker
+from lorasweep.report.evidence.advice import PROBABLE_CHANCE, find_step
+from lorasweep.report.evidence.verdicts import Answer, AnswerRow, NextStep, StepName
+from lorasweep.report.recommend import choose_arm
 from lorasweep.report.sweep_data import SweepData
-from lorasweep.wording import format_seconds, join_words
 
 MAX_COST_RATIO = 2.0
 """A step is affordable if it takes at most this many times as long as the sweep."""
 MIN_USEFUL_SEEDS = 3
 """Number of seeds that is advised where one seed was used. Fewer give a warning."""
-REMEDIES: Mapping[Blocker, str] = {
-    "no margin": "an arm with `method=frozen`, or `confirm.margin` as a number in the metric's unit",
-    "no gain": "more steps or data",
-    "few seeds": "a larger `confirm.margin`",
-    "few examples": "more test examples",
-}
-"""For each blocker of an answer, a change that may settle the question in a new sweep."""
+MIN_STEPS = 60
+"""Runs with fewer steps are short: longer ones come before more trials and seeds."""
+MAX_STEPS_RATIO = 10
+"""The longer run has at most this many times the steps."""
+LATE_SHARE = 0.75
+"""The share of a run's steps after which its improvement is late."""
 
 
-@dataclass(frozen=True)
-class NextStep:
-    """The command that may settle a question, or why there is none."""
-
-    command: str | None
-    reason: str
-    """What the command does, or why no command settles the question."""
-    chance: float | None = None
-    """The chance that further seeds settle the question; None for other steps."""
-    seconds: float | None = None
-    """The time that further seeds take, at the pace of the sweep; None if it is not known."""
-
-    @property
-    def details(self) -> str:
-        """The reason, the chance and the time in one clause."""
-        chance = "" if self.chance is None else f"chance to settle it {self.chance:.0%}"
-        time = f"about {format_seconds(self.seconds)}" if self.seconds else ""
-        return ", ".join(part for part in (self.reason, chance, time) if part)
-
-    def __str__(self) -> str:
-        return f"Next ({self.details}): {self.command}" if self.command else f"No command settles this: {self.reason}."
-
-
-def find_early_step(data: SweepData, learning: Learning | None = None) -> NextStep | None:
-    """Returns the step before any verdict: to a complete sweep, and to test scores. None if the sweep has both."""
-    if learning and learning.state == "nothing":
-        return NextStep(None, "nothing was learned with these data, steps and ranges")
-    if data.record.status != "complete":
-        return NextStep(data.completing_command, "completes the sweep")
-    return None if data.record.looks else _resume({"confirm.seeds": [3, 6, 10]}, data, "adds the confirm stage")
-
-
-def find_settling_step(name: QuestionName, blocking: Sequence[Answer], data: SweepData) -> NextStep:
-    """Returns the step for a line that is open because of these answers, one of each LoRA arm."""
-    record, scores = data.record, data.evidence.scores
-    blockers = {answer.blocker for answer in blocking}
-    if scores is None or "no scores" in blockers:
-        return find_reasons("subjects have no test scores on the same seeds", data)
-    if "no margin" in blockers:
-        return NextStep(None, f"a new sweep needs {REMEDIES['no margin']}")
-    if "one seed" in blockers:
+def find_next_step(answer: Answer, data: SweepData, learning: Learning) -> NextStep | None:
+    """Returns the step for an open answer; None if it is not open or if no step probably helps."""
+    if answer.state != "open":
+        return None
+    record = data.record
+    if record.status != "complete":
+        return NextStep(name="complete", command=data.completing_command)
+    if learning.has_failed or _is_short(data) or _improves_late(data, learning):
+        return _train_longer(data, learning)
+    if not record.looks:
+        return _resume("confirm", {"confirm.seeds": [3, 6, 10]}, data)
+    if answer.name == "setting":
+        chosen = choose_arm(data, ["lora"])
+        return _add_trials([chosen.subject.row], data) if chosen else None
+    if (blocking := answer.blocking) is None or blocking.blocker == "no scores":
+        return None
+    if blocking.blocker == "no margin":
+        return NextStep(name="none", needs=("no margin",))
+    if blocking.blocker == "one seed":
         seeds = max(MIN_USEFUL_SEEDS, *record.looks)  # an unplanned look may not be below the planned ones
-        return _resume({"confirm.seeds": seeds}, data, f"{seeds} seeds in all, because one seed tells no chance")
-    arms = {answer.arm for answer in blocking}
-    present = CurrentEvidence(
-        questions=record.questions,
-        answers=data.evidence.answers,
-        scores=scores,
-        scale=build_scale(record, scores),
-        looks=record.looks,
-        looks_done=[look.seeds for look in record.looks_done] or record.looks,
-    )
+        return _resume("seeds", {"confirm.seeds": seeds}, data, number=seeds)
+    if answer.name in ("present", "retained"):
+        seeds = 2 * max(record.looks)
+        return None if _had_more_seeds(data) else _resume("seeds", {"confirm.seeds": seeds}, data, number=seeds)
+    return _settle(answer, blocking, data)
 
-    def estimate_seconds(num_seeds: int) -> float:
-        return _estimate_seconds(num_seeds, present.list_trained(), data)
 
-    line = [question for question in record.questions if question.name == name and question.arm in arms]
-    max_seconds = MAX_COST_RATIO * record.makespan_s or math.inf
-    step = find_step(line, present, cost=estimate_seconds, max_cost=max_seconds)
-    if step:
-        found = _resume({"confirm.seeds": step.seeds}, data, f"{step.seeds} seeds in all")
-        return replace(found, chance=step.chance, seconds=estimate_seconds(step.seeds) or None)
-    if "few trials" in blockers:
-        return add_trials(
-            [row for row in record.arms if row.space and (row.name in arms or row.method == "full")], data
+def _settle(answer: Answer, blocking: AnswerRow, data: SweepData) -> NextStep | None:
+    """Returns further seeds if they probably settle a question, else trials if the search has the largest error."""
+    record, present = data.record, data.evidence
+    trained = present.list_trained()
+    line = [question for question in record.questions if present.answer(question).rows == answer.rows]
+    step = None
+    if not _had_more_seeds(data):
+        step = find_step(
+            line,
+            present,
+            cost=lambda seeds: _estimate_seconds(seeds, trained, data),
+            max_cost=MAX_COST_RATIO * record.makespan_s or math.inf,
         )
-    remedies = [text for blocker, text in REMEDIES.items() if blocker in blockers]
-    return NextStep(
-        None,
-        f"no affordable number of seeds has a chance of {MIN_CHANCE:.0%}; a new sweep may settle it with "
-        f"{join_words(remedies, last='or')}",
-    )
+    if step:
+        is_likely, seconds = step.chance >= PROBABLE_CHANCE, _estimate_seconds(step.seeds, trained, data) or None
+        command = _resume("seeds", {"confirm.seeds": step.seeds}, data, number=step.seeds)
+        return replace(command, is_likely=is_likely, seconds=seconds)
+    rows = [row for row in record.arms if row.space and (row.name == answer.arm or row.method == "full")]
+    if blocking.blocker == "few trials":
+        return _add_trials(rows, data)
+    return NextStep(name="none", needs=(blocking.blocker,)) if blocking.blocker else None
 
 
-def add_trials(rows: Sequence[ArmRow], data: SweepData) -> NextStep:
-    return _resume({f"arms.{row.name}.trials": 2 * row.trials for row in rows}, data, "twice the trials")
+def _train_longer(data: SweepData, learning: Learning) -> NextStep | None:
+    """Returns the same sweep with longer runs: one epoch, or twice the steps.
+
+    None if steps were typed, and the runs have an epoch and neither are short nor improve at their end.
+    """
+    run, record, ratio = data.longest_run, data.record, 2.0
+    overrides = record.definition.get("overrides", {})
+    if run is None or not run.steps_planned:
+        return None
+    if run.epochs and run.epochs < 1:
+        ratio = max(ratio, 1 / run.epochs)
+    elif STEPS_KEY in overrides and not _is_short(data) and not _improves_late(data, learning):
+        return None
+    steps = max(MIN_STEPS, math.ceil(run.steps_planned * min(ratio, MAX_STEPS_RATIO)))
+    command = None
+    if record.source:
+        kept = {key: value for key, value in overrides.items() if not key.endswith(STEPS_KEY)}
+        kept |= {STEPS_KEY: steps, "sweep.output": f"{data.folder}-longer"}
+        if record.minutes is not None:  # it would cut the steps again
+            kept[MINUTES_KEY] = None
+        words = [shlex.quote(str(Path(record.source))), *(format_override(*one) for one in kept.items())]
+        command = f"lorasweep sweep {' '.join(words)}"
+    seconds = record.makespan_s * steps / run.steps_planned or None
+    return NextStep(name="longer", command=command, number=steps, seconds=seconds)
 
 
-def add_seeds(data: SweepData) -> NextStep:
-    return _resume({"confirm.seeds": 2 * max(data.record.looks)}, data, "twice the seeds")
+def _is_short(data: SweepData) -> bool:
+    return data.longest_run is not None and 0 < data.longest_run.steps_planned < MIN_STEPS
 
 
-def find_reasons(missing: str, data: SweepData) -> NextStep:
-    """Returns where the reasons are why something is missing."""
-    return NextStep(None, f"{missing}; {str(data.folder / 'runs')!r} has the reasons")
+def _improves_late(data: SweepData, learning: Learning) -> bool:
+    """Returns whether the best LoRA run improved at its end as fast as on average, so that it stopped too early."""
+    chosen = choose_arm(data, ["lora"]) or choose_arm(data)
+    curve = chosen.setting.run.curve if chosen and chosen.setting.run else ()
+    if len(curve) < 2 or learning.score is None:
+        return False
+    sign, (last_step, last) = data.record.search_metric.sign, curve[-1]
+    early = [(step, score) for step, score in curve[:-1] if step <= LATE_SHARE * last_step]
+    if not early:
+        return False
+    step, score = early[-1]
+    total, late = sign * (learning.score - last), sign * (score - last)
+    return late > 0 and late / (last_step - step) >= total / last_step
+
+
+def _add_trials(rows: Sequence[ArmRow], data: SweepData) -> NextStep | None:
+    """Returns twice the trials; None if the sweep was resumed with more trials before."""
+    if any(change.trials for change in data.record.changes) or not rows:
+        return None
+    changes = {f"arms.{row.name}.trials": 2 * row.trials for row in rows}
+    return _resume("trials", changes, data, number=2 * rows[0].trials)
+
+
+def _had_more_seeds(data: SweepData) -> bool:
+    """Returns whether the sweep was resumed with more seeds, beyond those that give an error at all."""
+    typed = [change.settings.get("confirm.seeds") for change in data.record.changes]
+    return any(isinstance(seeds, int) and seeds > MIN_USEFUL_SEEDS for seeds in typed)
 
 
 def _estimate_seconds(num_seeds: int, trained: Collection[str], data: SweepData) -> float:
@@ -129,6 +155,6 @@ def _estimate_seconds(num_seeds: int, trained: Collection[str], data: SweepData)
     return data.record.makespan_s * added / total if total else 0.0
 
 
-def _resume(changes: Mapping[str, Any], data: SweepData, reason: str) -> NextStep:
+def _resume(name: StepName, changes: Mapping[str, Any], data: SweepData, *, number: int | None = None) -> NextStep:
     words = [shlex.quote(str(data.folder)), *(format_override(key, value) for key, value in changes.items())]
-    return NextStep(f"lorasweep sweep --resume {' '.join(words)}", reason)
+    return NextStep(name=name, command=f"lorasweep sweep --resume {' '.join(words)}", number=number)

@@ -12,12 +12,24 @@ from plotly.offline import get_plotlyjs
 
 from lorasweep import wording
 from lorasweep.record import STATES, Trial
-from lorasweep.report.answers import describe_answer, describe_change
-from lorasweep.report.findings import Findings
+from lorasweep.report.facts import Findings
 from lorasweep.report.generated import list_generated_examples
 from lorasweep.report.panel import Panel, build_link, choose_colours
 from lorasweep.report.sweep_data import SweepData
-from lorasweep.report.terminal import describe_setting, list_columns
+from lorasweep.report.text import (
+    PURPOSES,
+    describe_failure,
+    describe_headline,
+    describe_setting,
+    describe_step,
+    describe_unit,
+    list_cells,
+    list_columns,
+    list_notes,
+    list_warnings,
+    name_question,
+    name_settings,
+)
 
 COSTS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
     ("trained", "trainable parameters", "trainable_params", wording.format_count),
@@ -46,14 +58,19 @@ def render_page(findings: Findings, panels: Sequence[Panel]) -> str:
         evidence=data.evidence,
         subject_columns=list_columns(data),
         describe_setting=describe_setting,
-        states=STATES,
-        verdicts=[(answer, describe_answer(answer, data)) for answer in data.evidence.answers],
-        generated=list_generated_examples(data),
-        retained=[
-            (row, answer, describe_change(answer, data))
-            for row in data.record.retained
-            for answer in data.retained.get(row.name, ())
+        describe_step=describe_step,
+        failure=describe_failure(findings),
+        answers=[
+            (answer, name_question(answer, data), describe_headline(answer, data), describe_unit(answer, data))
+            for answer in findings.answers
         ],
+        list_cells=list_cells,
+        name_settings=name_settings,
+        purposes=PURPOSES,
+        warnings=list_warnings(findings),
+        notes=list_notes(findings),
+        states=STATES,
+        generated=list_generated_examples(data),
         colours=choose_colours(data),
         panels=panels,
         columns=[

@@ -136,16 +136,24 @@ def add_trials(
         name,
         x=[x for x, _, _ in points],
         y=[score for _, _, score in points],
-        text=[describe_point(trial, score) for _, trial, score in points],
+        text=[
+            describe_point(
+                f"{trial.name}{'' if trial.state == 'complete' else f' ({trial.state})'}", score, trial.params
+            )
+            for _, trial, score in points
+        ],
         customdata=[build_link(trial.run) for _, trial, _ in points],
         **trace,
     )
 
 
-def describe_point(trial: Trial, score: float | None) -> str:
+def _name_run(trial: Trial) -> str:
+    return trial.name if trial.state == "complete" else f"{trial.name} ({trial.state})"
+
+
+def describe_point(name: str, score: float | None, params: dict[str, Any]) -> str:
     """Returns a point's hover text: arm and number, state if not complete, score and settings."""
-    state = "" if trial.state == "complete" else f" ({trial.state})"
-    lines = [f"{trial.name}{state}", format_score(score), format_settings(trial.params)]
+    lines = [name, format_score(score), format_settings(params)]
     return "<br>".join(escape(line) for line in lines)
 
 

@@ -6,39 +6,41 @@ import math
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lorasweep.config.build import as_settings, dotted_items
-from lorasweep.config.method import LoraConfig
-from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY
+from lorasweep.config.run import ALPHA, LR, RANK, STEPS_KEY
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.recipes.read import TOOLS, load_table
 from lorasweep.recipes.write import list_changes
-from lorasweep.record import SWEEP_FILE, Trial, get_run_folder, is_number, restore_config
+from lorasweep.record import SWEEP_FILE, get_run_folder, is_number, restore_config
 from lorasweep.report.caveats import Learning, judge_learning
 from lorasweep.report.evidence.verdicts import NEGATIVE_VERDICTS, POSITIVE_VERDICTS
-from lorasweep.report.sweep_data import SubjectData, SweepData, load_sweep_data
-from lorasweep.wording import format_setting, short_key, suggest_nearest
+from lorasweep.report.sweep_data import Setting, SubjectResult, SweepData, load_sweep_data
+from lorasweep.wording import suggest_nearest
 
 TRAIN_EXAMPLES = "data.max_train_examples"
-SETTING_NAMES = {"method.name": "method", RANK: "rank", ALPHA: "α", LR: "learning rate", STEPS_KEY: "steps"}
-"""The settings that the recommendation shows first, with their names."""
-METHOD_NAMES = {"lora": "LoRA", "full": "full fine-tuning"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChosenSubject:
-    """One subject, and whether the answers settle that it is the one to use."""
+class Recommendation:
+    """The subject to use, and what to type to use it."""
 
-    data: SubjectData
-    best: Trial
-    """The trial or the predicted setting that was confirmed, with its record."""
+    subject: SubjectResult
+    setting: Setting
+    """Its best setting, with a record."""
     is_settled: bool
+    """Whether the answers settle the choice. Otherwise another arm or a smaller value may be as good."""
+    commands: dict[str, str] = field(default_factory=dict)
+    """`train`: trains the setting on all data. `export`: exports the adapter of a confirm run."""
+    recipes: dict[str, dict[str, str]] = field(default_factory=dict)
+    """For each other tool its `name`, the `lines` of its training file with these settings, and the `command` that
+    writes them. Empty if there are no such lines."""
 
 
-def choose_subject(data: SweepData, arm: str) -> ChosenSubject | None:
+def choose_subject(data: SweepData, arm: str) -> Recommendation | None:
     """Returns the subject of an arm to use; None if none has a score.
 
     If the sweep asks for the smallest sufficient value, the subject is the smallest value that is shown to be
@@ -46,15 +48,15 @@ def choose_subject(data: SweepData, arm: str) -> ChosenSubject | None:
     if there is no smaller value. If the sweep does not ask, the subject is the one with the best score.
     """
     choices = _list_choices(data, [arm])
-    outcome = data.evidence.find_outcome("smallest", arm)
-    if not choices or outcome.state == "not asked":
+    answer = data.evidence.find_answer("smallest", arm)
+    if not choices or not answer.rows:
         return _choose_best(choices, data)
-    name = outcome.good.subject if outcome.good else outcome.largest
-    chosen = next((one for one in choices if one.data.name == name), choices[-1])
-    return replace(chosen, is_settled=chosen.data.name == name and outcome.state == "settled")
+    name = answer.good.subject if answer.good else answer.largest
+    chosen = next((one for one in choices if one.subject.name == name), choices[-1])
+    return replace(chosen, is_settled=chosen.subject.name == name and answer.state == "settled")
 
 
-def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> ChosenSubject | None:
+def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> Recommendation | None:
     """Returns the subject to use among all arms that train, or among those of some methods.
 
     If a subject is shown to be better than full fine-tuning, it is used. Else if subjects are shown to be as good, the
@@ -65,25 +67,25 @@ def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> ChosenS
     rows = [row for row in data.record.arms if not row.is_base]
     names = [row.name for row in rows if methods is None or row.method in methods]
     choices = [choice for name in names if (choice := choose_subject(data, name))]
-    verdicts = {answer.subject: answer.verdict for answer in data.evidence.list_answers("as_good_as_full")}
+    verdicts = {row.subject: row.verdict for row in data.evidence.answers if row.name == "as_good_as_full"}
 
-    def list_positive(found: Sequence[ChosenSubject]) -> list[ChosenSubject]:
-        return [one for one in found if verdicts.get(one.data.name) in POSITIVE_VERDICTS]
+    def list_positive(found: Sequence[Recommendation]) -> list[Recommendation]:
+        return [one for one in found if verdicts.get(one.subject.name) in POSITIVE_VERDICTS]
 
     as_good = [replace(one, is_settled=False) for one in list_positive(_list_choices(data, names))]
     positive = list_positive(choices) or as_good
-    if better := [one for one in positive if verdicts[one.data.name] == "better"]:
+    if better := [one for one in positive if verdicts[one.subject.name] == "better"]:
         return _choose_best(better, data)
     if positive:
-        return min(positive, key=lambda one: one.data.cost("trainable_params") or math.inf)
+        return min(positive, key=lambda one: one.subject.cost("trainable_params") or math.inf)
     if (chosen := _choose_best(choices, data)) is None:
         return None
-    others = [one.data.name for one in choices if one is not chosen]
-    is_best = bool(data.evidence.means) and all(_is_no_worse(chosen.data.name, other, data) for other in others)
+    others = [one.subject.name for one in choices if one is not chosen]
+    is_best = bool(data.evidence.means) and all(_is_no_worse(chosen.subject.name, other, data) for other in others)
     return replace(chosen, is_settled=chosen.is_settled and is_best)
 
 
-def pair_fixed_settings(data: SweepData) -> list[tuple[ChosenSubject, ChosenSubject]]:
+def pair_fixed_settings(data: SweepData) -> list[tuple[Recommendation, Recommendation]]:
     """Returns each of the fixed arms, with the subject to use of an arm that searches the same method."""
     pairs = []
     for row in (row for row in data.record.arms if row.name in data.fixed_arms):
@@ -94,61 +96,43 @@ def pair_fixed_settings(data: SweepData) -> list[tuple[ChosenSubject, ChosenSubj
     return pairs
 
 
-def _list_choices(data: SweepData, arms: Sequence[str]) -> list[ChosenSubject]:
+def _list_choices(data: SweepData, arms: Sequence[str]) -> list[Recommendation]:
     """Returns the subjects of arms that can be used: those with a score and a record. One alone is settled."""
     found = [one for one in data.subjects if one.arm in arms and data.find_score(one) is not None]
     usable = [(one, one.best) for one in found if one.best and one.best.record]
-    return [ChosenSubject(data=one, best=best, is_settled=len(usable) == 1) for one, best in usable]
+    return [Recommendation(subject=one, setting=best, is_settled=len(usable) == 1) for one, best in usable]
 
 
-def _choose_best(choices: Sequence[ChosenSubject], data: SweepData) -> ChosenSubject | None:
+def _choose_best(choices: Sequence[Recommendation], data: SweepData) -> Recommendation | None:
     sign = data.shown_metric.sign
-    return min(choices, key=lambda one: sign * (data.find_score(one.data) or 0.0), default=None)
+    return min(choices, key=lambda one: sign * (data.find_score(one.subject) or 0.0), default=None)
 
 
 def _is_no_worse(subject: str, other: str, data: SweepData) -> bool:
     """Returns whether an answer shows that a subject is no worse than another."""
-    for answer in data.evidence.answers:
-        if answer.name != "smallest" and (answer.subject, answer.reference) == (subject, other):
-            return answer.verdict in POSITIVE_VERDICTS
-        if answer.name != "smallest" and (answer.subject, answer.reference) == (other, subject):
-            return answer.verdict in (*NEGATIVE_VERDICTS, "equivalent")
+    for row in data.evidence.answers:
+        if row.name != "smallest" and (row.subject, row.reference) == (subject, other):
+            return row.verdict in POSITIVE_VERDICTS
+        if row.name != "smallest" and (row.subject, row.reference) == (other, subject):
+            return row.verdict in (*NEGATIVE_VERDICTS, "equivalent")
     return False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recommendation:
-    """The settings of one arm."""
-
-    arm: str
-    is_settled: bool
-    """Whether the answers settle the choice. Otherwise another arm or a smaller value may be as good."""
-    settings: dict[str, str]
-    """Names and values of the settings."""
-    commands: dict[str, str]
-    """The command for each thing that a user may want next."""
-    recipes: dict[str, dict[str, str]]
-    """For each other tool its `name`, the `lines` of its training file with these settings, and the `command` that
-    writes them. Empty if there are no such lines."""
-
-
 def recommend(data: SweepData, learning: Learning) -> list[Recommendation]:
-    """Returns the settings to use, and those of the best LoRA arm if another method is recommended.
+    """Returns the setting to use, and that of the best LoRA arm if another method is recommended.
 
-    The list is empty if no arm that trains has a score, or if nothing was learned.
+    The list is empty if no arm that trains has a score, or if nothing is shown to be learned.
     """
     chosen = choose_arm(data)
-    if learning.state == "nothing" or chosen is None:
+    if learning.has_failed or chosen is None:
         return []
     lora = choose_arm(data, ["lora"])
-    choices = [chosen, lora] if lora and chosen.data.row.method != "lora" else [chosen]
-    is_shown = learning.state != "not shown" and bool(data.evidence.means)
+    choices = [chosen, lora] if lora and chosen.subject.row.method != "lora" else [chosen]
     return [
-        Recommendation(
-            arm=one.data.name,
-            is_settled=one.is_settled and is_shown,
-            settings=_name_settings(one.data, one.best),
-            commands=_list_commands(one.data, data),
+        replace(
+            one,
+            is_settled=one.is_settled and bool(data.evidence.means),
+            commands=_list_commands(one.subject, data),
             recipes=_list_recipes(one, data),
         )
         for one in choices
@@ -161,10 +145,9 @@ def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     `source` is the folder of a sweep, or `SWEEP/ARM` for the setting of an arm or of one of its confirmed values.
     Raises the errors of `find_recommended`, and RecordError if the folder is not a sweep.
     """
-    data, one, trial = load_recommended(source, key="--from")
-    number = None if trial.is_predicted else trial.number
-    origin = {"sweep": str(data.folder.resolve()), "name": data.record.name, "arm": one.name, "trial": number}
-    return list_overrides(one, trial), origin
+    data, one, setting = load_recommended(source, key="--from")
+    origin = {"sweep": str(data.folder.resolve()), "name": data.record.name, "arm": one.name, "trial": setting.trial}
+    return list_overrides(one, setting), origin
 
 
 def find_recommended_run(source: Path) -> tuple[Path, str]:
@@ -173,17 +156,18 @@ def find_recommended_run(source: Path) -> tuple[Path, str]:
     It has the best score on validation data of its setting's runs. Test scores decide between arms, and between the
     values of an arm (`choose_arm`), never between the seeds of one setting.
     """
-    data, one, trial = load_recommended(source, key="SWEEP")
+    data, one, setting = load_recommended(source, key="SWEEP")
+    assert setting.run is not None  # `find_recommended` refuses others
     sign, scored = data.record.search_metric.sign, [run for run in one.confirm_runs if run.is_complete and run.record]
     runs = [run for run in scored if is_number(run.search_score)]
-    run = min(runs, key=lambda run: sign * (run.search_score or 0.0), default=trial)
+    run = min(runs, key=lambda run: sign * (run.search_score or 0.0), default=setting.run)
     best = f", the best of {len(runs)} seeds on validation data" if len(runs) > 1 else ""
     return get_run_folder(data.folder, run.run), f"{run.name}{best}"
 
 
 def load_recommended(
     source: Path, *, key: str, methods: Sequence[str] | None = None
-) -> tuple[SweepData, SubjectData, Trial]:
+) -> tuple[SweepData, SubjectResult, Setting]:
     """Returns the sweep of SWEEP or SWEEP/ARM, and what `find_recommended` returns, which also raises its errors."""
     is_arm = not (source / SWEEP_FILE).is_file() and (source.parent / SWEEP_FILE).is_file()
     data = load_sweep_data(source.parent if is_arm else source)
@@ -192,8 +176,8 @@ def load_recommended(
 
 def find_recommended(
     data: SweepData, name: str | None, *, key: str, methods: Sequence[str] | None = None
-) -> tuple[SubjectData, Trial]:
-    """Returns the recommended subject, and the trial with its setting.
+) -> tuple[SubjectResult, Setting]:
+    """Returns the recommended subject, and its setting, which has a run with a record.
 
     Args:
         data: A sweep.
@@ -217,16 +201,16 @@ def find_recommended(
             f"`{key}` must be SWEEP or SWEEP/ARM with one of the arms {', '.join(names)}, but got {name!r}."
             f"{suggest_nearest(name, names)}"
         )
-    if name is None and (learning := judge_learning(data)).state == "nothing":
+    if name is None and judge_learning(data).has_failed:
         raise RecordError(
-            f"`{key}` must be a sweep that learned something, but {folder!r} did not: {learning.headline} "
+            f"`{key}` must be a sweep that learned something, but nothing is shown to be learned in {folder!r}. "
             f"`{folder}/ARM` names an arm nevertheless."
         )
     if name is None:
         choice = (choose_arm(data, methods) if methods else None) or choose_arm(data)
     else:
         choice = choose_subject(data, name)
-    one = data.find_subject(name) or (choice.data if choice else None)
+    one = data.find_subject(name) or (choice.subject if choice else None)
     if one is None or one.best is None or one.best.record is None or one.row.is_base:
         raise RecordError(
             f"`{key}` must be a sweep, or an arm, with a complete trial of a method that trains, but "
@@ -235,52 +219,39 @@ def find_recommended(
     return one, one.best
 
 
-def list_overrides(one: SubjectData, trial: Trial) -> dict[str, Any]:
-    """Returns the settings of a trial by dotted key, for `lorasweep train` on all training data."""
-    settings = {key: value for key, value in one.row.settings.items() if key != "output"} | trial.params
+def list_overrides(one: SubjectResult, setting: Setting) -> dict[str, Any]:
+    """Returns a subject's settings by dotted key, for `lorasweep train` on all training data."""
+    settings = {key: value for key, value in one.row.settings.items() if key != "output"} | setting.params
     exact = (STEPS_KEY, LR, *((RANK, ALPHA) if one.row.method == "lora" else ()))
     # These are listed even if they have default values, so that a change of a default has no effect.
-    settings |= {key: value for key in exact if (value := trial.setting(key)) is not None}
+    settings |= {key: value for key in exact if (value := setting.get(key)) is not None}
     return {key: None if key == TRAIN_EXAMPLES else value for key, value in settings.items()}
 
 
-def _list_commands(one: SubjectData, data: SweepData) -> dict[str, str]:
+def _list_commands(one: SubjectResult, data: SweepData) -> dict[str, str]:
     """Returns the commands that train the settings again, and that export the adapter of a confirm run, if it can."""
     commands, source = {}, shlex.quote(str(data.folder / one.name))
     if data.record.status == "complete":
-        commands[f"To train {one.name} on all data"] = f"lorasweep train --from {source}"
+        commands["train"] = f"lorasweep train --from {source}"
     run = next((run.record for run in one.confirm_runs if run.is_complete and run.record), None)
     if run and one.row.method in ("lora", "peft"):
         with suppress(RecordError):  # damaged settings have no command
             config = restore_config(run)
             trust = " --trust" if config.model.trust_remote_code else ""
             if config.capabilities.exports is True:
-                commands["To get the adapter of its best confirm run"] = (
-                    f"lorasweep export {source} --format peft --out adapter{trust}"
-                )
+                commands["export"] = f"lorasweep export {source} --format peft --out adapter{trust}"
     return commands
 
 
-def _list_recipes(one: ChosenSubject, data: SweepData) -> dict[str, dict[str, str]]:
+def _list_recipes(one: Recommendation, data: SweepData) -> dict[str, dict[str, str]]:
     recipes: dict[str, dict[str, str]] = {}
-    if (record := one.best.record) is None:
+    if (record := one.setting.record) is None:
         return recipes
     for tool in TOOLS:
         with suppress(RecordError, ConfigError):  # damaged settings, no LoRA, or a value that the tool does not have
             settings = dict(dotted_items(as_settings(restore_config(record))))
-            lines = [change.line for change in list_changes(tool, settings, one.best.params)]
-            source = shlex.quote(str(data.folder / one.data.name))
+            lines = [change.line for change in list_changes(tool, settings, one.setting.params)]
+            source = shlex.quote(str(data.folder / one.subject.name))
             command = f"lorasweep export {source} --format {tool} --into FILE.yaml"
             recipes[tool] = {"name": load_table(tool)["name"], "lines": "\n".join(lines), "command": command}
     return recipes
-
-
-def _name_settings(one: SubjectData, trial: Trial) -> dict[str, str]:
-    # without its rule, α could be read as α of another rule
-    scaling = [SCALING] if trial.setting(SCALING) not in (None, LoraConfig.scaling) else []
-    keys = dict.fromkeys([*SETTING_NAMES, *scaling, *trial.params])
-    known = {key: trial.setting(key) for key in keys} | {"method.name": one.row.method}
-    if one.row.method != "lora":
-        known = {key: value for key, value in known.items() if key not in (RANK, ALPHA)}
-    named = {SETTING_NAMES.get(key, short_key(key)): format_setting(v) for key, v in known.items() if v is not None}
-    return named | {"method": METHOD_NAMES.get(one.row.method, one.row.method)}

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.config.data import ScoreMetric
-from lorasweep.config.sweep import parse_margin
 from lorasweep.disk import is_running
 from lorasweep.errors import RecordError
 from lorasweep.record import (
@@ -26,6 +25,7 @@ from lorasweep.record import (
     TrialState,
     find_winner,
     get_run_folder,
+    is_number,
     read_run,
     read_sweep,
 )
@@ -33,14 +33,55 @@ from lorasweep.report.evidence.estimates import Estimate, Interval, estimate_mea
 from lorasweep.report.evidence.evidence import (
     Evidence,
     build_evidence,
-    compare_retained,
+    compare_settings,
     read_confirm_scores,
 )
-from lorasweep.report.evidence.verdicts import Answer
+from lorasweep.report.evidence.verdicts import AnswerRow
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubjectData:
+class Setting:
+    """The best setting of a subject: that of a complete trial, or one that the search predicts."""
+
+    params: dict[str, Any]
+    """Swept keys (dotted) and their values."""
+    score: float | None
+    """On validation data: that of the trial, or the predicted one."""
+    trial: int | None
+    """Number of the trial in its arm; None if the setting is predicted, and no trial has tried it."""
+    run: Trial | None
+    """A run with this setting, which has the record and the curve: the trial, or the first complete confirm run."""
+    row: SettingRow | None
+    """What the search knows about it; None before the confirm stage."""
+
+    @property
+    def is_predicted(self) -> bool:
+        return self.trial is None
+
+    @property
+    def record(self) -> RunRecord | None:
+        return self.run.record if self.run else None
+
+    @property
+    def follows_rate_law(self) -> bool:
+        return self.run is not None and self.run.follows_rate_law
+
+    @property
+    def regret(self) -> float | None:
+        """How much better the best setting is expected to be, in the unit of the search's metric."""
+        return self.row.regret if self.row else None
+
+    def get(self, key: str) -> Any:
+        """Returns the value of a dotted key, swept or not; None if it is not known."""
+        return self.params[key] if key in self.params or self.run is None else self.run.setting(key)
+
+    def get_number(self, key: str) -> float | None:
+        value = self.get(key)
+        return value if is_number(value) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectResult:
     """A subject with its trials by number and its confirm runs by seed. Tables and figures have one entry for each."""
 
     subject: Subject
@@ -48,11 +89,8 @@ class SubjectData:
     """The row of the subject's arm."""
     trials: tuple[Trial, ...]
     """The trials of the arm, or those with the subject's value."""
-    setting: SettingRow | None
-    """The setting that the confirm stage trains; None before that stage."""
-    best: Trial | None
-    """The trial or the predicted setting that was confirmed; before the confirm stage the best complete trial, the
-    earlier of equal ones. None if there is neither."""
+    best: Setting | None
+    """The setting that was confirmed; before the confirm stage that of the best complete trial."""
     confirm_runs: tuple[Trial, ...]
     """The confirm runs of the setting that is confirmed now."""
 
@@ -67,7 +105,7 @@ class SubjectData:
     @property
     def search_score(self) -> float | None:
         """The score of `best` on validation data, or the predicted one; None if there is none."""
-        return self.best.search_score if self.best else None
+        return self.best.score if self.best else None
 
     def count(self, state: TrialState) -> int:
         return sum(trial.state == state for trial in self.trials)
@@ -83,14 +121,14 @@ class SweepData:
 
     folder: Path
     record: SweepRecord
-    subjects: tuple[SubjectData, ...]
+    subjects: tuple[SubjectResult, ...]
     problems: tuple[str, ...]
     """One sentence for each run that can't be read, and for each subject without all of its test scores."""
     evidence: Evidence
-    """The results of the confirm stage; empty if there was none."""
+    """The results of the confirm stage; without scores if there was none."""
     other_means: Mapping[str, Estimate]
     """The mean test score of each subject by the metric that the verdicts are not about; empty without one."""
-    retained: Mapping[str, tuple[Answer, ...]]
+    retained: Mapping[str, tuple[AnswerRow, ...]]
     """By data set of `retain.data`: the change of each subject's score against the frozen base."""
 
     @cached_property
@@ -147,7 +185,12 @@ class SweepData:
         """The metric of `other_means`."""
         return next(iter(self.record.test_metrics[1:]), None)
 
-    def find_subject(self, name: str | None) -> SubjectData | None:
+    def find_arm(self, name: str) -> ArmRow | None:
+        """Returns the row of an arm, or of the arm of a subject."""
+        subjects = (one for one in self.subjects if name in (one.arm, one.name))
+        return next((one.row for one in subjects), None)
+
+    def find_subject(self, name: str | None) -> SubjectResult | None:
         """Returns the entry of a subject."""
         return next((one for one in self.subjects if one.name == name), None)
 
@@ -157,7 +200,7 @@ class SweepData:
         keys = [key for row in self.record.arms for key in row.space]
         return tuple(dict.fromkeys([*keys, *(key for trial in self.trials for key in trial.params)]))
 
-    def find_score(self, one: SubjectData) -> float | None:
+    def find_score(self, one: SubjectResult) -> float | None:
         """Returns the score of a subject: on test data after a confirm stage, else that of the best complete trial."""
         if self.evidence.means:
             return mean.value if (mean := self.evidence.mean(one.name)) else None
@@ -177,45 +220,44 @@ class SweepData:
         """The number of training examples, or of blocks of text, of the longest run; 0 if that is not known."""
         return (self.longest_run.num_train if self.longest_run else None) or 0
 
-    @property
-    def full_gain(self) -> float | None:
-        """Full fine-tuning's gain over the frozen base in the search; None if it is not known or not positive."""
+    @cached_property
+    def search_gain(self) -> float | None:
+        """Full fine-tuning's gain over the frozen base in the search; None if it is not known or not positive.
+
+        It is also None if test data do not show it, because shares of it mean nothing then.
+        """
         base, full = self.best_score("frozen"), self.best_score("full")
         gain = 0.0 if base is None or full is None else self.record.search_metric.sign * (base - full)
-        return gain if gain > 0 else None
+        return gain if gain > 0 and (self.evidence.gain or not self.evidence.means) else None
+
+    @property
+    def regret_gain(self) -> float | None:
+        """The gain of which a regret is a share: on test data if that has the same metric, else in the search."""
+        is_same = self.record.verdict_metric == self.record.search_metric
+        return (self.evidence.gain if is_same else None) or self.search_gain
 
     @property
     def search_margin(self) -> float | None:
         """The margin in the unit of the search's metric; None if it is not known."""
         if self.record.verdict_metric.name == self.record.search_metric.name:
             return self.evidence.margin
-        return self.margin_share * self.full_gain if self.margin_share and self.full_gain else None
+        margin = self.evidence.scale.margin
+        return self.evidence.scale.find_margin(self.search_gain) if margin.is_share_of_gain else None
 
-    def has_small_regret(self, one: SubjectData) -> bool:
-        """Returns whether an untried setting of a subject is known to be better by no more than the margin."""
-        regret, margin = one.setting.regret if one.setting else None, self.search_margin
+    def has_small_regret(self, setting: Setting) -> bool:
+        """Returns whether an untried setting is known to be better by no more than the margin."""
+        regret, margin = setting.regret, self.search_margin
         return regret is not None and margin is not None and regret <= margin
 
-    @property
-    def margin_share(self) -> float:
-        """The margin as a share of full fine-tuning's gain; 0 if it is in the metric's unit."""
-        margin = parse_margin(self.record.margin)
-        return margin.value if margin.is_share_of_gain else 0.0
-
-    def subject_share_of_full_gain(self, one: SubjectData) -> tuple[float | None, Interval | None]:
+    def find_share(self, one: SubjectResult) -> tuple[float | None, Interval | None]:
         """Returns a subject's share of full fine-tuning's gain with its interval: on test data if it is confirmed."""
         if self.evidence.means:
-            value, interval = self.evidence.shares.get(one.name, (None, None))
-            by_definition = one.name in (self.evidence.base, self.evidence.full)
-            mean = self.evidence.mean(one.name)
-            # several seeds without an interval: full's gain is not shown, so a share of it says nothing
-            is_known = interval is not None or by_definition or mean is None or not mean.is_testable
-            return (value, interval) if is_known else (None, None)
-        return self.share_of_full_gain(one.search_score), None
+            return self.evidence.shares.get(one.name, (None, None))
+        return self.find_search_share(one.search_score), None
 
-    def share_of_full_gain(self, score: float | None) -> float | None:
-        """Returns (base - score) / (base - full), or None if a score is missing or full fine-tuning gained nothing."""
-        base, gain = self.best_score("frozen"), self.full_gain
+    def find_search_share(self, score: float | None) -> float | None:
+        """Returns (base - score) / (base - full) in the search; None if it is not known."""
+        base, gain = self.best_score("frozen"), self.search_gain
         if score is None or base is None or gain is None:
             return None
         return self.record.search_metric.sign * (base - score) / gain
@@ -247,10 +289,13 @@ def load_sweep_data(folder: Path, record: SweepRecord | None = None) -> SweepDat
     failed = [facts["problem"] for run in runs for facts in run.answers.values() if "problem" in facts]
     others = f" {len(failed) - 1} other scores of runs have such a problem." if len(failed) > 1 else ""
     problems += [f"{problem}{others}" for problem in failed[:1]]
-    retained: dict[str, tuple[Answer, ...]] = {}
-    for row in record.retained if evidence.base else ():
+    retained: dict[str, tuple[AnswerRow, ...]] = {}
+    base = evidence.scale.base
+    for row in record.retained:
         scores = read_confirm_scores(record, folder, retained=row)
-        retained[row.name] = tuple(compare_retained(record, row, scores, evidence))
+        pairs = [(setting.subject, base) for setting in record.settings if base]
+        judged: dict[str, Any] = {"metric": row.metric, "margin": record.retain_margin, "level": evidence.level}
+        retained[row.name] = tuple(compare_settings("retained", pairs, scores, **judged))
         problems += [problem for problem in scores.problems if problem not in problems]
     return SweepData(
         folder=folder,
@@ -274,29 +319,20 @@ def _read_runs(record: SweepRecord, folder: Path) -> Iterator[str]:
         trial.reason = trial.reason or (trial.record.reason if trial.record else None)
 
 
-def _build_subject(subject: Subject, row: ArmRow, record: SweepRecord) -> SubjectData:
+def _build_subject(subject: Subject, row: ArmRow, record: SweepRecord) -> SubjectResult:
     trials = [trial for trial in record.trials if trial.arm == row.name and trial.subject == subject.name]
     trials.sort(key=lambda trial: trial.number)
     runs = [run for run in record.confirm_runs if run.subject == subject.name]
     runs.sort(key=lambda run: run.seed or 0)
-    setting = next((one for one in record.settings if one.subject == subject.name), None)
-    best = find_winner(trials, record=record)
-    if setting is not None:
-        best = next((trial for trial in trials if trial.number == setting.trial), None)
-    if setting is not None and best is None:  # no trial has it; its first complete run has the record and the curve
+    chosen = next((one for one in record.settings if one.subject == subject.name), None)
+    if chosen is None:
+        tried = find_winner(trials, record=record)
+    else:
+        tried = next((trial for trial in trials if trial.number == chosen.trial), None)
+    best = None
+    if tried is not None:
+        best = Setting(params=tried.params, score=tried.search_score, trial=tried.number, run=tried, row=chosen)
+    elif chosen is not None:
         run = next((run for run in runs if run.is_complete and run.record), None)
-        best = Trial(
-            stage="confirm",
-            arm=setting.arm,
-            subject=setting.subject,
-            number=0,
-            state="complete",
-            params=setting.params,
-            search_score=setting.score,
-            run=run.run if run else "",
-            values=run.values if run else {},
-        )
-        best.record = run.record if run else None
-    return SubjectData(
-        subject=subject, row=row, trials=tuple(trials), setting=setting, best=best, confirm_runs=tuple(runs)
-    )
+        best = Setting(params=chosen.params, score=chosen.score, trial=None, run=run, row=chosen)
+    return SubjectResult(subject=subject, row=row, trials=tuple(trials), best=best, confirm_runs=tuple(runs))

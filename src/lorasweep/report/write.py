@@ -26,11 +26,11 @@ from lorasweep.config.redaction import redact
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.disk import require_no_links, write_atomically
 from lorasweep.record import Trial, build_frame, is_number
-from lorasweep.report.answers import AnswerLine
+from lorasweep.report.facts import Findings
 from lorasweep.report.figures import draw_panels
-from lorasweep.report.findings import Findings
 from lorasweep.report.page import render_page
-from lorasweep.report.sweep_data import SweepData
+from lorasweep.report.summary import build_summary
+from lorasweep.report.terminal import list_lines
 
 REPORT_FOLDER = "report"
 
@@ -58,13 +58,13 @@ def write_report(findings: Findings) -> None:
     folder = findings.data.folder / REPORT_FOLDER
     require_no_links(folder)
     files = {
-        "summary.json": json.dumps(findings.as_json(), indent=1) + "\n",
+        "summary.json": json.dumps(build_summary(findings), indent=1) + "\n",
         "index.html": render_page(findings, draw_panels(findings.data)),
     }
     files |= {name: table.to_csv(index=False) for name, table in build_tables(findings).items()}
     for name, content in files.items():
         write_atomically(folder / name, content)
-    write_tensorboard(findings.data, findings.answers, folder / TENSORBOARD_FOLDER)
+    write_tensorboard(findings, folder / TENSORBOARD_FOLDER)
 
 
 def build_tables(findings: Findings) -> dict[str, pandas.DataFrame]:
@@ -75,7 +75,7 @@ def build_tables(findings: Findings) -> dict[str, pandas.DataFrame]:
     trials = build_frame(data.trials, metric=metric, keys=keys).drop(columns="step", errors="ignore")
     trials = trials.assign(
         method=[row.method for row in record.arms for _ in data.list_trials(row.name)],
-        share_of_full_gain=[data.share_of_full_gain(trial.search_score) for trial in data.trials],
+        share_of_full_gain=[data.find_search_share(trial.search_score) for trial in data.trials],
         is_better_than_untrained=[findings.learning.is_better(trial) for trial in data.trials],
     )
     curves = [(trial.arm, trial.number, *point) for trial in data.trials for point in trial.curve]
@@ -96,12 +96,14 @@ def build_tables(findings: Findings) -> dict[str, pandas.DataFrame]:
     return tables
 
 
-def write_tensorboard(data: SweepData, answers: Sequence[AnswerLine], folder: Path) -> None:
+def write_tensorboard(findings: Findings, folder: Path) -> None:
     """Writes TensorBoard's files of a sweep, in place of an earlier report's.
 
     HParams has a row per trial, Scalars the best validation curve of each subject in one chart, and Text the answers.
     """
-    lines = [f"- **{line.question}** {line.text}" for line in answers]
+    data, lines = findings.data, []
+    for question, headline, below in list_lines(findings):
+        lines += [f"- **{question}** {headline}", *(f"    - {line}" for line in below)]
     lines += ["", f"Figures and tables are in the page `{data.folder.absolute().name}/report/index.html`."]
     as_text = create_summary_metadata(display_name="answers", description="")
     answer = Value(tag="answers", metadata=as_text, tensor=make_tensor_proto(["\n".join(lines)]))
@@ -110,7 +112,7 @@ def write_tensorboard(data: SweepData, answers: Sequence[AnswerLine], folder: Pa
     search, test = data.record.search_metric.name, data.record.verdict_metric.name
     tag, last_step = f"{ARM_TAG}/{search}", max((trial.step for trial in data.trials), default=0)
     for one in data.subjects:
-        curve = one.best.curve if one.best else ()
+        curve = one.best.run.curve if one.best and one.best.run else ()
         if len(curve) == 1:  # the frozen base: one evaluation, drawn as a line across the chart
             curve = (*curve, (last_step, curve[0][1]))
         if curve:
@@ -118,7 +120,7 @@ def write_tensorboard(data: SweepData, answers: Sequence[AnswerLine], folder: Pa
         mean = data.evidence.mean(one.name)
         for trial in [trial for trial in one.trials if trial.record]:
             scores = {f"best/{search}": trial.search_score}
-            if mean and trial is one.best:
+            if mean and one.best and trial is one.best.run:
                 scores[f"test/{test}"] = mean.value
             _write_row(trial, scores, folder, sweep=data.folder.absolute().name)
 

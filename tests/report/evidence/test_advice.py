@@ -5,13 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lorasweep.config.data import ScoreMetric
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import Question
-from lorasweep.report.evidence.advice import CurrentEvidence, compute_chance, draw_scores, find_step
+from lorasweep.report.evidence.advice import compute_chance, draw_scores, find_step
 from lorasweep.report.evidence.estimates import ConfirmScores
+from lorasweep.report.evidence.evidence import Evidence
 from lorasweep.report.evidence.questions import MarginScale, answer_questions
 
-SCALE = MarginScale(margin=parse_margin(1.0), sign=1, base=None, full="full")
+METRIC = ScoreMetric(name="loss", direction="minimize")
+SCALE = MarginScale(margin=parse_margin(1.0), metric=METRIC, base=None, full="full")
 QUESTIONS = [Question(name="as_good_as_full", arm="lora", key=None, subjects=["lora"], reference="full")]
 
 
@@ -31,7 +34,7 @@ def build(values, *, search_errors=None, looks=(3,)):
         problems=(),
         search_errors=search_errors or {},
     )
-    return CurrentEvidence(
+    return Evidence(
         questions=QUESTIONS,
         answers=answer_questions(QUESTIONS, scores, SCALE, looks=looks),
         scores=scores,
@@ -95,5 +98,5 @@ def test_two_questions_on_one_arm_have_their_own_outcomes():
     values |= {"vera": {seed: row + 50 for seed, row in values["full"].items()}}
     scores = build(values).scores
     answers = answer_questions(pairs, scores, SCALE, looks=(3,))
-    current = CurrentEvidence(questions=pairs, answers=answers, scores=scores, scale=SCALE, looks=(3,), looks_done=(3,))
-    assert [current.find_outcome(pair).state for pair in pairs] == ["settled", "open"]
+    current = Evidence(questions=pairs, answers=answers, scores=scores, scale=SCALE, looks=(3,), looks_done=(3,))
+    assert [current.answer(pair).state for pair in pairs] == ["settled", "open"]

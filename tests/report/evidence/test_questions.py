@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from lorasweep.config.data import ScoreMetric
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import Question
 from lorasweep.report.evidence.estimates import ConfirmScores, estimate_sum
@@ -20,8 +21,9 @@ from lorasweep.report.evidence.questions import (
 )
 
 RANKS = ["r1", "r4", "r16"]
-SHARE = MarginScale(margin=parse_margin("5%"), sign=1, base="base", full="full")
-UNIT = MarginScale(margin=parse_margin(0.05), sign=1, base="base", full="full")
+METRIC = ScoreMetric(name="loss", direction="minimize")
+SHARE = MarginScale(margin=parse_margin("5%"), metric=METRIC, base="base", full="full")
+UNIT = MarginScale(margin=parse_margin(0.05), metric=METRIC, base="base", full="full")
 LOOKS = (3, 6, 10)
 
 
@@ -87,7 +89,7 @@ def test_a_false_verdict_at_any_look_is_as_rare_as_the_level_says(case):
     question, means, false, level = CASES[case]
     # a margin of nearly nothing, so that `equivalent` is never the answer to a difference of zero
     margin = 1e-9 if case == "no difference" else 0.05
-    scale = MarginScale(margin=parse_margin(margin), sign=1, base="base", full="full")
+    scale = MarginScale(margin=parse_margin(margin), metric=METRIC, base="base", full="full")
     repeats = 300
     found = count_false(question, means, scale, false, repeats=repeats)
     assert found <= level + 3 * (level * (1 - level) / repeats) ** 0.5
@@ -217,7 +219,7 @@ PAIR_OF_ARMS = ask("pair", ["r1"], "full")
         # a subject without scores is open, and blocks smaller ones alone
         (AS_GOOD, {"r1": 1.0, "r16": 1.0}, SHARE, ("open", "open", "equivalent")),
         # higher scores are better
-        (PAIR, {"base": 0.0, "r1": 0.5}, replace(SHARE, sign=-1), ("worse",)),
+        (PAIR, {"base": 0.0, "r1": 0.5}, replace(SHARE, metric=replace(METRIC, direction="maximize")), ("worse",)),
     ],
 )
 def test_clear_scores_have_their_verdicts_at_the_first_look(question, means, scale, verdicts):

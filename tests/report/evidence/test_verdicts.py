@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorasweep.report.evidence.verdicts import Answer, ChainOutcome
+from lorasweep.report.evidence.verdicts import Answer, AnswerRow
 
 
 def chain(*verdicts, name="as_good_as_full"):
@@ -14,8 +14,8 @@ def chain(*verdicts, name="as_good_as_full"):
         given = {"name": name, "arm": "lora", "key": "method.rank", "value": None, "interval": None, "num_seeds": 3}
         given |= {"subject": subjects[place], "compared_with": tuple(subjects[place + 1 :]), "reference": "full"}
         shown = "open" if verdict == "waits" else verdict
-        answers.append(Answer(**given, verdict=shown, blocker=blocker, is_share=True, has_groups=False))
-    return ChainOutcome(arm="lora", answers=tuple(answers))
+        answers.append(AnswerRow(**given, verdict=shown, blocker=blocker, is_share=True, has_groups=False))
+    return Answer(name=name, arm="lora", rows=tuple(answers))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_an_outcome_is_settled_if_the_next_smaller_value_is_shown_not_to_be_good
     verdicts, state, good, below, blocking
 ):
     outcome = chain(*verdicts)
-    places = [None if place is None else outcome.answers[place] for place in (good, below, blocking)]
+    places = [None if place is None else outcome.rows[place] for place in (good, below, blocking)]
     assert outcome.state == state
     assert [outcome.good, outcome.below, outcome.blocking] == places
 

@@ -11,20 +11,20 @@ import bisect
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from lorasweep.record import Question
 from lorasweep.report.evidence.estimates import Array, ConfirmScores
+from lorasweep.report.evidence.evidence import Evidence
 from lorasweep.report.evidence.questions import (
     MarginScale,
     compute_level,
     judge_chain,
-    list_subjects_to_train,
 )
-from lorasweep.report.evidence.verdicts import Answer, ChainOutcome
+from lorasweep.report.evidence.verdicts import Answer
 
 NUM_DRAWS = 64
 """Number of simulated sweeps behind a chance: its standard error is 6 % or less."""
@@ -46,35 +46,9 @@ class Step(NamedTuple):
     chance: float
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CurrentEvidence:
-    """The questions of a sweep, with the scores and the answers before a step."""
-
-    questions: Sequence[Question]
-    """All questions of the sweep."""
-    answers: Sequence[Answer]
-    scores: ConfirmScores
-    scale: MarginScale
-    looks: Sequence[int]
-    """The numbers of seeds of all planned looks."""
-    looks_done: Sequence[int]
-
-    @property
-    def seeds(self) -> list[int]:
-        return sorted({seed for found in self.scores.values.values() for seed in found})
-
-    def list_trained(self) -> set[str]:
-        """Returns the subjects that get further seeds."""
-        return list_subjects_to_train([answer for answer in self.answers if not answer.is_settled])
-
-    def find_outcome(self, question: Question) -> ChainOutcome:
-        answers = tuple(answer for answer in self.answers if answer.answers(question))
-        return ChainOutcome(arm=question.arm, answers=answers)
-
-
 def find_step(
     line: Sequence[Question],
-    present: CurrentEvidence,
+    present: Evidence,
     *,
     cost: Callable[[int], float] = float,
     max_cost: float = math.inf,
@@ -90,8 +64,8 @@ def find_step(
     Returns:
         None if an open answer has fewer than two seeds, or if the affordable seeds have no chance of `MIN_CHANCE`.
     """
-    outcomes = map(present.find_outcome, line)
-    if any(one.num_seeds < 2 for outcome in outcomes for one in outcome.answers if not one.is_settled):
+    answers = map(present.answer, line)
+    if any(row.num_seeds < 2 for answer in answers for row in answer.rows if not row.is_settled):
         return None
     present = replace(present, scores=_merge_groups(present.scores))
     last, most = max(present.looks_done, default=len(present.seeds)), max(present.looks)
@@ -121,13 +95,13 @@ def _merge_groups(scores: ConfirmScores) -> ConfirmScores:
     return replace(scores, values=values, shares=shares)
 
 
-def compute_chance(line: Sequence[Question], present: CurrentEvidence, num_seeds: int) -> float:
+def compute_chance(line: Sequence[Question], present: Evidence, num_seeds: int) -> float:
     """Returns the share of simulated sweeps in which a line is settled and no other settled line opens again."""
     rng = np.random.default_rng(0)
     looks = sorted({*(look for look in present.looks_done if look < num_seeds), num_seeds})
     level = compute_level(present.questions, looks)
-    outcomes = [(question, present.find_outcome(question)) for question in present.questions]
-    needed = [(question, found) for question, found in outcomes if question in line or found.state == "settled"]
+    answers = [(question, present.answer(question)) for question in present.questions]
+    needed = [(question, found) for question, found in answers if question in line or found.state == "settled"]
     settled = 0
     for _ in range(NUM_DRAWS):
         scores = draw_scores(present, num_seeds, rng=rng)
@@ -135,15 +109,13 @@ def compute_chance(line: Sequence[Question], present: CurrentEvidence, num_seeds
     return settled / NUM_DRAWS
 
 
-def _is_settled(
-    question: Question, now: ChainOutcome, scores: ConfirmScores, scale: MarginScale, *, level: float
-) -> bool:
+def _is_settled(question: Question, now: Answer, scores: ConfirmScores, scale: MarginScale, *, level: float) -> bool:
     verdicts = judge_chain(question, scores, scale, level=level)
-    answers = tuple(replace(answer, verdict=verdicts[answer.subject]) for answer in now.answers)
-    return replace(now, answers=answers).state == "settled"
+    rows = tuple(replace(row, verdict=verdicts[row.subject]) for row in now.rows)
+    return replace(now, rows=rows).state == "settled"
 
 
-def draw_scores(present: CurrentEvidence, num_seeds: int, *, rng: np.random.Generator) -> ConfirmScores:
+def draw_scores(present: Evidence, num_seeds: int, *, rng: np.random.Generator) -> ConfirmScores:
     """Returns the scores of a sweep with more seeds, drawn from their posterior predictive distribution.
 
     The scores of all subjects on one seed are a draw from a normal distribution. Its mean and covariance are not known:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from lorasweep.config.data import METRIC_RANGES
+from lorasweep.config.data import METRIC_RANGES, ScoreMetric
 from lorasweep.config.method import FrozenConfig
 from lorasweep.config.sweep import Margin, parse_margin
 from lorasweep.errors import RecordError
@@ -14,6 +15,8 @@ from lorasweep.record import (
     ANSWERS_FILE,
     RETAINED_SCORES_FILE,
     TEST_SCORES_FILE,
+    Question,
+    QuestionName,
     RetainedRow,
     SweepRecord,
     get_run_folder,
@@ -28,7 +31,6 @@ from lorasweep.report.evidence.estimates import (
     RunKey,
     build_scores,
     estimate_means,
-    estimate_ratio,
     estimate_sum,
     read_examples,
 )
@@ -38,100 +40,100 @@ from lorasweep.report.evidence.questions import (
     compare_pair,
     compute_level,
     judge_difference,
+    list_subjects_to_train,
 )
-from lorasweep.report.evidence.verdicts import Answer, AnswerName, Blocker, ChainOutcome
+from lorasweep.report.evidence.verdicts import Answer, AnswerName, AnswerRow, Blocker
 from lorasweep.wording import format_metric
 
-Ratio = tuple[float, Interval | None]
-"""A ratio of two sums of scores with its interval."""
-NO_EXAMPLE_SCORES = (
-    "Single test examples have no scores here, so intervals are over seeds alone: other test data may differ by more."
-)
-OTHER_SEARCH_METRIC = (
-    "The search chose settings by another metric than that of the verdicts, so the intervals do not include the chance "
-    "in the search."
-)
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Evidence:
-    """The results of the confirm stage on test data; without means if there was none."""
+    """The test scores of the confirm stage, the questions of the sweep, and what the scores say on them."""
 
-    means: Mapping[str, Estimate] = field(default_factory=dict)
-    """The mean score of each subject alone, over its seeds and the test examples."""
-    shares: Mapping[str, Ratio] = field(default_factory=dict)
-    """(base - subject) / (base - full) of each subject, with the interval at the level of the tests. Empty if full
-    fine-tuning gained nothing."""
-    answers: tuple[Answer, ...] = ()
-    num_examples: int = 0
-    """The number of test examples; 0 if no scores of single examples are known."""
-    num_groups: int = 0
-    """The number of groups of test examples, such as documents."""
-    base: str | None = None
-    """The subject that is the frozen base."""
-    full: str | None = None
-    """The best subject of full fine-tuning."""
-    gain: float | None = None
-    """Full fine-tuning's gain over the frozen base; None if it is not known or not positive."""
-    margin: float | None = None
-    """The margin in the metric's unit; None if it is a share of full's gain that is not known."""
-    confidence: float = 0.95
-    """The confidence of the intervals that the answers use; all answers together have 95 %."""
-    notes: tuple[str, ...] = ()
-    """One sentence for each reason why the numbers are less certain."""
-    scores: ConfirmScores | None = None
-    """The test scores, with the errors of the search; None if there was no confirm stage."""
+    questions: Sequence[Question]
+    answers: Sequence[AnswerRow]
+    """A row on each subject of each question."""
+    scores: ConfirmScores
+    """Without values if there was no confirm stage."""
+    scale: MarginScale
+    looks: Sequence[int] = ()
+    """The numbers of seeds of all planned looks."""
+    looks_done: Sequence[int] = ()
+
+    @property
+    def level(self) -> float:
+        """The one-sided level of each test."""
+        return compute_level(self.questions, self.looks) if self.looks else 0.025
+
+    @property
+    def confidence(self) -> float:
+        """The confidence of the intervals that the answers use; all answers together have 95 %."""
+        return 1 - 2 * self.level
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({seed for found in self.scores.values.values() for seed in found})
+
+    @cached_property
+    def means(self) -> Mapping[str, Estimate]:
+        """The mean score of each subject alone, over its seeds and the test examples."""
+        return estimate_means(self.scores)
+
+    @cached_property
+    def gain(self) -> float | None:
+        """Full fine-tuning's gain over the frozen base; None if it is not known or not shown."""
+        return self.scale.find_gain(self.scores, level=self.level)
+
+    @property
+    def margin(self) -> float | None:
+        """The margin in the metric's unit; None if it is a share of full's gain that is not known."""
+        return self.scale.find_margin(self.gain)
+
+    @cached_property
+    def shares(self) -> Mapping[str, tuple[float, Interval | None]]:
+        """(base - subject) / (base - full) of each subject, with the interval at the level of the tests."""
+        if not self.gain:
+            return {}
+        # 0 and 1 by definition, without error
+        shares: dict[str, tuple[float, Interval | None]] = {
+            name: (float(name == self.scale.full), None) for name in (self.scale.base, self.scale.full) if name
+        }
+        for name in [name for name in self.means if name not in shares]:
+            value, interval = self.scale.measure_share(self.scores, name, self.scale.full, confidence=self.confidence)
+            if value is not None and (interval is not None or not self.means[name].is_testable):
+                shares[name] = value, interval
+        return shares
 
     def mean(self, subject: str | None) -> Estimate | None:
         return self.means.get(subject) if subject else None
 
-    def list_answers(self, name: AnswerName) -> list[Answer]:
-        """Returns the answers to the questions of a kind. Within an arm, the smallest value is first."""
-        return [answer for answer in self.answers if answer.name == name]
+    def answer(self, question: Question) -> Answer:
+        """Returns the rows of a question. Within an arm, the smallest value is first."""
+        rows = tuple(row for row in self.answers if row.answers(question))
+        return Answer(name=question.name, arm=question.arm, rows=rows)
 
-    def find_outcome(self, name: AnswerName, arm: str) -> ChainOutcome:
-        """Returns what the answers on an arm's values say together; `not asked` if the sweep does not ask."""
-        return ChainOutcome(arm=arm, answers=tuple(one for one in self.list_answers(name) if one.arm == arm))
+    def find_answer(self, name: QuestionName, arm: str) -> Answer:
+        """Returns the answer to a question on an arm; `not asked` if the sweep does not ask it."""
+        rows = tuple(row for row in self.answers if (row.name, row.arm) == (name, arm))
+        return Answer(name=name, arm=arm, rows=rows)
+
+    def list_trained(self) -> set[str]:
+        """Returns the subjects that get further seeds."""
+        return list_subjects_to_train([row for row in self.answers if not row.is_settled])
 
     def estimate_difference(self, first: str, second: str | None) -> Estimate | None:
         """Returns `first - second` on the same seeds and examples, for pairs that no question compares."""
-        if self.scores is None or second is None:
-            return None
-        return estimate_sum(self.scores.of_settings, {first: 1.0, second: -1.0})
+        return estimate_sum(self.scores.of_settings, {first: 1.0, second: -1.0}) if second else None
 
 
 def build_evidence(record: SweepRecord, scores: ConfirmScores) -> Evidence:
-    scale = build_scale(record, scores)
-    level = compute_level(record.questions, record.looks) if record.looks else 0.025
-    means = estimate_means(scores)
-    estimate = estimate_sum(scores.of_settings, scale.gain) if scale.base and scale.full else None
-    gain = estimate.value if estimate and estimate.value > 0 else None
-    margin = None if scale.margin.is_share_of_gain and gain is None else scale.margin.value
-    shares: dict[str, Ratio] = {}
-    if gain:
-        # 0 and 1 by definition, without error
-        shares = {name: (float(name == scale.full), None) for name in means if name in (scale.base, scale.full)}
-        for name in [name for name in means if name not in shares]:
-            kept = {scale.base or "": float(scale.sign), name: -float(scale.sign)}
-            if share := estimate_ratio(scores, kept, scale.gain, confidence=1 - 2 * level):
-                shares[name] = share
     return Evidence(
-        means=means,
-        shares=shares,
-        answers=tuple(answer_sweep(record, scores)),
-        num_examples=scores.num_examples,
-        num_groups=scores.num_groups,
-        base=scale.base,
-        full=scale.full,
-        gain=gain,
-        margin=margin * gain if margin and gain and scale.margin.is_share_of_gain else margin,
-        confidence=1 - 2 * level,
-        notes=(
-            *([NO_EXAMPLE_SCORES] if means and not scores.num_examples else []),
-            *([OTHER_SEARCH_METRIC] if means and record.verdict_metric.name != record.search_metric.name else []),
-            *scores.problems,
-        ),
+        questions=record.questions,
+        answers=answer_sweep(record, scores),
         scores=scores,
+        scale=build_scale(record, scores),
+        looks=record.looks,
+        looks_done=[look.seeds for look in record.looks_done] or record.looks,
     )
 
 
@@ -180,63 +182,58 @@ def read_confirm_scores(
     )
 
 
-def answer_sweep(record: SweepRecord, scores: ConfirmScores) -> list[Answer]:
-    """Returns the answers to the questions of a sweep."""
+def answer_sweep(record: SweepRecord, scores: ConfirmScores) -> list[AnswerRow]:
+    """Returns the answers to the questions of a sweep, a row for each subject."""
     if not record.looks:
         return []
     return answer_questions(record.questions, scores, build_scale(record, scores), looks=record.looks)
 
 
 def build_scale(record: SweepRecord, scores: ConfirmScores) -> MarginScale:
-    """Returns the margin, the sign of the metric, and the best subjects of `frozen` and of `full`."""
-    sign = record.verdict_metric.sign
+    """Returns the margin, and the best subjects of `frozen` and of `full`."""
+    metric = record.verdict_metric
 
     def find_best(method: str) -> str | None:
         arms = {arm.name for arm in record.arms if arm.method == method}
         names = [row.subject for row in record.settings if row.arm in arms]
-        means = {name: sign * found.value for name in names if (found := estimate_sum(scores, {name: 1.0}))}
+        means = {name: metric.sign * found.value for name in names if (found := estimate_sum(scores, {name: 1.0}))}
         return min(means, key=means.__getitem__, default=None)
 
     return MarginScale(
-        margin=parse_margin(record.margin), sign=sign, base=find_best(FrozenConfig.name), full=find_best("full")
+        margin=parse_margin(record.margin), metric=metric, base=find_best(FrozenConfig.name), full=find_best("full")
     )
 
 
-def compare_retained(
-    record: SweepRecord, row: RetainedRow, scores: ConfirmScores, evidence: Evidence
-) -> Iterator[Answer]:
-    """Yields the change of each other subject's score on a retained data set against the frozen base.
+def compare_settings(
+    name: AnswerName,
+    pairs: Iterable[tuple[str, str]],
+    scores: ConfirmScores,
+    *,
+    metric: ScoreMetric,
+    margin: float | None,
+    level: float,
+) -> Iterator[AnswerRow]:
+    """Yields the difference of each pair of subjects, with its verdict, beside the questions that share 5 %.
 
-    Both have the same seeds and examples. `equivalent` and `not worse` mean that no more than the margin was forgotten.
-    Intervals have the level of the sweep's questions, but these verdicts are not among those that share 5 %.
+    Both have the same seeds and examples, and the difference is in the metric's unit. It is about the confirmed
+    settings themselves. Without a margin only `better`, `worse` and `open` are possible.
     """
-    base, confidence = evidence.base, evidence.confidence
-    if base is None:
-        return
-    scores = scores.of_settings  # the numbers are about the confirmed setting itself
-    margin = Margin(value=record.retain_margin, is_share_of_gain=False)
-    scale = MarginScale(margin=margin, sign=row.metric.sign, base=base, full=None)
-    for setting in record.settings:
-        pair = compare_pair(setting.subject, base, scores, scale)
-        change, interval = scale.measure(scores, setting.subject, base, confidence=confidence)
-        if pair is None or change is None or setting.subject == base:
+    scores = scores.of_settings
+    scale = MarginScale(margin=Margin(value=margin or 0.0, is_share_of_gain=margin is None), metric=metric)
+    for subject, reference in pairs:
+        if (pair := compare_pair(subject, reference, scores, scale)) is None or subject == reference:
             continue
-        num_seeds, verdict = len(pair.advantage.seeds), judge_difference([pair], level=(1 - confidence) / 2)
-        blocker: Blocker | None = None
-        if verdict == "open":
-            blocker = "one seed" if num_seeds < 2 else "few seeds"
-        yield Answer(
-            name="retained",
-            arm=setting.arm,
-            key=None,
-            subject=setting.subject,
-            reference=base,
-            compared_with=(base,),
+        value, interval = scale.measure_difference(scores, subject, reference, confidence=1 - 2 * level)
+        num_seeds, verdict = len(pair.advantage.seeds), judge_difference([pair], level=level)
+        blocker: Blocker = "one seed" if num_seeds < 2 else "few seeds"
+        yield AnswerRow(
+            name=name,
+            arm=subject,
+            subject=subject,
+            reference=reference,
             verdict=verdict,
-            value=change,
+            value=value,
             interval=interval,
-            is_share=False,
             num_seeds=num_seeds,
-            has_groups=False,
-            blocker=blocker,
+            blocker=blocker if verdict == "open" else None,
         )

@@ -25,6 +25,7 @@ from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 from scipy.stats import norm
 
+from lorasweep.config.data import ScoreMetric
 from lorasweep.config.sweep import Margin
 from lorasweep.record import Question
 from lorasweep.report.evidence.estimates import (
@@ -39,7 +40,7 @@ from lorasweep.report.evidence.estimates import (
 from lorasweep.report.evidence.verdicts import (
     NEGATIVE_VERDICTS,
     POSITIVE_VERDICTS,
-    Answer,
+    AnswerRow,
     Blocker,
     Verdict,
 )
@@ -95,24 +96,33 @@ def _compute_crossing(looks: Sequence[int], boundary: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class MarginScale:
-    """The margin, and the two subjects whose difference is the gain, if the margin is a share of the gain."""
+    """The margin, and the two subjects whose difference is the gain. Shares of the gain are computed here alone."""
 
+    metric: ScoreMetric
     margin: Margin
-    sign: int
-    """1 if lower scores are better, else -1."""
-    base: str | None
+    base: str | None = None
     """The frozen base."""
-    full: str | None
+    full: str | None = None
+    """The best subject of full fine-tuning."""
+
+    @property
+    def sign(self) -> int:
+        """1 if lower scores are better, else -1."""
+        return self.metric.sign
+
+    @property
+    def has_gain(self) -> bool:
+        return self.base is not None and self.full is not None
 
     @property
     def is_known(self) -> bool:
         """Whether differences can be compared with the margin."""
-        return not self.margin.is_share_of_gain or (self.base is not None and self.full is not None)
+        return not self.margin.is_share_of_gain or self.has_gain
 
     @property
     def is_share(self) -> bool:
         """Whether differences are compared as shares of full fine-tuning's gain."""
-        return self.margin.is_share_of_gain and self.is_known
+        return self.margin.is_share_of_gain and self.has_gain
 
     @property
     def gain(self) -> Coefficients:
@@ -120,6 +130,21 @@ class MarginScale:
         assert self.base is not None
         assert self.full is not None
         return {self.base: float(self.sign), self.full: -float(self.sign)}
+
+    def find_gain(self, scores: ConfirmScores, *, level: float) -> float | None:
+        """Returns full fine-tuning's gain; None if it is not known, or if several seeds do not show that there is any.
+
+        Then shares of it mean nothing.
+        """
+        found = estimate_sum(scores, self.gain) if self.has_gain else None
+        is_shown = found is not None and found.value > 0 and (not found.is_testable or found.p_positive <= level)
+        return found.value if found and is_shown else None
+
+    def find_margin(self, gain: float | None) -> float | None:
+        """Returns the margin in the metric's unit; None if it is a share of a gain that is not known."""
+        if not self.margin.is_share_of_gain:
+            return self.margin.value
+        return self.margin.value * gain if gain else None
 
     def estimate_advantage(
         self, scores: ConfirmScores, subject: str, reference: str, *, margins: float
@@ -131,14 +156,19 @@ class MarginScale:
             return estimate_sum(scores, subtract(better, self.gain, -margins * self.margin.value))
         return estimate_sum(scores, better, constant=margins * self.margin.value)
 
-    def measure(
+    def measure_difference(
         self, scores: ConfirmScores, subject: str, reference: str, *, confidence: float
     ) -> tuple[float | None, Interval | None]:
-        """Returns the quantity that is shown, `Answer.value`, with its interval."""
-        if not self.is_share:
-            found = estimate_sum(scores, subtract({subject: 1.0}, {reference: 1.0}, 1.0))
-            return (found.value, found.find_interval(confidence)) if found else (None, None)
-        # 1 + advantage over the reference / gain, as one ratio
+        """Returns `subject - reference` in the metric's unit, with its interval."""
+        found = estimate_sum(scores, subtract({subject: 1.0}, {reference: 1.0}, 1.0))
+        return (found.value, found.find_interval(confidence)) if found else (None, None)
+
+    def measure_share(
+        self, scores: ConfirmScores, subject: str, reference: str | None, *, confidence: float
+    ) -> tuple[float | None, Interval | None]:
+        """Returns 1 + advantage over the reference / gain as one ratio, with its interval; unknown without a gain."""
+        if not self.has_gain or reference is None:
+            return None, None
         scores = self._let_gain_have_fewer_seeds(scores, subject, reference)
         better = {reference: float(self.sign), subject: -float(self.sign)}
         kept = subtract(better, self.gain, -1.0)
@@ -157,8 +187,8 @@ def compute_level(questions: Sequence[Question], looks: Sequence[int]) -> float:
 
 def answer_questions(
     questions: Sequence[Question], scores: ConfirmScores, scale: MarginScale, *, looks: Sequence[int]
-) -> list[Answer]:
-    """Returns an answer on each subject of each question, at planned looks with these numbers of seeds."""
+) -> list[AnswerRow]:
+    """Returns a row on each subject of each question, at planned looks with these numbers of seeds."""
     level = compute_level(questions, looks)
     return [
         answer
@@ -167,7 +197,7 @@ def answer_questions(
     ]
 
 
-def list_subjects_to_train(answers: Sequence[Answer]) -> set[str]:
+def list_subjects_to_train(answers: Sequence[AnswerRow]) -> set[str]:
     """Returns the subjects whose further seeds may change these answers; empty without answers."""
     return {name for answer in answers for name in (answer.subject, *answer.awaits)}
 
@@ -231,29 +261,35 @@ def _choose_test(question: Question) -> Callable[..., Verdict]:
 
 def _answer_chain(
     question: Question, scores: ConfirmScores, scale: MarginScale, *, level: float, max_seeds: int
-) -> list[Answer]:
+) -> list[AnswerRow]:
     references, judge = _list_references(question), _choose_test(question)
     of_gain = (*scale.gain,) if scale.is_share else ()
     compared, alone = _compare_chain(question, scores, scale, level=level)
+    is_gain_shown = scale.find_gain(scores, level=level) is not None
     if question.reference is None:
         scores = scores.of_settings
     answers = []
     for subject, verdict in _apply_order(alone).items():
-        worst, value, interval = _find_worst(compared[subject], verdict), None, None
-        if worst is not None:
-            value, interval = scale.measure(scores, subject, worst.reference, confidence=1 - 2 * level)
-        answer = Answer(
+        worst = _find_worst(compared[subject], verdict)
+        shown_reference = worst.reference if worst else references[subject][-1]
+        pair, confidence = (scores, subject, shown_reference), 1 - 2 * level
+        value, interval = share = scale.measure_share(*pair, confidence=confidence) if scale.is_share else (None, None)
+        # one seed shows no interval of anything
+        is_shown = is_gain_shown and (interval is not None or worst is None or not worst.advantage.is_testable)
+        if not (is_share := scale.is_share and is_shown):
+            value, interval = scale.measure_difference(*pair, confidence=confidence)
+        answer = AnswerRow(
             name=question.name,
             arm=question.arm,
             key=question.key,
             subject=subject,
-            reference=worst.reference if worst else references[subject][-1],
+            reference=shown_reference,
             compared_with=tuple(references[subject]),
             awaits=(*references[subject], *of_gain),
             verdict=verdict,
             value=value,
             interval=interval,
-            is_share=scale.is_share,
+            is_share=is_share,
             num_seeds=len(worst.advantage.seeds) if worst else 0,
             has_groups=scores.num_groups < scores.num_examples,
         )
@@ -263,7 +299,8 @@ def _answer_chain(
             answers.append(replace(answer, blocker="another value"))
         else:
             known = compared[subject] if len(compared[subject]) == len(references[subject]) else []
-            answers.append(_explain_open(answer, known, judge=judge, level=level, max_seeds=max_seeds, of_gain=of_gain))
+            explain = functools.partial(_explain_open, answer, known, judge=judge, level=level, max_seeds=max_seeds)
+            answers.append(explain(of_gain=of_gain, has_share=share[1] is not None))
     return answers
 
 
@@ -277,14 +314,15 @@ def compare_pair(subject: str, reference: str, scores: ConfirmScores, scale: Mar
 
 
 def _explain_open(
-    answer: Answer,
+    answer: AnswerRow,
     found: Sequence[_Comparison],
     *,
     judge: Callable[..., Verdict],
+    of_gain: tuple[str, ...],
+    has_share: bool,
     level: float,
     max_seeds: int,
-    of_gain: tuple[str, ...],
-) -> Answer:
+) -> AnswerRow:
     """Returns an open answer with its reason, and whether the seeds of later looks may settle it.
 
     Assumes that more seeds leave the estimates as they are, and only make their errors smaller.
@@ -312,12 +350,10 @@ def _explain_open(
         awaited = [min(awaited, key=lambda one: one[1].project(num_seeds=max_seeds).p_negative)]
     elif verdict == "sufficient":
         awaited = [(pair, margin) for pair, margin in awaited if margin.p_positive >= level]
-    needs_gain = answer.interval is None or any(
-        margin.error > MAX_GAIN_ERROR * pair.advantage.error for pair, margin in awaited
-    )
+    needs_gain = not has_share or any(margin.error > MAX_GAIN_ERROR * pair.advantage.error for pair, margin in awaited)
     return replace(
         answer,
-        blocker="no gain" if answer.is_share and answer.interval is None else largest,
+        blocker="no gain" if of_gain and not has_share else largest,
         may_settle=max(numbers) < max_seeds and verdict != "open",
         awaits=(*(pair.reference for pair, _ in awaited), *(of_gain if needs_gain else ())),
     )

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from lorasweep.errors import OutOfMemory, RecordError, RunError, WorkerError, describe_error
 from lorasweep.record import RunRecord, read_run
-from lorasweep.report.findings import MAX_CUT_OFF_SHARE
+from lorasweep.report.facts import MAX_CUT_OFF_SHARE
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import PACK_FILE, check_disk
 from lorasweep.sweep.definition.arms import Arm, Definition

@@ -1,0 +1,457 @@
+"""The words of the report: what `report.facts` found, as sentences and cells for every output. No code reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lorasweep.config.method import LoraConfig
+from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY
+from lorasweep.config.sweep import parse_margin
+from lorasweep.report.caveats import Fault
+from lorasweep.report.evidence.estimates import Interval
+from lorasweep.report.evidence.verdicts import (
+    Answer,
+    AnswerRow,
+    Blocker,
+    Missing,
+    NextStep,
+    StepName,
+    Verdict,
+)
+from lorasweep.report.facts import Findings, list_subject_rows
+from lorasweep.report.recommend import Recommendation, choose_subject
+from lorasweep.report.sweep_data import Setting, SubjectResult, SweepData
+from lorasweep.wording import (
+    UNKNOWN,
+    count_decimals,
+    count_percent_decimals,
+    format_bytes,
+    format_count,
+    format_estimate,
+    format_metric,
+    format_score,
+    format_seconds,
+    format_setting,
+    format_settings,
+    format_share,
+    format_share_estimate,
+    join_words,
+    short_key,
+)
+
+BLOCKERS: Mapping[Blocker, str] = {
+    "another value": "another value is tested first",
+    "no scores": "no test scores of both on the same seeds",
+    "no margin": "no margin is known",
+    "no gain": "full fine-tuning did not clearly improve on the base, so shares of its gain mean nothing",
+    "one seed": "one seed says nothing about another",
+    "few seeds": "mostly because of few seeds",
+    "few examples": "mostly because of few test examples",
+    "few trials": "mostly because of few trials of the search",
+}
+NEEDS: Mapping[Blocker, str] = {
+    "no margin": "an arm with `method=frozen`, or `confirm.margin` as a number in the metric's unit",
+    "no gain": "more steps or data",
+    "few seeds": "a larger `confirm.margin`",
+    "few examples": "more test examples",
+}
+"""For each blocker of an answer, a change that may settle the question in a new sweep."""
+MISSING: Mapping[Missing, str] = {
+    "no LoRA arm": "no arm has `method=lora`",
+    "no full arm": "no arm has `method=full`. Add one to compare LoRA with it",
+    "no rank": "no LoRA arm has `confirm_each: method.rank`",
+    "not stated": "the sweep does not state this question",
+    "not confirmed": "nothing is confirmed on test data yet",
+    "no trial": "no trial of LoRA is complete",
+    "not learned": "nothing is shown to be learned",
+    "no score": "no run has a score on this data",
+}
+STEPS: Mapping[StepName, str] = {
+    "complete": "completes the sweep",
+    "confirm": "adds the confirm stage",
+    "longer": "a longer run, {} steps",
+    "seeds": "{} seeds in all",
+    "trials": "twice the trials, {} in all",
+}
+PURPOSES = {"train": "To train {} on all data", "export": "To get the adapter of the best confirm run of {}"}
+SETTING_NAMES = {"method.name": "method", RANK: "rank", ALPHA: "α", LR: "learning rate", STEPS_KEY: "steps"}
+"""The settings that the recommendation shows first, with their names."""
+METHOD_NAMES = {"lora": "LoRA", "full": "full fine-tuning"}
+PRESENT: Mapping[Verdict, str] = {
+    "worse": "They are worse",
+    "better": "Nothing, they are better",
+    "equivalent": "Nothing that matters",
+    "not worse": "No more than the margin",
+}
+NO_EXAMPLE_SCORES = (
+    "Single test examples have no scores here, so intervals are over seeds alone: other test data may differ by more."
+)
+OTHER_SEARCH_METRIC = (
+    "The search chose settings by another metric than that of the verdicts, so the intervals do not include the chance "
+    "in the search."
+)
+
+
+def name_question(answer: Answer, data: SweepData) -> str:
+    arm = data.find_arm(answer.arm)
+    several = sum(row.method == "lora" and row.name not in data.fixed_arms for row in data.record.arms) > 1
+    name = "LoRA" if arm is None or (arm.method == "lora" and not several) else f"`{arm.name}`"
+    key = short_key(arm.key) if arm and arm.key else "rank"
+    of_arm = "" if name == "LoRA" else f" of {name}"
+    return {
+        "as_good_as_full": f"Is {name} as good as full fine-tuning here?",
+        "smallest": f"Which {key}{of_arm} is enough?",
+        "setting": "At which α and learning rate?",
+        "pair": f"Is {name} as good as `{answer.rows[0].reference}`?" if answer.rows else "",
+        "present": f"What do the settings of {answer.arm} cost?",
+        "retained": f"What was forgotten of {answer.arm}?",
+    }[answer.name]
+
+
+def describe_headline(answer: Answer, data: SweepData) -> str:
+    """Returns the answer in a few words: the values, intervals and verdicts are in its rows."""
+    if answer.missing:
+        because = f"{'Open' if answer.state == 'open' else 'Not asked'}: {MISSING[answer.missing]}."
+        best = data.find_subject(answer.arm) if answer.missing == "not confirmed" else None
+        return f"{because} Best so far: {describe_full_setting(best)}." if best else because
+    blocking = answer.blocking
+    why = f"Open: {BLOCKERS[blocking.blocker]}." if blocking and blocking.blocker else "Open."
+    if answer.name == "setting":
+        (row,), one = answer.rows, data.find_subject(answer.rows[0].subject)
+        setting = describe_full_setting(one) if one else ""
+        return f"{capitalize(setting) if row.is_settled else f'Open: {setting}'}."
+    if answer.name == "present":
+        found, *names = data.find_subject(answer.rows[0].reference), answer.rows[0].subject
+        settings = [describe_full_setting(one) for one in (data.find_subject(names[0]), found) if one]
+        first = PRESENT.get(answer.rows[0].verdict)
+        return f"{first}. {': '.join(('Present', settings[0]))}. Found: {settings[-1]}." if first else why
+    if answer.name == "retained":
+        worse = [name_value(row.subject, data) for row in answer.rows if row.verdict == "worse"]
+        forgotten = f"{join_words(worse)} forgot more than {data.record.retain_margin:g}." if worse else ""
+        rest = why if answer.state == "open" else "" if worse else f"No more than {data.record.retain_margin:g}."
+        return f"{forgotten} {rest}".strip()
+    return _describe_chain(answer, why, data)
+
+
+def _describe_chain(answer: Answer, why: str, data: SweepData) -> str:
+    good, below, is_alone = answer.good, answer.below, len(answer.rows) == 1
+    first, smaller = (name_value(row.subject, data) if row else "" for row in (good, below))
+    is_known = below is None or below.is_settled
+    if answer.name == "smallest":
+        largest = name_value(answer.largest, data)
+        if good:
+            rest = "the smallest that was tried" if below is None else f"{smaller} is not enough"
+            return (
+                f"{capitalize(first)}; {rest}."
+                if is_known
+                else f"At most {first}. {capitalize(smaller)} is {why[0].lower()}{why[1:]}"
+            )
+        return f"{capitalize(largest)}, the largest that was tried." if is_known else why
+    if good:
+        return f"Yes{f' from {first}' if below else '' if is_alone else ', at each value'}." + (
+            "" if is_known else f" {capitalize(smaller)} is {why[0].lower()}{why[1:]}"
+        )
+    return f"No{'' if is_alone else ', at no value'}." if is_known else why
+
+
+def name_value(subject: str | None, data: SweepData) -> str:
+    """Returns the name of a subject in a sentence about one arm: `rank 16`, or the name between backticks."""
+    found = data.find_subject(subject)
+    return found.subject.label if found and found.subject.key else f"`{subject}`"
+
+
+def capitalize(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def describe_unit(answer: Answer, data: SweepData) -> str:
+    """Returns what the values of an answer's rows are, one phrase for all; empty without rows."""
+    if not answer.rows or answer.name == "setting":
+        return ""
+    metric = next((row.metric for row in data.record.retained if row.name == answer.arm), data.shown_metric)
+    unit = f"{format_metric(metric.name)} ({metric.better_scores} is better)"
+    names = dict.fromkeys(row.reference for row in answer.rows)
+    against = "" if len(names) > 1 else f", against {name_value(next(iter(names)), data)}"
+    if all(row.is_share for row in answer.rows):
+        return (
+            "share of full's gain"
+            if answer.name == "as_good_as_full"
+            else f"difference as a share of full's gain{against}"
+        )
+    return f"difference in {unit}{against}"
+
+
+def list_cells(answer: Answer, data: SweepData) -> list[tuple[str, str, str]]:
+    """Returns the row of each value of an answer: its name, its value with the interval, and its verdict.
+
+    All values have the same number of decimals.
+    """
+    if answer.name == "setting":
+        return [("an untried setting", _describe_regret(row, data), row.verdict) for row in answer.rows]
+    unit_margin = data.record.retain_margin if answer.name == "retained" else data.evidence.margin or 0.0
+    decimals = _count_share_decimals([row.interval for row in answer.rows if row.is_share], data)
+    differences = [row.interval for row in answer.rows if not row.is_share]
+    digits = count_decimals(differences, critical=(0.0, unit_margin, -unit_margin))
+    several = len({row.reference for row in answer.rows}) > 1
+    cells: list[tuple[str, str, str]] = []
+    for row in answer.rows:
+        value, interval = row.value, row.interval
+        if row.is_share and row.name != "as_good_as_full" and value is not None:
+            # against another reference, the tested quantity is 1 plus the difference as a share of full's gain
+            value, interval = value - 1, interval and (interval[0] - 1, interval[1] - 1)
+        form = format_share_estimate if row.is_share else format_estimate
+        text = form(value, interval, decimals=decimals if row.is_share else digits)
+        against = f" against {name_value(row.reference, data)}" if several else ""
+        cells.append((name_value(row.subject, data).strip("`"), text + against, row.verdict))
+    return cells
+
+
+def _count_share_decimals(intervals: Sequence[Interval | None], data: SweepData) -> int:
+    margin = data.evidence.scale.margin.value if data.evidence.scale.margin.is_share_of_gain else 0.0
+    return count_percent_decimals(intervals, critical=(1.0, 1.0 - margin, 1.0 + margin))
+
+
+def _describe_regret(row: AnswerRow, data: SweepData) -> str:
+    if row.value is None:
+        return UNKNOWN
+    metric = format_metric(data.record.search_metric.name)
+    amount = f"{format_share(row.value)} of full's gain" if row.is_share else f"{format_score(row.value)} {metric}"
+    return f"expected to be better by {amount}"
+
+
+def build_entry(row: AnswerRow) -> dict[str, Any]:
+    """Returns a row as files have it. The name of `smallest` ends in the key's last part: `smallest_rank`."""
+    return {
+        "name": f"{row.name}_{short_key(row.key)}" if row.name == "smallest" and row.key else row.name,
+        **{field: getattr(row, field) for field in ("subject", "reference", "verdict", "value", "interval")},
+        "open_because": BLOCKERS[row.blocker] if row.blocker else None,
+    }
+
+
+def describe_step(step: NextStep) -> str:
+    """Returns what the command of a next step does, or what a new sweep needs, without the command."""
+    if step.name == "none":
+        needs = join_words([NEEDS[blocker] for blocker in step.needs if blocker in NEEDS], last="or")
+        return f"No command settles this. A new sweep may, with {needs}."
+    likely = {True: "likely to settle it", False: "may settle it", None: ""}[step.is_likely]
+    time = f"about {format_seconds(step.seconds)}" if step.seconds else ""
+    parts = [STEPS[step.name].format(step.number), likely, time]
+    return f"Next ({', '.join(filter(None, parts))})" + ("" if step.command else ".")
+
+
+def describe_setting(one: SubjectResult) -> str:
+    """Returns a subject's best settings as text, without the value in its name. Says if they are predicted."""
+    if one.best is None:
+        return "no complete trial"
+    settings = format_settings({key: value for key, value in one.best.params.items() if key != one.subject.key})
+    return f"{settings} (predicted)" if one.best.is_predicted else settings
+
+
+def describe_full_setting(one: SubjectResult) -> str:
+    """Returns rank, α, learning rate and the other swept settings of a subject, swept or not."""
+    if one.best is None:
+        return "no complete trial"
+    named = {"rank": RANK, "α": ALPHA, "learning rate": LR}
+    numbers = {name: number for name, key in named.items() if (number := one.best.get_number(key)) is not None}
+    others = {key: value for key, value in one.best.params.items() if key not in named.values()}
+    parts = [f"{name} {format_setting(value)}" for name, value in numbers.items()]
+    return ", ".join([*parts, *([format_settings(others)] if others else [])]) + (
+        " (predicted)" if one.best.is_predicted else ""
+    )
+
+
+def name_settings(one: Recommendation) -> dict[str, str]:
+    """Returns the recommended settings by name."""
+    setting, method = one.setting, one.subject.row.method
+    # without its rule, α could be read as α of another rule
+    scaling = [SCALING] if setting.get(SCALING) not in (None, LoraConfig.scaling) else []
+    keys = dict.fromkeys([*SETTING_NAMES, *scaling, *setting.params])
+    known = {key: setting.get(key) for key in keys if method == "lora" or key not in (RANK, ALPHA)}
+    known["method.name"] = METHOD_NAMES.get(method, method)
+    return {SETTING_NAMES.get(key, short_key(key)): format_setting(v) for key, v in known.items() if v is not None}
+
+
+def describe_evidence(one: SubjectResult, data: SweepData) -> str:
+    """Returns in a few words how well a subject is known to do, for a comment in a file of another tool."""
+    if not data.evidence.means:
+        return f"the best of {len(one.trials)} trials on validation data; {MISSING['not confirmed']}"
+    row = next((row for row in data.evidence.answers if row.subject == one.name and row.name != "pair"), None)
+    if row is None:
+        return "confirmed on test data, and compared with no other arm"
+    answer = data.evidence.find_answer("as_good_as_full" if row.name == "as_good_as_full" else "smallest", row.arm)
+    name, value, verdict = list_cells(answer, data)[answer.rows.index(row)]
+    choice = choose_subject(data, one.arm)
+    may_be_smaller = choice is not None and choice.subject is one and row.is_settled and not choice.is_settled
+    more = "; not settled: a smaller value may be enough" if may_be_smaller else ""
+    return f"{name}: {value}, {describe_unit(answer, data)} ({verdict}{more})"
+
+
+def describe_failure(findings: Findings) -> tuple[str | None, str | None]:
+    """Returns the headline and the remedy if nothing is shown to be learned."""
+    learning, data = findings.learning, findings.data
+    if not learning.has_failed:
+        return None, None
+    if learning.state == "not shown":
+        metric = format_metric(data.shown_metric.name)
+        headline = "Nothing is shown to be learned: on test data no method is shown to be better than "
+        return f"{headline}{learning.baseline}, by {metric}.", "No settings are recommended."
+    check = "the data" if learning.base else "that the labels belong to the texts"
+    so_far = "" if data.record.status == "complete" else " so far"
+    headline = f"Nothing learned{so_far}: no trial is better than {_describe_baseline(findings)}."
+    return headline, f"No settings are recommended. Check {check}, and try other learning rates."
+
+
+def _describe_baseline(findings: Findings) -> str:
+    learning = findings.learning  # the table has the score of the base
+    return f"{learning.baseline}" + ("" if learning.base else f" ({format_score(learning.score)})")
+
+
+def list_warnings(findings: Findings) -> list[str]:
+    """Returns reasons to doubt the numbers: subjects that learned nothing, and unequal searches."""
+    learning, faults, baseline = findings.learning, findings.fairness.faults, _describe_baseline(findings)
+    warnings = [f"`{name}` learned nothing: no trial is better than {baseline}." for name in learning.failed]
+    unlearned = [f"`{name}`" for name in learning.unlearned if name not in learning.failed]
+    if unlearned and not learning.has_failed:
+        warnings.append(f"Not shown to beat {learning.baseline} on test data: {join_words(unlearned)}.")
+    run, minutes = findings.data.longest_run, findings.data.record.minutes
+    if run and minutes is not None and run.epochs and run.epochs < 1:
+        steps = f"{run.steps_planned:,} steps of {run.config['trainer']['batch_size']:,}"
+        warnings.append(f"To fit `--minutes`, each run had {steps} ({run.epochs:.2g} epochs).")
+    if findings.longer_answers:
+        split, (accuracy, chosen, rejected) = findings.longer_answers
+        warnings.append(
+            f"Always choosing the longer answer has preference accuracy {format_score(accuracy)} on {split} data: "
+            f"chosen answers have {chosen:.0f} scored tokens on average, rejected ones {rejected:.0f}. A method that "
+            "scores no higher may have learned lengths alone."
+        )
+    warnings += _describe_cut_off(findings) if findings.has_many_cut_off else []
+    unfair = "; ".join(describe_fault(fault) for fault in faults)
+    return [*warnings, *([f"The comparison of arms is not fair: {unfair}."] if faults else [])]
+
+
+def describe_fault(fault: Fault) -> str:
+    """Returns a clause on why a comparison is not fair."""
+    names, values = [f"`{name}`" for name in fault.values], [*fault.values.values()]
+    if fault.name == "tokens":
+        return f"{names[0]} had {format_count(values[0])} tokens a run and {names[1]} {format_count(values[1])}"
+    if fault.name == "decades":
+        return f"{names[0]} had {values[0]:.1f} decades of learning rates and {names[1]} {values[1]:.1f}"
+    if fault.name == "regret":
+        above = join_words([f"{value:.2g} margins for {name}" for name, value in zip(names, values, strict=True)])
+        return f"an untried setting is expected to be better by {above}, so the luck of the search may decide"
+    arms = join_words([f"{name} ({format_setting(value)})" for name, value in zip(names, values, strict=True)])
+    end, better = ("lower", "lower") if fault.name == "lower end" else ("upper", "higher")
+    return f"the best `{fault.key}` of {arms} lies at the {end} end of its range, so {better} values may be better"
+
+
+def _describe_cut_off(findings: Findings) -> list[str]:
+    cut_off, examples = (sum(findings.count_generated(name)) for name in ("cut_off", "examples"))
+    counts = f"{cut_off:,} of {examples:,} generated answers"
+    said = f"{counts} were cut off at `data.answers.max_new_tokens`, so their scores may be too low. Raise it."
+    return [said] if cut_off else []
+
+
+def list_notes(findings: Findings) -> list[str]:
+    """Returns the sentences that are neither an answer nor a warning, the most important first."""
+    return [*_list_notes(findings)]
+
+
+def _list_notes(findings: Findings) -> Iterator[str]:
+    data, fairness = findings.data, findings.fairness
+    record, evidence = data.record, data.evidence
+    yield from [] if findings.has_many_cut_off else _describe_cut_off(findings)
+    if evidence.means and data.other_metric:
+        verdict, other = format_metric(data.shown_metric.name), format_metric(data.other_metric.name)
+        yield f"Verdicts are about {verdict} (`confirm.metric`); {other} on the same test data decides nothing."
+        if left_out := max(findings.count_generated("left_out"), default=0):
+            too_long = "because prompt and reference are longer than `data.max_length`"
+            yield f"{left_out:,} test examples are not answered, {too_long}."
+    saved, planned = data.steps_saved, sum(run.steps_planned for run in data.run_records)
+    saving = f"; stopping runs saved {format_share(saved / planned)} of the planned steps" if saved > 0 else ""
+    counts = {"trial": data.trials, "confirm run": data.confirm_runs}
+    runs = [f"{len(rows):,} {name}{'' if len(rows) == 1 else 's'}" for name, rows in counts.items() if rows]
+    spent = f"{format_seconds(record.makespan_s)}, {format_count(data.tokens_trained)} tokens trained"
+    yield f"{join_words(runs) or 'No run'} in {spent}{saving}."
+    if record.status != "complete":
+        yield f"The sweep is {record.status}: {sum(row.trials for row in record.arms)} trials were asked for."
+    if fairness.is_fair and not findings.learning.has_failed:
+        yield f"The comparison of arms is {'' if record.status == 'complete' else 'so far '}fair."
+    for fault in fairness.edges:
+        yield f"{capitalize(describe_fault(fault))}."
+    for recommended in findings.recommended:
+        yield from _describe_search(recommended.setting, data)
+    if evidence.answers:
+        looks, used = join_words([str(look) for look in record.looks]), max(row.num_seeds for row in evidence.answers)
+        done = record.looks_done
+        ended = "; more had no good chance" if done and not done[-1].next and done[-1].seeds < max(record.looks) else ""
+        yield (
+            f"The questions are stated in the sweep and tested at {looks} seed{'' if looks == '1' else 's'} ({used} "
+            f"were used{ended}). The chance of any false verdict is at most 5 % over all questions and looks, so the "
+            f"intervals beside verdicts have {100 * evidence.confidence:.3g} % confidence."
+        )
+        yield _describe_margin(data)
+    if evidence.means and not evidence.scores.num_examples:
+        yield NO_EXAMPLE_SCORES
+    if evidence.means and record.verdict_metric.name != record.search_metric.name:
+        yield OTHER_SEARCH_METRIC
+    yield from (*evidence.scores.problems, *record.warnings, *record.notes)
+
+
+def _describe_search(setting: Setting, data: SweepData) -> Iterator[str]:
+    """Yields what the search knows beside its best setting: the rate law, and what other rates cost."""
+    alpha, lr = setting.get_number(ALPHA), setting.get_number(LR)
+    if alpha and lr and setting.follows_rate_law:
+        yield f"At another α: lr = u/√α with u = {lr * math.sqrt(alpha):.3g}."
+    if setting.row and setting.row.rate_ratio:
+        yield f"The setting's rate is a factor of {setting.row.rate_ratio:.3g} from that of the nearest complete trial."
+    if setting.row and setting.row.rate_costs and data.has_small_regret(setting) and (gain := data.regret_gain):
+        costs = [
+            f"{name} the rate costs at least {format_share(c / gain)}" for name, c in setting.row.rate_costs.items()
+        ]
+        yield f"By the search's model, {join_words(costs)} of full's gain."
+
+
+def _describe_margin(data: SweepData) -> str:
+    """Returns a sentence about the smallest difference that matters, or why none is known."""
+    setting, margin = data.record.margin, data.evidence.margin
+    share = f"{setting} of full fine-tuning's gain over the frozen base"
+    if margin is None:
+        return (
+            f"No margin: {share} is not known, because that needs test scores of both and a gain. So nothing can be "
+            "shown to be equivalent, and no rank enough. Set `confirm.margin` to a number in the metric's unit."
+        )
+    # the gain is uncertain too, and each test counts the error of both
+    meaning = f": {share}, whose error counts in each test" if parse_margin(setting).is_share_of_gain else ""
+    metric = format_metric(data.shown_metric.name)
+    return f"The margin, the smallest difference that matters, is {format_score(margin)} {metric}{meaning}."
+
+
+def format_means(means: Mapping[str, tuple[float | None, Interval | None]]) -> dict[str, str]:
+    """Returns mean scores with their intervals by name, all with the same number of decimals."""
+    decimals = count_decimals(interval for _, interval in means.values())
+    return {name: format_estimate(*found, decimals=decimals) for name, found in means.items()}
+
+
+def list_columns(data: SweepData) -> dict[str, list[str]]:
+    """Returns the columns of the table of subjects by title, with one cell for each subject."""
+    rows = list_subject_rows(data)
+    scores = [row["search_score"] for row in rows]
+    decimals = _count_share_decimals([row["share_interval"] for row in rows], data)
+    columns, tested = {}, {"test score": "test"}
+    if data.other_metric:
+        tested[format_metric(data.other_metric.name)] = "other_test"
+    for title, kind in tested.items():
+        found = {row["name"]: (row[f"{kind}_score"], row[f"{kind}_interval"]) for row in rows}
+        if any(score is not None for score, _ in found.values()):
+            columns[title] = [*format_means(found).values()]
+    shares = [(row["share_of_full_gain"], row["share_interval"]) for row in rows]
+    return columns | {
+        "search score": [format_score(score, beside=scores) for score in scores],
+        "of full's gain": [format_share_estimate(*share, decimals=decimals) for share in shares],
+        "trained": [format_count(row["trainable_params"]) for row in rows],
+        "adapter": [format_bytes(row["adapter_bytes"]) for row in rows],
+        "memory": [format_bytes(row["peak_memory_bytes"]) for row in rows],
+        "time": [format_seconds(row["wall_s"]) for row in rows],
+    }
