@@ -57,7 +57,7 @@ def test_dataframes_have_a_row_per_trial_run_and_step(result):
 
 def test_figures_table_and_weights_are_there_and_loading_reads_what_running_returned(result):
     assert all(figure.data for figure in result.figures().values())
-    assert "bits_per_byte" in result.table()
+    assert "bits per byte" in result.table()
     assert str(result.load_run(result.best("lora"))).startswith("complete: bits_per_byte ")
     names = {name for name, _ in result.load_run(result.best("lora")).load_model().named_parameters()}
     assert any("lora_a" in name for name in names)

@@ -57,7 +57,7 @@ def test_a_sweep_goes_from_file_to_report(swept, sweep, capsys):
         assert list((sweep / row.run).glob("events.out.tfevents.*"))
     assert all(row.test_scores == read_run(sweep / row.run).test for row in record.confirm)
     summary = json.loads((sweep / "report" / "summary.json").read_text())
-    assert {arm["name"]: arm["trials"]["complete"] for arm in summary["arms"]} == {"frozen": 1, "lora": 2}
+    assert {arm["name"]: arm["trials"]["complete"] for arm in summary["subjects"]} == {"frozen": 1, "lora": 2}
     assert run(["compare", "s"]) == DONE
     assert "report: s/report/index.html" in capsys.readouterr().out
     assert run(["sweep", "--resume", "s"]) == DONE

@@ -126,7 +126,7 @@ def test_only_decided_lines_change_and_each_says_why(sweep, capsys, tool, ending
     for key, (old, new) in DECIDED[tool].items():
         assert (now.pop(key), was.pop(key, None) is None) == (new, old is None)
         line = next(line for line in after.splitlines() if line.startswith(key))
-        assert f"# lorasweep: {'new' if old is None else f'was {old}'}; rank 16 keeps 1" in line
+        assert f"# lorasweep: {'new' if old is None else f'was {old}'}; rank 16: 1" in line
         assert f"{key}: {new} (was {old or 'missing'})" in shown
     assert list(now.items()) == list(was.items())
     assert ("# as everybody does  # lorasweep" in after, "# a text for YAML 1.1  # lorasweep" in after) == (
@@ -140,7 +140,7 @@ def test_the_comment_of_a_former_export_is_replaced(sweep):
     write(FILES["axolotl"].replace("# as everybody does", "# mine  # lorasweep: was 8; old"))
     assert export("axolotl") == 0
     (line,) = [line for line in read().splitlines() if line.startswith("lora_r")]
-    assert line.startswith("lora_r: 16 # mine  # lorasweep: was 32; rank 16 keeps 1")
+    assert line.startswith("lora_r: 16 # mine  # lorasweep: was 32; rank 16: 1")
 
 
 FORMS = {

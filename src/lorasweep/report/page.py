@@ -12,24 +12,11 @@ from plotly.offline import get_plotlyjs
 
 from lorasweep import wording
 from lorasweep.record import STATES, Trial
+from lorasweep.report import text
 from lorasweep.report.facts import Findings
+from lorasweep.report.figures import Panel, build_link, choose_colours
 from lorasweep.report.generated import list_generated_examples
-from lorasweep.report.panel import Panel, build_link, choose_colours
 from lorasweep.report.sweep_data import SweepData
-from lorasweep.report.text import (
-    PURPOSES,
-    describe_failure,
-    describe_headline,
-    describe_setting,
-    describe_step,
-    describe_unit,
-    list_cells,
-    list_columns,
-    list_notes,
-    list_warnings,
-    name_question,
-    name_settings,
-)
 
 COSTS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
     ("trained", "trainable parameters", "trainable_params", wording.format_count),
@@ -56,19 +43,7 @@ def render_page(findings: Findings, panels: Sequence[Panel]) -> str:
         sweep=data.record,
         findings=findings,
         evidence=data.evidence,
-        subject_columns=list_columns(data),
-        describe_setting=describe_setting,
-        describe_step=describe_step,
-        failure=describe_failure(findings),
-        answers=[
-            (answer, name_question(answer, data), describe_headline(answer, data), describe_unit(answer, data))
-            for answer in findings.answers
-        ],
-        list_cells=list_cells,
-        name_settings=name_settings,
-        purposes=PURPOSES,
-        warnings=list_warnings(findings),
-        notes=list_notes(findings),
+        text=text,
         states=STATES,
         generated=list_generated_examples(data),
         colours=choose_colours(data),
@@ -85,14 +60,14 @@ def render_page(findings: Findings, panels: Sequence[Panel]) -> str:
     )
 
 
-def _mark_code(text: str) -> Markup:
+def _mark_code(sentence: str) -> Markup:
     """Returns text as HTML, with code between backticks. Lines break at spaces of code, never inside `--format`."""
 
     def mark(found: re.Match[str]) -> str:
         words = [f"<span>{word}</span>" for word in found[1].split(" ")]
         return f"<code>{' '.join(words) if len(words) > 1 else found[1]}</code>"
 
-    return Markup(re.sub(r"`([^`]*)`", mark, str(escape(text))))
+    return Markup(re.sub(r"`([^`]*)`", mark, str(escape(sentence))))
 
 
 def _figure_json(panel: Panel) -> Markup:

@@ -5,34 +5,24 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from lorasweep.report import text
 from lorasweep.report.evidence.verdicts import Answer
 from lorasweep.report.facts import Findings, list_subject_rows
 from lorasweep.report.sweep_data import SweepData
-from lorasweep.report.text import (
-    build_entry,
-    describe_failure,
-    describe_fault,
-    describe_headline,
-    describe_unit,
-    list_notes,
-    list_warnings,
-    name_question,
-    name_settings,
-)
 
 
 def build_summary(findings: Findings) -> dict[str, Any]:
     """Returns the content of `report/summary.json`."""
     data, record, runs = findings.data, findings.data.record, findings.data.run_records
     evidence, fairness = data.evidence, findings.fairness
-    headline, remedy = describe_failure(findings)
+    headline, remedy = text.describe_failure(findings)
     return {
         "sweep": record.name,
         "status": record.status,
         "headline": headline,
         "remedy": remedy,
         "answers": [_build_answer(answer, data) for answer in findings.answers],
-        "warnings": list_warnings(findings),
+        "warnings": text.list_warnings(findings),
         "learning": asdict(findings.learning),
         "metric": record.search_metric.name,
         "direction": record.search_metric.direction,
@@ -44,13 +34,13 @@ def build_summary(findings: Findings) -> dict[str, Any]:
         "steps_saved": data.steps_saved,
         "base": {"score": data.best_score("frozen")},
         "subjects": list_subject_rows(data),
-        "sentences": list_notes(findings),
+        "sentences": text.list_notes(findings),
         "recommended": [
             {
                 "subject": one.subject.name,
                 "is_settled": one.is_settled,
                 "params": one.setting.params,
-                "settings": name_settings(one),
+                "settings": text.name_settings(one),
                 "commands": one.commands,
                 "recipes": one.recipes,
             }
@@ -65,19 +55,19 @@ def build_summary(findings: Findings) -> dict[str, Any]:
         },
         "fairness": {
             "is_fair": fairness.is_fair,
-            **{name: [describe_fault(one) for one in getattr(fairness, name)] for name in ("faults", "edges")},
+            **{name: [text.describe_fault(one) for one in getattr(fairness, name)] for name in ("faults", "edges")},
         },
     }
 
 
 def _build_answer(answer: Answer, data: SweepData) -> dict[str, Any]:
     return {
-        "question": name_question(answer, data),
+        "question": text.name_question(answer, data),
         "name": answer.name,
         "arm": answer.arm,
         "state": answer.state,
-        "headline": describe_headline(answer, data),
-        "unit": describe_unit(answer, data),
-        "rows": [build_entry(row) | {"is_share": row.is_share, "seeds": row.num_seeds} for row in answer.rows],
+        "headline": text.describe_headline(answer, data),
+        "unit": text.describe_unit(answer, data),
+        "rows": [text.build_entry(row) | {"is_share": row.is_share, "seeds": row.num_seeds} for row in answer.rows],
         "next": asdict(answer.next) if answer.next else None,
     }

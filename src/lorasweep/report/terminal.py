@@ -9,29 +9,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lorasweep.report import text
 from lorasweep.report.facts import Findings
 from lorasweep.report.sweep_data import SweepData
-from lorasweep.report.text import (
-    PURPOSES,
-    describe_failure,
-    describe_headline,
-    describe_setting,
-    describe_step,
-    describe_unit,
-    list_cells,
-    list_columns,
-    list_notes,
-    list_warnings,
-    name_question,
-)
 from lorasweep.wording import format_metric
 
 
 def render_terminal(findings: Findings, *, verbose: bool = False) -> RenderableType:
     """Returns the answers and the table of a sweep; `verbose` adds the other sentences of the report."""
-    headline, remedy = describe_failure(findings)
-    notes = list_notes(findings) if verbose else []
-    sentences = [*([remedy] if remedy else []), *list_warnings(findings), *notes, *findings.data.problems]
+    headline, remedy = text.describe_failure(findings)
+    notes = text.list_notes(findings) if verbose else []
+    sentences = [*([remedy] if remedy else []), *text.list_warnings(findings), *notes, *findings.data.problems]
     return Group(
         *([Text(headline, style="bold red")] if headline else []),
         *_render_answers(findings),
@@ -43,12 +31,13 @@ def render_terminal(findings: Findings, *, verbose: bool = False) -> RenderableT
 def list_lines(findings: Findings) -> Iterator[tuple[str, str, list[str]]]:
     """Yields each question with its headline, and the lines below it: a row for each value, and what to type next."""
     for answer in findings.answers:
-        data, unit = findings.data, describe_unit(answer, findings.data)
-        headline, cells = describe_headline(answer, data), list_cells(answer, data)
+        data, unit = findings.data, text.describe_unit(answer, findings.data)
+        headline, cells = text.describe_headline(answer, data), text.list_cells(answer, data)
         widths = [max(len(row[column]) for row in cells) for column in range(2)] if cells else []
         rows = [f"{name:<{widths[0]}}  {value:<{widths[1]}}  {verdict}" for name, value, verdict in cells]
-        step = [f"{describe_step(answer.next)}: {answer.next.command}".removesuffix(": None")] if answer.next else []
-        yield name_question(answer, data), f"{headline}{f' ({unit})' if unit else ''}", [*rows, *step]
+        if answer.next:
+            rows.append(f"{text.describe_step(answer.next)}: {answer.next.command}".removesuffix(": None"))
+        yield text.name_question(answer, data), f"{headline}{f' ({unit})' if unit else ''}", rows
 
 
 def _render_answers(findings: Findings) -> Iterator[Text]:
@@ -62,12 +51,12 @@ def _render_answers(findings: Findings) -> Iterator[Text]:
 def list_commands(findings: Findings) -> Iterator[tuple[str, str]]:
     """Yields each command that uses the recommended settings, with its purpose."""
     for one in findings.recommended:
-        yield from ((PURPOSES[name].format(one.subject.name), command) for name, command in one.commands.items())
+        yield from ((text.PURPOSES[name].format(one.subject.name), command) for name, command in one.commands.items())
 
 
 def _draw_subjects(data: SweepData) -> Table:
     """Returns a table with a row for each subject. It lacks columns of the page, to fit into 80 characters."""
-    columns = list_columns(data)
+    columns = text.list_columns(data)
     names = [name for name in columns if name not in ("adapter", "memory", "time")]
     if data.other_means:  # 80 characters have no room for this column and the search score
         names.remove("search score")
@@ -78,5 +67,5 @@ def _draw_subjects(data: SweepData) -> Table:
     for name in names:
         table.add_column(name, justify="right", overflow="fold")
     for row, one in enumerate(data.subjects):
-        table.add_row(Text(one.name), Text(describe_setting(one)), *(Text(columns[name][row]) for name in names))
+        table.add_row(Text(one.name), Text(text.describe_setting(one)), *(Text(columns[name][row]) for name in names))
     return table

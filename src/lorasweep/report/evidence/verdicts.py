@@ -73,7 +73,7 @@ class AnswerRow:
     verdict: Verdict
     value: float | None
     """The tested quantity. If `is_share`: 1 + (advantage over reference) / (full fine-tuning's gain). With
-    `full` as the reference, this is the subject's share of the gain. Else `subject - reference` in the metric's unit."""
+    `full` as the reference, this is the subject's share of the gain. Else `subject - reference`, in the metric."""
     interval: Interval | None = None
     """The interval that the tests of this look use. A verdict never contradicts it."""
     is_share: bool = False
