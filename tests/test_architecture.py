@@ -171,17 +171,18 @@ def test_the_tree_is_the_codes():
     assert drawn == packages | modules
 
 
-def read_path():
-    """Rows of the path: file, and the function in it."""
-    return re.findall(r"^\| \d+ \| `([\w/]+\.py)` \| `(\w+)`", ARCHITECTURE, flags=re.MULTILINE)
+def read_path(page):
+    """Rows of the paths of a page: file, and the function in it."""
+    return re.findall(r"^\| \d+ \| `([\w/]+\.py)` \| `(\w+)`", page, flags=re.MULTILINE)
 
 
-def test_every_step_of_a_trials_path_is_a_function_of_its_file_and_a_trial_of_one_class():
-    assert read_path()
-    for file, function in read_path():
+def test_every_step_of_a_path_is_a_function_of_its_file_and_a_trial_of_one_class():
+    assert read_path(ARCHITECTURE)
+    for file, function in read_path(ARCHITECTURE):
         names = {node.name for node in ast.walk(ast.parse((PACKAGE / file).read_text())) if hasattr(node, "name")}
         assert function in names, file
-    handled = [file for file, _ in read_path() if file.startswith(("sweep/controller", "report"))]
+    of_trial = ARCHITECTURE.split("\n## The path of a trial\n")[1].split("\n## ")[0]
+    handled = [file for file, _ in read_path(of_trial) if file.startswith(("sweep/controller", "report"))]
     for file in handled:
         names = {node.id for node in ast.walk(ast.parse((PACKAGE / file).read_text())) if isinstance(node, ast.Name)}
         assert "Trial" in names, file

@@ -7,8 +7,8 @@ evidence            the test scores of subjects, the answers to the sweep's ques
 caveats             whether the trials beat an answer that needs no training, and whether arms were treated alike
 recommend           the settings to use
 next_step           the command for each open question
-answers             the three lines at the top of every output, and verdicts in words
-findings            all of this together, with other sentences
-panel, figures, page, terminal, write
-                    the report as a person sees it
+facts               all of this together, as values
+text                these values in words
+terminal, page, figures, summary, write
+                    the report as a person or a program reads it
 """
