@@ -1,18 +1,14 @@
-"""Rows become token ids once: the same ids from the cache, and only what an answer says is scored."""
+"""Rows become token ids once: the same ids come from the cache."""
 
 import pytest
-from tests.data.conftest import make_data
 from tests.tiny_tokenizer import END_OF_TEXT, load_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.normalizers import Lowercase
 from transformers import PreTrainedTokenizerFast
 
 import lorasweep.tasks.text.rows as text_rows
-from lorasweep.data.rows import IGNORED
 from lorasweep.data.source import collect_examples
 from lorasweep.data.tokenise import cache_key
-from lorasweep.tasks.chat.read import Conversation, Message
-from lorasweep.tasks.chat.tokenise import tokenise_chats
 from lorasweep.tasks.table.read import LabelledText
 from lorasweep.tasks.table.rows import tokenise_labelled
 from lorasweep.tasks.text.read import Document
@@ -34,24 +30,9 @@ def rows(ragged):
     return [ragged[n].tolist() for n in range(len(ragged))]
 
 
-def chat(*contents):
-    return Conversation(
-        [Message(role=("user", "assistant")[n % 2], content=content) for n, content in enumerate(contents)]
-    )
-
-
 def tokenise_text(tokenizer, *texts):
     examples = collect_examples("train", [Document(str(n), text) for n, text in enumerate(texts)])
     return tokenise_documents(examples, tokenizer=tokenizer)
-
-
-def tokenise_chat(tokenizer, *conversations, **settings):
-    config = make_data("chat", train="x", template="plain", max_length=64, separator="|", **settings)
-    return tokenise_chats(collect_examples("train", list(conversations)), config=config, tokenizer=tokenizer)
-
-
-def spell(made, name):
-    return "".join(chr(token) if token < 256 else "$" for token in rows(made[name])[0] if token != IGNORED)
 
 
 def test_texts_are_followed_by_their_end(tokenizer):
@@ -121,10 +102,3 @@ def test_pairs_are_told_apart_where_the_model_does():
     made = tokenise_labelled(examples, tokenizer=typed, max_length=8)
     assert rows(made["input_ids"]) == [[2, 2, 1, 3, 1]]
     assert rows(made["token_type_ids"]) == [[0, 0, 0, 1, 1]]
-
-
-def test_every_answer_of_a_conversation_is_scored_or_only_the_last(tokenizer):
-    made = tokenise_chat(tokenizer, chat("hi", "yes", "so", "no"))
-    last = tokenise_chat(tokenizer, chat("hi", "yes", "so", "no"), turns="last")
-    assert spell(made, "input_ids") == spell(last, "input_ids") == "$hi|yes$|so|no"
-    assert (spell(made, "targets"), spell(last, "targets")) == ("yes$no$", "no$")

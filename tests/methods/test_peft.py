@@ -120,13 +120,11 @@ def test_every_kind_of_peft_is_made_or_refused_without_a_change_of_the_base(kind
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA:UserWarning")
 @pytest.mark.parametrize(
     "settings",
     [
         {"target_modules": ["q_proj", "v_proj"]},
         {"use_dora": True, "rank_pattern": {"down_proj": 3}},
-        {"use_rslora": True, "alpha_pattern": {"down_proj": 3}},
     ],
 )
 def test_pissa_trains_beside_the_shared_base_and_peft_loads_it(settings, tmp_path):

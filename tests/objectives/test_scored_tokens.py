@@ -256,6 +256,7 @@ def test_a_head_that_is_no_linear_layer_gives_the_losses_and_gradients_of_all_lo
     assert_both_ways_are_equal(model)
 
 
+@pytest.mark.release
 def test_a_compiled_model_computes_all_logits():
     model, batch = make_model(LLAMA), make_batch()
     expected = score_tokens(model, batch, by_chunk=False)[0]

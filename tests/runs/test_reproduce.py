@@ -154,7 +154,6 @@ def change_log(name, value):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (change_record(lambda raw: raw.update(config=[])), "config"),
         (change_record(lambda raw: raw["config"]["optim"].update(lr="fast")), "optim"),
         (change_record(lambda raw: raw["platform"].update(precision=["fp32"])), "precision"),
         (change_record(lambda raw: raw.update(best={"loss": 10**400})), "best"),

@@ -14,14 +14,10 @@ from lorasweep.training.checkpoint import (
     get_step,
     read_checkpoint,
     read_pack,
-    read_rng_state,
-    restore_rng_state,
     split_pack,
     write_pack,
     write_tensors,
 )
-
-CPU = torch.device("cpu")
 
 
 class Trap:
@@ -66,16 +62,6 @@ def test_a_pack_that_breaks_up_leaves_each_run_its_part(tmp_path):
         kept = tmp_path / name / "slot.ckpt"
         assert torch.equal(read_checkpoint(kept)["trained"]["w"], state["trained"]["w"])
         assert kept.stat().st_size < 1.1 * state["trained"]["w"].nbytes  # without the other run's part
-
-
-def test_a_stream_continues_where_it_was_read():
-    torch.manual_seed(3)
-    torch.rand(7)
-    stream = read_rng_state(CPU)
-    expected = torch.rand(5)
-    torch.manual_seed(4)
-    restore_rng_state(stream, CPU)
-    assert torch.equal(torch.rand(5), expected)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

@@ -22,16 +22,13 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 MODELS = {
     "llama": transformers.LlamaConfig(**SIZES, **HEADS, num_hidden_layers=1),
     "gemma3": transformers.Gemma3TextConfig(**SIZES, **HEADS, **WINDOW, num_hidden_layers=2),
-    "gpt_neox": transformers.GPTNeoXConfig(**SIZES, num_attention_heads=4, num_hidden_layers=1),
     "qwen3_moe": transformers.Qwen3MoeConfig(**SIZES, **HEADS, **EXPERTS, num_hidden_layers=1),
 }
 LORA = {"method.rank": 2, "method.dropout": 0.1}
 CASES = {
     "llama": {**LORA, "trainer.accumulate": 2, "trainer.max_steps": 2, "trainer.eval_every_steps": 2},
     "gemma3": LORA,
-    "gpt_neox": LORA,
     "qwen3_moe": LORA,
-    "llama, eager": {**LORA, "model.attention": "eager"},
     "llama, flash attention": {**LORA, "model.attention": "flash_attention_2"},
     "llama, in 4 bits": {**LORA, "model.quantization": "nf4"},
     "llama, checkpointed": {**LORA, "trainer.activation_checkpointing": True},

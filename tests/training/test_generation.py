@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tests.training.runs import train_together
 from tests.word_chats import compute_answer_logits, find_margin, make_word_chats
 
 from lorasweep.config.compose import compose_run
@@ -133,31 +132,6 @@ def test_a_run_keeps_answers_of_test_data_and_of_validation_only_if_asked(make, 
     assert score_run(tmp_path, inputs=inputs).answers.keys() == {"test"}
     write_base_answers(tmp_path, config, inputs=inputs)
     assert read_answers(tmp_path, "base") == read_answers(tmp_path)
-
-
-@pytest.mark.release
-def test_a_pack_and_a_run_alone_give_the_same_answers(make, tmp_path):
-    more = {"method": "lora", "method__alpha": 16, "data__answers__on_validation": True}
-    made = [make(method__rank=rank, seed=rank, **more) for rank in (2, 8)]
-    packed = {tmp_path / f"packed-{n}": config for n, (config, _) in enumerate(made)}
-    train_together(packed, inputs=made[0][1], checkpoint_file=tmp_path / "pack.ckpt")
-    for n, (config, inputs) in enumerate(made):
-        train_run(config, RunFolder(path=tmp_path / f"alone-{n}"), inputs=inputs)
-        folders = [tmp_path / f"{name}-{n}" for name in ("alone", "packed")]
-        for folder in folders:
-            score_run(folder, inputs=inputs)
-        models = [restore_model(config, inputs.base, folder=folder / "best").eval() for folder in folders]
-        num_lines = num_close = 0
-        for split in ("test", "validation"):
-            for alone, packed in zip(*(read_answers(folder, split) for folder in folders), strict=True):
-                logits, others = (compute_answer_logits(model, inputs.base.tokenizer, alone) for model in models)
-                difference = float((logits - others).abs().max())
-                # no choice changes if the two best words are further apart than both moved by rounding in 30 steps
-                is_close = find_margin(logits) <= 2 * (difference + ROUNDING)
-                num_lines, num_close = num_lines + 1, num_close + is_close
-                assert alone == packed or is_close
-        assert num_close < num_lines / 4
-    assert read_answers(tmp_path / "alone-0") != read_answers(tmp_path / "alone-1")
 
 
 @pytest.mark.parametrize("function", ["raise_it", "nan", "text", "gone"])

@@ -173,9 +173,7 @@ def test_values_that_are_no_numbers_are_searched_too():
         history.append(make_trial(params, search_score=value))
     assert Counter(trial.params["method.targets"] for trial in history) == dict.fromkeys(targets, 3)
     for target in targets:
-        found = predict_best(
-            arm, number_trials(history), get_subject(arm, target), metric=ScoreMetric(name="loss", direction="minimize")
-        )
+        found = predict(arm, number_trials(history), target)
         assert found.params["method.targets"] == target
         assert abs(math.log(found.params["optim.lr"] / 1e-3)) < math.log(1.5)
 

@@ -97,12 +97,6 @@ def test_the_settings_of_the_sweep_are_set_once(read, content, words, of_arm):
         read(content, *words)
 
 
-def test_a_number_that_is_typed_for_an_arm_wins(read, content):
-    content["settings"]["sweep.trials"] = 8
-    trials = {arm.name: arm.trials for arm in read(content, "arms.lora.trials=5").arms}
-    assert trials == {"frozen": 1, "full": 4, "lora": 5}
-
-
 def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content):
     content["arms"]["lora"]["settings"]["optim"] = "sgd"
     content["arms"]["lora"]["space"] |= {"optim.dampening": {"low": 0.0, "high": 0.5}}

@@ -41,6 +41,13 @@ def make_pairs(name, *, number, seed):
     )
 
 
+def compute_log_p(model, split, row):
+    """Returns the log probabilities of the scored tokens of a row, which stands alone and has no padding."""
+    ids, targets = split.sequences["input_ids"][row], split.sequences["targets"][row]
+    scored = targets != IGNORED
+    return model(input_ids=ids[None]).logits[0].log_softmax(-1)[scored].gather(-1, targets[scored][:, None])
+
+
 def make_small(dtype=torch.float32):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.small_runs import SMALL_RUN
-from tests.tasks.preferences.pairs import make_pairs, make_preference_inputs, make_small
+from tests.tasks.preferences.pairs import compute_log_p, make_pairs, make_preference_inputs, make_small
 from tests.training.runs import settings_of, train
 from torch.nn.functional import logsigmoid
 
 from lorasweep.config.compose import compose_run
 from lorasweep.data.batching import ProcessShare, StepBatchSampler
-from lorasweep.data.rows import IGNORED, move_batch, padding_fraction
+from lorasweep.data.rows import move_batch, padding_fraction
 from lorasweep.errors import ConfigError
 from lorasweep.lora import slot_model
 from lorasweep.lora.packed.inject import find_slots
@@ -50,16 +50,10 @@ def make_inputs(config, *, dtype=torch.float32, model=None, folder=None, number=
 
 
 def compute_plainly(model, base, split, index, *, beta, smoothing):
-    """Returns loss and margin of one pair by the formula, one row after the other and without padding."""
-    ratios = []
-    for row in (2 * index, 2 * index + 1):
-        ids, targets = split.sequences["input_ids"][row], split.sequences["targets"][row]
-        scored, sums = targets != IGNORED, []
-        for each in (model, base):
-            log_p = each(input_ids=ids[None]).logits[0].log_softmax(-1)
-            sums.append(log_p[scored].gather(-1, targets[scored][:, None]).sum())
-        ratios.append(sums[0] - sums[1])
-    margin = beta * (ratios[0] - ratios[1])
+    """Returns loss and margin of one pair by the formula."""
+    rows = 2 * index, 2 * index + 1
+    chosen, rejected = (compute_log_p(model, split, row).sum() - compute_log_p(base, split, row).sum() for row in rows)
+    margin = beta * (chosen - rejected)
     return -(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin), margin
 
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.small_runs import SMALL_RUN
-from tests.tasks.preferences.pairs import make_preference_inputs, make_small
+from tests.tasks.preferences.pairs import compute_log_p, make_preference_inputs, make_small
 from tests.training.runs import train
 from torch.nn.functional import logsigmoid
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data.rows import IGNORED, move_batch
+from lorasweep.data.rows import move_batch
 
 RUN = SMALL_RUN | {"objective": "orpo", "objective.beta": 0.3, "trainer.batch_size": 6, "optim.lr": 3e-3}
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -18,13 +18,8 @@ TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def compute_plainly(model, split, index, *, beta):
-    """Returns loss and margin of one pair by the formula, one row after the other and without padding."""
-    log_p = []
-    for row in (2 * index, 2 * index + 1):
-        ids, targets = split.sequences["input_ids"][row], split.sequences["targets"][row]
-        scored = targets != IGNORED
-        by_token = model(input_ids=ids[None]).logits[0].log_softmax(-1)[scored].gather(-1, targets[scored][:, None])
-        log_p.append(by_token.mean())
+    """Returns loss and margin of one pair by the formula."""
+    log_p = [compute_log_p(model, split, row).mean() for row in (2 * index, 2 * index + 1)]
     log_odds = [value - (1 - value.exp()).log() for value in log_p]
     margin = log_odds[0] - log_odds[1]
     return -log_p[0] - beta * logsigmoid(margin), margin
