@@ -1,9 +1,9 @@
-"""Two modules as users write them: they use nothing of lorasweep but `record_scores`."""
+"""A module and its data as a user writes them: they use nothing of lorasweep but `record_scores`."""
 
 import lightning
 import torch
 from sklearn.datasets import load_digits
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset, random_split
 from transformers import ViTConfig, ViTModel
 
@@ -73,51 +73,3 @@ class Digits(lightning.LightningDataModule):
 
     def test_dataloader(self):
         return DataLoader(self.test, batch_size=256)
-
-
-class PreferenceModel(lightning.LightningModule):
-    """Scores two answers and learns which one is preferred. lorasweep's `optim` builds the optimizer."""
-
-    def __init__(self, temperature=1.0, width=16):
-        super().__init__()
-        self.temperature = temperature
-        self.embed = torch.nn.Embedding(20, width)
-        layer = torch.nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.0, batch_first=True)
-        self.encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.reward = torch.nn.Linear(width, 1)
-
-    def compute_losses(self, batch):
-        chosen, rejected = (self.reward(self.encoder(self.embed(batch[name])).mean(1)) for name in batch)
-        return -logsigmoid((chosen - rejected).squeeze(-1) / self.temperature)
-
-    def training_step(self, batch):
-        return self.compute_losses(batch).mean()
-
-    def validation_step(self, batch):
-        self.log("val/loss", self.compute_losses(batch).mean())
-
-    def test_step(self, batch):
-        losses = self.compute_losses(batch)
-        self.log("test/loss", losses.mean())
-        # two rows in a row are of one prompt
-        lorasweep.record_scores(losses, groups=[f"prompt {row // 2}" for row in range(len(losses))])
-
-
-class Preferences(lightning.LightningDataModule):
-    """The preferred answer has more tokens below 10."""
-
-    def setup(self, stage=None):
-        answers = torch.randint(20, (512, 2, 8), generator=torch.Generator().manual_seed(0))
-        order = (answers < 10).sum(-1).argsort(1, descending=True)
-        rows = answers.gather(1, order[..., None].expand_as(answers))
-        data = [{"chosen": row[0], "rejected": row[1]} for row in rows]
-        self.rows = {"train": data[:320], "val": data[320:416], "test": data[416:]}
-
-    def train_dataloader(self):
-        return DataLoader(self.rows["train"], batch_size=16, shuffle=True)
-
-    def val_dataloader(self):
-        return DataLoader(self.rows["val"], batch_size=96)
-
-    def test_dataloader(self):
-        return DataLoader(self.rows["test"], batch_size=96)

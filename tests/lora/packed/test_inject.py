@@ -5,45 +5,10 @@ from torch import nn
 from lorasweep.lora import (
     LoraConfig,
     fill_slot,
-    inject_lora,
     inject_packed_lora,
     lora_state,
     slot_model,
-    split_lora_parameters,
 )
-
-from .conftest import stream
-
-CONFIGS = [
-    LoraConfig(rank=2, rank_pattern={"1.up": 5}),
-    LoraConfig(rank=1, targets=("proj",)),
-    LoraConfig(rank=4, targets=("proj",), modules_to_save=("out",)),
-]
-
-
-def test_every_slot_starts_as_its_solo_run(make_model):
-    model = make_model()
-    coverages = inject_packed_lora(model, CONFIGS, generators=[stream(k) for k in range(3)])
-    for slot, config in enumerate(CONFIGS):
-        solo = make_model()
-        assert coverages[slot] == inject_lora(solo, config, generator=stream(slot))
-        expected = lora_state(solo)
-        got = lora_state(slot_model(model, slot))
-        assert list(got) == list(expected)
-        assert all(torch.equal(value, expected[key]) for key, value in got.items())
-
-
-def test_the_parameters_of_the_slots_train_and_the_base_stays(make_model, tokens):
-    model = make_model()
-    base = dict(model.named_parameters())
-    before = {name: p.detach().clone() for name, p in base.items()}
-    inject_packed_lora(model, CONFIGS)
-    trains = [p for slot in range(3) for of in split_lora_parameters(slot_model(model, slot)) for p in of]
-    assert {id(p) for p in trains} == {id(p) for p in model.parameters() if p.requires_grad}
-    model(tokens).sum().backward()
-    for name, parameter in base.items():
-        assert parameter.grad is None
-        assert torch.equal(parameter, before[name])
 
 
 def tie(model):
