@@ -155,7 +155,7 @@ class SweepResult:
 
     def as_json(self) -> dict[str, Any]:
         """Returns what `lorasweep sweep --json` prints: `report/summary.json`, and where the files are."""
-        from lorasweep.report.summary import build_summary  # noqa: PLC0415 (slow to import)
+        from lorasweep.report.write import build_summary  # noqa: PLC0415 (slow to import)
 
         return {"folder": self.folder, "report": self.report, **build_summary(self.findings)}
 

@@ -205,7 +205,6 @@ def list_settings(sweep, arm):
             params=params,
             trial=None if arm.key else best.number,
             score=best.search_score,
-            rate_ratio=1.02 if arm.key else None,
             regret=0.0 if arm.is_base else 0.001,
         )
         settings.append(setting)

@@ -10,9 +10,9 @@ from tests.files import edit_json
 
 from lorasweep.report.facts import list_subject_rows, read_findings
 from lorasweep.report.page import render_page
-from lorasweep.report.summary import build_summary
 from lorasweep.report.terminal import list_lines
 from lorasweep.report.text import list_cells, list_notes, list_warnings
+from lorasweep.report.write import build_summary
 
 from .conftest import STEPS, build_rank_sweep
 

@@ -30,7 +30,7 @@ def read_page(sweep, shown):
     for name in shown:
         part = re.search(rf'<(\w+) id="{name}".*?</\1>', page, re.DOTALL)
         text = re.sub(r"\s+|<button.*?</button>", " ", part[0] if part else "")
-        text = re.sub(r"<(p|li|tr|h2|dt|caption|summary|pre)\b[^>]*>", "\n", text)
+        text = re.sub(r"<(p|li|tr|h2|dt|summary|pre)\b[^>]*>", "\n", text)
         text = re.sub(r"<[^>]*>", "", re.sub(r"<(td|th|dd)\b[^>]*>", " | ", text))
         text = re.sub(" +", " ", text)
         lines += [f"== {name}", *(line for row in text.splitlines() if (line := row.strip(" |")))] if part else []

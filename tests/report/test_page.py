@@ -12,9 +12,8 @@ from tests.files import edit_json
 
 from lorasweep.record import json_file
 from lorasweep.report.figures import draw_panels
-from lorasweep.report.summary import build_summary
 from lorasweep.report.sweep_data import load_sweep_data
-from lorasweep.report.write import write_report
+from lorasweep.report.write import build_summary, write_report
 from lorasweep.results import load_sweep
 
 from .conftest import build_sweep, report

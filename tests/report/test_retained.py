@@ -75,17 +75,17 @@ def test_one_seed_or_a_missing_score_is_no_verdict(confirmed):
 def test_every_output_has_it(confirmed):
     folder = retain(confirmed, FORGOTTEN)
     findings = report(folder)
-    with (folder / "report" / "retained.csv").open() as file:
-        rows = {row["subject"]: row for row in csv.DictReader(file)}
+    with (folder / "report" / "answers.csv").open() as file:
+        rows = {row["subject"]: row for row in csv.DictReader(file) if row["name"] == "retained"}
     assert {*rows} == {"full", "lora"}
-    assert (rows["full"]["data"], rows["full"]["verdict"]) == ("code", "worse")
-    assert float(rows["full"]["low"]) < float(rows["full"]["change"]) < float(rows["full"]["high"])
+    assert (rows["full"]["arm"], rows["full"]["verdict"]) == ("code", "worse")
+    assert float(rows["full"]["low"]) < float(rows["full"]["value"]) < float(rows["full"]["high"])
     answer = findings.answers[-1]
     (question, headline, lines) = [*list_lines(findings)][-1]
     assert question == "What was forgotten of code?"
     assert headline.startswith("`full` forgot more than 0.01. (difference in bits per byte")
     assert answer.state == "settled"
-    assert {row.subject: row.value for row in answer.rows} == {n: float(row["change"]) for n, row in rows.items()}
+    assert {row.subject: row.value for row in answer.rows} == {n: float(row["value"]) for n, row in rows.items()}
     assert [line.split()[-1] for line in lines] == ["equivalent", "worse"]
     stored = json.loads((folder / "report" / "summary.json").read_text())["answers"][-1]
     assert {row["subject"]: row["verdict"] for row in stored["rows"]} == {"full": "worse", "lora": "equivalent"}

@@ -12,7 +12,7 @@ import lorasweep
 from lorasweep.cli import run
 from lorasweep.outcome import DONE, WRONG_REQUEST
 from lorasweep.record import read_run, read_sweep
-from lorasweep.report.generated import list_generated_examples
+from lorasweep.report.page import list_generated_examples
 from lorasweep.report.sweep_data import load_sweep_data
 
 ARMS = {

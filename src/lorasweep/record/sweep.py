@@ -54,13 +54,8 @@ class SettingRow:
     """The complete trial of the search that has this setting; null if it was not tried."""
     score: Finite | None
     """The score on validation data: that of the trial, or the predicted one."""
-    rate_ratio: Finite | None = None
-    """Factor, at least 1, between the setting's u (see `encoding.RateLaw`) and the u of the nearest complete trial."""
     regret: Finite | None = None
     """How much better the best setting in the space is expected to be, by the search's model, in the metric's unit."""
-    rate_costs: dict[str, Number] = field(default_factory=dict)
-    """How much worse `half` and `twice` the learning rate are, by the search's model, in the metric's unit. Without an
-    entry the rate is not searched, or would lie outside of its range."""
 
 
 @dataclass(kw_only=True)

@@ -101,7 +101,7 @@ def _draw_scores(values: Sequence[SubjectResult], others: Sequence[SubjectResult
     scores = [score for _, found, _ in rows for score in (found.value, *found.values)]
     ends = [end for *_, interval in rows for end in interval or ()]
     levels = {"full": full.value if full else None, "frozen": base.value if base else None}
-    set_score_axis(figure, [*scores, *band], ends, **levels)
+    set_score_axis(figure, [*scores, *band, *ends], [], **levels)
     is_asked = bool(values) and bool(evidence.find_answer("smallest", values[0].arm).rows)
     enough = choose_subject(data, values[0].arm) if is_asked else None
     shown = format_means({name: (mean.value, mean.find_interval()) for name, mean in evidence.means.items()})
@@ -125,7 +125,8 @@ def _find_interval(name: str, data: SweepData) -> Interval | None:
         return data.evidence.means[name].find_interval()
     difference = data.evidence.estimate_difference(name, scale.full)
     interval = difference.find_interval(data.evidence.confidence) if difference else None
-    return interval and (full.value + interval[0], full.value + interval[1])
+    low, high = data.evidence.scores.score_range
+    return interval and (max(full.value + interval[0], low), min(full.value + interval[1], high))
 
 
 def draw_score_by_lr(data: SweepData) -> Panel:
@@ -247,9 +248,10 @@ def set_score_axis(
     figure.update_layout(margin={"r": REFERENCE_WIDTH_PX if known else 12})
     if num_outside := sum(not low - pad <= score <= high + pad for score in others):
         figure.layout.xaxis.title.text += f"<br>{num_outside} outside the range"
+    ranked = sorted(known, key=known.__getitem__)
     for method, score in known.items():
-        colour, is_highest = METHOD_COLOURS[method], score == max(known.values())
-        side = "bottom" if is_highest else "top"  # so that names of close lines are apart
+        # names of close or equal lines are apart: the highest is above its line, the other below
+        colour, side = METHOD_COLOURS[method], "bottom" if method == ranked[-1] else "top"
         name = {"text": f"{method} {format_score(score)}", "font": {"color": colour, "size": 12}}
         place = {"x": 1, "xanchor": "left", "yanchor": side}
         figure.add_hline(y=score, line={"color": colour, "width": 1.2, "dash": "dot"}, annotation=name | place)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from lorasweep import wording
-from lorasweep.record import STATES, Trial
+from lorasweep.disk import open_inside
+from lorasweep.record import ANSWERS_FILE, STATES, Trial
 from lorasweep.report import text
 from lorasweep.report.facts import Findings
 from lorasweep.report.figures import Panel, build_link, choose_colours
-from lorasweep.report.generated import list_generated_examples
 from lorasweep.report.sweep_data import SweepData
 
 COSTS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
@@ -25,6 +28,8 @@ COSTS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
     ("time", "time of the run", "wall_s", wording.format_seconds),
 )
 """Columns of the table of runs: title, hover text, the field of the run's record, and how to format it."""
+MAX_SHOWN_EXAMPLES = 5
+"""Maximum number of test examples whose answers the page shows."""
 Cell = tuple[str, float | str | None]
 """The text of a cell of the table of runs, and the value by which its column is sorted; None sorts last."""
 
@@ -88,3 +93,38 @@ def _build_cells(run: Trial, data: SweepData) -> list[Cell]:
         value = getattr(run.record, name, None)
         cells.append((wording.UNKNOWN if value is None else form(value), value))
     return cells
+
+
+class GeneratedExample(NamedTuple):
+    """A test example with the text that each subject generated."""
+
+    prompt: str
+    reference: str
+    texts: Mapping[str, tuple[str, str]]
+    """Generated text and its score by subject, the base first. A score is empty if the function gave none."""
+
+
+def list_generated_examples(data: SweepData) -> list[GeneratedExample]:
+    """Returns test examples that the base and the first complete confirm run of each subject answered."""
+    files = {"base": data.folder / ANSWERS_FILE.format("base")}  # exists if no arm is the base
+    for one in sorted(data.subjects, key=lambda one: not one.row.is_base):
+        for run in [run for run in one.confirm_runs if run.is_complete][:1]:
+            files[one.name] = data.folder / run.run / ANSWERS_FILE.format("test")
+    tables = {name: table for name, path in files.items() if (table := _read_answers(path, data.folder))}
+    rows = [row for row in next(iter(tables.values()), {}) if all(row in table for table in tables.values())]
+    examples = []
+    for row in rows[:: max(1, len(rows) // MAX_SHOWN_EXAMPLES)][:MAX_SHOWN_EXAMPLES]:
+        prompt, reference, *_ = next(iter(tables.values()))[row]
+        texts = {name: (table[row][2], table[row][3]) for name, table in tables.items()}
+        examples.append(GeneratedExample(prompt, reference, texts))
+    return examples
+
+
+def _read_answers(path: Path, folder: Path) -> dict[str, list[str]]:
+    """Returns prompt, reference, answer and score by row; empty if the file is missing or damaged."""
+    try:
+        with io.TextIOWrapper(open_inside(folder, path), newline="", encoding="utf-8") as text:
+            columns = ("prompt", "reference", "answer", "score")
+            return {line["row"]: [str(line[name]) for name in columns] for line in csv.DictReader(text)}
+    except (OSError, ValueError, KeyError, csv.Error):
+        return {}

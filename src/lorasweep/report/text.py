@@ -12,6 +12,7 @@ from lorasweep.config.sweep import parse_margin
 from lorasweep.report.caveats import Fault
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.verdicts import (
+    CHAINS,
     Answer,
     AnswerRow,
     Blocker,
@@ -22,7 +23,7 @@ from lorasweep.report.evidence.verdicts import (
 )
 from lorasweep.report.facts import Findings, list_subject_rows
 from lorasweep.report.recommend import Recommendation, choose_subject
-from lorasweep.report.sweep_data import Setting, SubjectResult, SweepData
+from lorasweep.report.sweep_data import SubjectResult, SweepData
 from lorasweep.wording import (
     UNKNOWN,
     count_decimals,
@@ -116,44 +117,39 @@ def describe_headline(answer: Answer, data: SweepData) -> str:
         because = f"{'Open' if answer.state == 'open' else 'Not asked'}: {MISSING[answer.missing]}."
         best = data.find_subject(answer.arm) if answer.missing == "not confirmed" else None
         return f"{because} Best so far: {describe_full_setting(best)}." if best else because
-    blocking = answer.blocking
-    why = f"Open: {BLOCKERS[blocking.blocker]}." if blocking and blocking.blocker else "Open."
+    first, blocking = answer.rows[0], answer.blocking
+    why = f"open: {BLOCKERS[blocking.blocker]}" if blocking and blocking.blocker else "open"
     if answer.name == "setting":
-        (row,), one = answer.rows, data.find_subject(answer.rows[0].subject)
-        setting = describe_full_setting(one) if one else ""
-        return f"{capitalize(setting) if row.is_settled else f'Open: {setting}'}."
-    if answer.name == "present":
-        found, *names = data.find_subject(answer.rows[0].reference), answer.rows[0].subject
-        settings = [describe_full_setting(one) for one in (data.find_subject(names[0]), found) if one]
-        first = PRESENT.get(answer.rows[0].verdict)
-        return f"{first}. {': '.join(('Present', settings[0]))}. Found: {settings[-1]}." if first else why
+        setting = describe_full_setting(data.find_subject(first.subject))
+        return f"{capitalize(setting if first.is_settled else f'open: {setting}')}."
+    if answer.name == "present" and first.is_settled:
+        present, found = (describe_full_setting(data.find_subject(name)) for name in (first.subject, first.reference))
+        return f"{PRESENT[first.verdict]}. Present: {present}. Found: {found}."
     if answer.name == "retained":
-        worse = [name_value(row.subject, data) for row in answer.rows if row.verdict == "worse"]
-        forgotten = f"{join_words(worse)} forgot more than {data.record.retain_margin:g}." if worse else ""
-        rest = why if answer.state == "open" else "" if worse else f"No more than {data.record.retain_margin:g}."
-        return f"{forgotten} {rest}".strip()
-    return _describe_chain(answer, why, data)
+        limit = f"more than {data.record.retain_margin:g}"
+        worse = join_words([name_value(row.subject, data) for row in answer.rows if row.verdict == "worse"])
+        rest = capitalize(why) if answer.state == "open" else "" if worse else f"No {limit}"
+        return ". ".join(filter(None, [f"{worse} forgot {limit}" if worse else "", rest])) + "."
+    if answer.name == "pair":
+        return f"{capitalize(first.verdict if first.is_settled else why)}."
+    return f"{capitalize(_describe_chain(answer, why, data) if answer.name in CHAINS else why)}."
 
 
 def _describe_chain(answer: Answer, why: str, data: SweepData) -> str:
     good, below, is_alone = answer.good, answer.below, len(answer.rows) == 1
     first, smaller = (name_value(row.subject, data) if row else "" for row in (good, below))
-    is_known = below is None or below.is_settled
-    if answer.name == "smallest":
-        largest = name_value(answer.largest, data)
-        if good:
-            rest = "the smallest that was tried" if below is None else f"{smaller} is not enough"
-            return (
-                f"{capitalize(first)}; {rest}."
-                if is_known
-                else f"At most {first}. {capitalize(smaller)} is {why[0].lower()}{why[1:]}"
-            )
-        return f"{capitalize(largest)}, the largest that was tried." if is_known else why
+    is_known, is_smallest = below is None or below.is_settled, answer.name == "smallest"
+    if good and not is_known:
+        return f"{'at most' if is_smallest else 'yes from'} {first}. {capitalize(smaller)} is {why}"
+    if not is_known:
+        return why
+    if is_smallest and good:
+        return f"{first}; {f'{smaller} is not enough' if below else 'the smallest that was tried'}"
+    if is_smallest:
+        return f"{name_value(answer.largest, data)}, the largest that was tried"
     if good:
-        return f"Yes{f' from {first}' if below else '' if is_alone else ', at each value'}." + (
-            "" if is_known else f" {capitalize(smaller)} is {why[0].lower()}{why[1:]}"
-        )
-    return f"No{'' if is_alone else ', at no value'}." if is_known else why
+        return f"yes from {first}" if below else f"yes{'' if is_alone else ', at each value'}"
+    return f"no{'' if is_alone else ', at no value'}"
 
 
 def name_value(subject: str | None, data: SweepData) -> str:
@@ -171,15 +167,12 @@ def describe_unit(answer: Answer, data: SweepData) -> str:
     if not answer.rows or answer.name == "setting":
         return ""
     metric = next((row.metric for row in data.record.retained if row.name == answer.arm), data.shown_metric)
-    unit = f"{format_metric(metric.name)} ({metric.better_scores} is better)"
+    unit = f"{format_metric(metric.name)}, {metric.better_scores} is better"
     names = dict.fromkeys(row.reference for row in answer.rows)
     against = "" if len(names) > 1 else f", against {name_value(next(iter(names)), data)}"
     if all(row.is_share for row in answer.rows):
-        return (
-            "share of full's gain"
-            if answer.name == "as_good_as_full"
-            else f"difference as a share of full's gain{against}"
-        )
+        share = "share of full's gain"
+        return share if answer.name == "as_good_as_full" else f"difference as a {share}{against}"
     return f"difference in {unit}{against}"
 
 
@@ -249,17 +242,15 @@ def describe_setting(one: SubjectResult) -> str:
     return f"{settings} (predicted)" if one.best.is_predicted else settings
 
 
-def describe_full_setting(one: SubjectResult) -> str:
+def describe_full_setting(one: SubjectResult | None) -> str:
     """Returns rank, α, learning rate and the other swept settings of a subject, swept or not."""
-    if one.best is None:
+    if one is None or one.best is None:
         return "no complete trial"
     named = {"rank": RANK, "α": ALPHA, "learning rate": LR}
-    numbers = {name: number for name, key in named.items() if (number := one.best.get_number(key)) is not None}
-    others = {key: value for key, value in one.best.params.items() if key not in named.values()}
-    parts = [f"{name} {format_setting(value)}" for name, value in numbers.items()]
-    return ", ".join([*parts, *([format_settings(others)] if others else [])]) + (
-        " (predicted)" if one.best.is_predicted else ""
-    )
+    others = {short_key(key): value for key, value in one.best.params.items() if key not in named.values()}
+    values = {name: one.best.get_number(key) for name, key in named.items()} | others
+    settings = ", ".join(f"{name} {format_setting(value)}" for name, value in values.items() if value is not None)
+    return f"{settings} (predicted)" if one.best.is_predicted else settings
 
 
 def name_settings(one: Recommendation) -> dict[str, str]:
@@ -305,7 +296,7 @@ def describe_failure(findings: Findings) -> tuple[str | None, str | None]:
 
 def _describe_baseline(findings: Findings) -> str:
     learning = findings.learning  # the table has the score of the base
-    return f"{learning.baseline}" + ("" if learning.base else f" ({format_score(learning.score)})")
+    return f"{learning.baseline}{'' if learning.base else f' ({format_score(learning.score)})'}"
 
 
 def list_warnings(findings: Findings) -> list[str]:
@@ -380,8 +371,10 @@ def _list_notes(findings: Findings) -> Iterator[str]:
         yield f"The comparison of arms is {'' if record.status == 'complete' else 'so far '}fair."
     for fault in fairness.edges:
         yield f"{capitalize(describe_fault(fault))}."
-    for recommended in findings.recommended:
-        yield from _describe_search(recommended.setting, data)
+    for setting in [recommended.setting for recommended in findings.recommended]:
+        alpha, lr = setting.get_number(ALPHA), setting.get_number(LR)
+        if alpha and lr and setting.follows_rate_law:
+            yield f"At another α: lr = u/√α with u = {lr * math.sqrt(alpha):.3g}."
     if evidence.answers:
         looks, used = join_words([str(look) for look in record.looks]), max(row.num_seeds for row in evidence.answers)
         done = record.looks_done
@@ -397,20 +390,6 @@ def _list_notes(findings: Findings) -> Iterator[str]:
     if evidence.means and record.verdict_metric.name != record.search_metric.name:
         yield OTHER_SEARCH_METRIC
     yield from (*evidence.scores.problems, *record.warnings, *record.notes)
-
-
-def _describe_search(setting: Setting, data: SweepData) -> Iterator[str]:
-    """Yields what the search knows beside its best setting: the rate law, and what other rates cost."""
-    alpha, lr = setting.get_number(ALPHA), setting.get_number(LR)
-    if alpha and lr and setting.follows_rate_law:
-        yield f"At another α: lr = u/√α with u = {lr * math.sqrt(alpha):.3g}."
-    if setting.row and setting.row.rate_ratio:
-        yield f"The setting's rate is a factor of {setting.row.rate_ratio:.3g} from that of the nearest complete trial."
-    if setting.row and setting.row.rate_costs and data.has_small_regret(setting) and (gain := data.regret_gain):
-        costs = [
-            f"{name} the rate costs at least {format_share(c / gain)}" for name, c in setting.row.rate_costs.items()
-        ]
-        yield f"By the search's model, {join_words(costs)} of full's gain."
 
 
 def _describe_margin(data: SweepData) -> str:

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from lorasweep.config.redaction import redact
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.disk import require_no_links, write_atomically
 from lorasweep.record import Trial, build_frame, is_number
-from lorasweep.report.facts import Findings
+from lorasweep.report import text
+from lorasweep.report.evidence.verdicts import Answer
+from lorasweep.report.facts import Findings, list_subject_rows
 from lorasweep.report.figures import draw_panels
 from lorasweep.report.page import render_page
-from lorasweep.report.summary import build_summary
+from lorasweep.report.sweep_data import SweepData
 from lorasweep.report.terminal import list_lines
 
 REPORT_FOLDER = "report"
@@ -67,6 +70,68 @@ def write_report(findings: Findings) -> None:
     write_tensorboard(findings, folder / TENSORBOARD_FOLDER)
 
 
+def build_summary(findings: Findings) -> dict[str, Any]:
+    """Returns the content of `report/summary.json`."""
+    data, record, runs = findings.data, findings.data.record, findings.data.run_records
+    evidence, fairness = data.evidence, findings.fairness
+    headline, remedy = text.describe_failure(findings)
+    return {
+        "sweep": record.name,
+        "status": record.status,
+        "headline": headline,
+        "remedy": remedy,
+        "answers": [_build_answer(answer, data) for answer in findings.answers],
+        "warnings": text.list_warnings(findings),
+        "learning": asdict(findings.learning),
+        "metric": record.search_metric.name,
+        "direction": record.search_metric.direction,
+        "test_metrics": [asdict(metric) for metric in record.test_metrics],
+        "makespan_s": record.makespan_s,
+        "tokens_trained": data.tokens_trained,
+        "steps_planned": sum(run.steps_planned for run in runs),
+        "steps_done": sum(run.steps_done for run in runs),
+        "steps_saved": data.steps_saved,
+        "base": {"score": data.best_score("frozen")},
+        "subjects": list_subject_rows(data),
+        "sentences": text.list_notes(findings),
+        "recommended": [
+            {
+                "subject": one.subject.name,
+                "is_settled": one.is_settled,
+                "params": one.setting.params,
+                "settings": text.name_settings(one),
+                "commands": one.commands,
+                "recipes": one.recipes,
+            }
+            for one in findings.recommended
+        ],
+        "evidence": {
+            "num_examples": evidence.scores.num_examples,
+            "num_groups": evidence.scores.num_groups,
+            "base": evidence.scale.base,
+            "full": evidence.scale.full,
+            **{name: getattr(evidence, name) for name in ("gain", "margin", "confidence")},
+        },
+        "fairness": {
+            "is_fair": fairness.is_fair,
+            **{name: [text.describe_fault(one) for one in getattr(fairness, name)] for name in ("faults", "edges")},
+        },
+    }
+
+
+def _build_answer(answer: Answer, data: SweepData) -> dict[str, Any]:
+    return {
+        "question": text.name_question(answer, data),
+        "name": answer.name,
+        "arm": answer.arm,
+        "state": answer.state,
+        "headline": text.describe_headline(answer, data),
+        "unit": text.describe_unit(answer, data),
+        "rows": [text.build_entry(row) | {"is_share": row.is_share, "seeds": row.num_seeds} for row in answer.rows],
+        "next": asdict(answer.next) if answer.next else None,
+    }
+
+
 def build_tables(findings: Findings) -> dict[str, pandas.DataFrame]:
     """Returns the content of each CSV file: trials, their curves, and after a confirm stage its runs."""
     data, record = findings.data, findings.data.record
@@ -80,19 +145,14 @@ def build_tables(findings: Findings) -> dict[str, pandas.DataFrame]:
     )
     curves = [(trial.arm, trial.number, *point) for trial in data.trials for point in trial.curve]
     tables = {"trials.csv": trials, "curves.csv": pandas.DataFrame(curves, columns=["arm", "trial", "step", metric])}
+    found = [(answer.arm, row) for answer in findings.answers for row in answer.rows]
+    ends = [dict(zip(("low", "high"), row.interval or (None, None), strict=True)) for _, row in found]
+    entries = [{"arm": arm, **text.build_entry(row), **end} for (arm, row), end in zip(found, ends, strict=True)]
+    tables["answers.csv"] = pandas.DataFrame(entries).drop(columns="interval", errors="ignore")
     if data.confirm_runs:
         columns = ["arm", "subject", "seed", verdict, "state", "run", *(one.name for one in record.test_metrics[1:])]
         rows = [{**run.test_scores, **{name: getattr(run, name) for name in RUN_COLUMNS}} for run in data.confirm_runs]
         tables["confirmed.csv"] = pandas.DataFrame(rows, columns=list(dict.fromkeys(columns)))
-    if data.retained:
-        tables["retained.csv"] = pandas.DataFrame(
-            [
-                (name, one.subject, one.verdict, one.value, *(one.interval or (None, None)))
-                for name, answers in data.retained.items()
-                for one in answers
-            ],
-            columns=["data", "subject", "verdict", "change", "low", "high"],
-        )
     return tables
 
 

@@ -131,10 +131,8 @@ def test_a_prediction_is_tried_or_near_a_trial_and_depends_on_no_order():
         first, second = predict(arm, trials, rank), predict(arm, shuffled, rank)
         assert second.params == first.params
         assert second.score == pytest.approx(first.score)  # sums in another order
-        assert first.rate_ratio >= 1
         if first.trial is not None:
             assert trials[first.trial].params == first.params
-            assert first.rate_ratio == pytest.approx(1)
 
 
 def test_a_value_without_a_result_has_no_prediction():

@@ -214,7 +214,7 @@ def predict_best(
     """Returns the setting that is predicted best for a subject, or the prediction for the setting `chosen`.
 
     Returns None if no trial is complete, or if a trial with the subject's value ran out of memory and none with this
-    value has a score. Costs are lower bounds, because the model cuts bad scores off (`fit_surrogate`).
+    value has a score.
     """
     law, sign, fixed = build_rate_law(arm), metric.sign, subject.params
     results = [(trial, score) for trial in trials if (score := get_score(trial)) is not None]
@@ -229,17 +229,6 @@ def predict_best(
     placed = place(candidates)
     mean, _ = surrogate.predict(placed)
     best = int(np.argmin(mean)) if chosen is None else candidates.index(dict(chosen))
-    params, rates = candidates[best], arm.space.get(LR)
-    rate_ratio, rate_costs = None, {}
-    if rates is not None and not rates.is_single:
-        settings = (params, *(trial.params for trial in complete))
-        log_u, *others = [math.log(setting[LR] * law.factor(setting)) for setting in settings]
-        rate_ratio = math.exp(min(abs(log_u - other) for other in others))
-    if rates is not None and not rates.is_single and not rates.choices:
-        moved = {name: params[LR] * factor for name, factor in {"half": 0.5, "twice": 2.0}.items()}
-        inside = {name: {**params, LR: rate} for name, rate in moved.items() if rates.low <= rate <= rates.high}
-        cost, *costs = surrogate.predict(place([params, *inside.values()]))[0].tolist()
-        rate_costs = {name: max(other - cost, 0.0) for name, other in zip(inside, costs, strict=True)}
     step = max(len(placed) // REGRET_CANDIDATES, 1)
     draws = surrogate.draw(np.concatenate([placed[best : best + 1], placed[::step]]), num_draws=REGRET_DRAWS)
     draws = np.maximum(draws, _find_lowest_cost([sign * score for _, score in results]))
@@ -247,12 +236,10 @@ def predict_best(
         subject=subject.name,
         arm=arm.name,
         setting=0,  # the confirm stage numbers them
-        params=params,
+        params=candidates[best],
         trial=list(tried)[best] if best < len(tried) else None,
         score=sign * float(mean[best]),
-        rate_ratio=rate_ratio,
         regret=float((draws[:, 0] - draws.min(axis=1)).mean()) if arm.space else None,
-        rate_costs=rate_costs,
     )
 
 
