@@ -49,15 +49,6 @@ def test_a_run_is_repeated_bit_for_bit(run, repeat, tmp_path):
     assert read_run(tmp_path / "again").files == read_run(run).files
 
 
-def test_a_record_that_claims_more_steps_than_it_logged_ends_after_these(run, repeat):
-    def claim(raw):
-        raw["config"]["trainer"]["max_steps"] = 2**62
-        raw["platform"]["threads"] = True
-
-    edit_json(run / RUN_FILE, claim)
-    assert repeat().verdict in ("identical", "different")  # the schedule is that of a longer run
-
-
 def test_attention_that_was_chosen_is_restored(run):
     # another version may choose otherwise, and each implementation rounds otherwise
     record = read_run(run)
@@ -156,10 +147,8 @@ def change_log(name, value):
     [
         (change_record(lambda raw: raw["config"]["optim"].update(lr="fast")), "optim"),
         (change_record(lambda raw: raw["platform"].update(precision=["fp32"])), "precision"),
-        (change_record(lambda raw: raw.update(best={"loss": 10**400})), "best"),
         (change_record(lambda raw: raw["config"]["model"].update(path="https://***@host")), "secrets"),
         (change_log("loss", {}), r"steps\.jsonl.* all 4 steps .* after step"),
-        (change_log("loss", 10**400), r"steps\.jsonl.* all 4 steps .* after step"),
         (change_log("validation", {"loss": {}}), r"steps\.jsonl.* all 4 steps .* after step"),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,8 +88,8 @@ def reproduce_run(
     if tolerance is None:
         is_alone = record.pack is None and "processes" not in platform
         tolerance = 0.0 if is_alone else PACK_TOLERANCE.get(platform.get("precision", ""), 0.0)
-    threads = platform.get("threads")
-    if type(threads) is int and 1 <= threads <= 4 * (os.cpu_count() or 1):
+    threads = platform.get("threads", 0)
+    if 1 <= threads <= 4 * (os.cpu_count() or 1):
         torch.set_num_threads(threads)  # the order of sums depends on it
     inputs = load_inputs(config)
     check_run(config, inputs.base)
@@ -156,9 +155,7 @@ def restore_solo_config(record: RunRecord) -> RunConfig:
 
 def _find_last_step(record: RunRecord, run: Path) -> int:
     """Returns the last step to repeat. Raises RecordError if none was logged, or the run can't be repeated."""
-    most = min(2 * record.steps_planned + 2, sys.maxsize)  # a loss and an evaluation for each step
-    rows = itertools.islice(read_steps(run), most)
-    last_logged = max((row["step"] for row in rows), default=0)
+    last_logged = max((row["step"] for row in read_steps(run)), default=0)
     if not last_logged:
         raise RecordError(
             f"a run must have logged a step to be repeated, but {str(run)!r} logged no step. Name another run."

@@ -6,13 +6,10 @@ import numpy as np
 import pytest
 
 import lorasweep.sweep.controller.predictions as surrogate_file
-from lorasweep.sweep.controller.encoding import RateLaw
-from lorasweep.sweep.controller.predictions import fit_surrogate, place_settings
-from lorasweep.sweep.definition.ranges import Range
+from lorasweep.sweep.controller.predictions import fit_surrogate
 
 POINTS = np.linspace(-2, 2, 9)[:, None]
 COSTS = 1 + 0.1 * POINTS[:, 0] ** 2
-NO_LAW = RateLaw(defaults={})
 
 
 def fit(costs=COSTS, *, points=POINTS):
@@ -50,22 +47,3 @@ def test_equal_and_few_costs_are_no_error(costs):
     assert np.isfinite(deviation).all()
     assert mean.min() >= min(costs) - 1
     assert mean.max() <= max(costs) + 1
-
-
-def test_coordinates_are_in_length_scales_and_choices_without_an_order_equally_far_apart():
-    space = {
-        "optim.lr": Range(low=1e-4, high=1e-2, log=True),
-        "method.rank": Range(choices=[1, 16]),
-        "method.dropout": Range(low=0, high=0.5),
-        "trainer.max_steps": Range(low=3, high=3, is_whole=True),
-    }
-    low = {"optim.lr": 1e-4, "method.rank": 1, "method.dropout": 0.0, "trainer.max_steps": 3}
-    high = {"optim.lr": 1e-2, "method.rank": 16, "method.dropout": 0.5, "trainer.max_steps": 3}
-    placed = place_settings([low, high], space=space, law=NO_LAW)
-    # sorted keys: dropout over its range, four octaves of rank, two decades of rate
-    assert placed[1] - placed[0] == pytest.approx([1 / 0.5, 4 / 7.5, 2 / 0.5])
-    space = {"method.targets": Range(choices=["mlp", "attention", "all-linear"])}
-    named = [{"method.targets": name} for name in space["method.targets"].choices]
-    placed = place_settings(named, space=space, law=NO_LAW)
-    distances = [np.linalg.norm(placed[first] - placed[second]) for first, second in ((0, 1), (0, 2), (1, 2))]
-    assert distances == pytest.approx([1 / 1.5] * 3)
