@@ -80,6 +80,21 @@ def test_dots_rings_bars_and_band_over_rank_are_those_of_the_evidence(
     assert [note.text.split()[0] for note in figure.layout.annotations] == ["full", "frozen"]
 
 
+def test_bars_are_whole_and_the_names_of_equal_lines_are_apart(ranked_copy):
+    def level(raw):
+        rows = [row for row in raw["confirm"] if row["arm"] == "full"]
+        for number, row in enumerate(rows):
+            row["test_scores"]["bits_per_byte"] = 2.031 + 0.5 * (number - 2)  # the base's score in the mean
+
+    edit_json(ranked_copy / "sweep.json", level)
+    for run in ranked_copy.glob("runs/*/test_scores.csv"):
+        run.unlink()
+    (figure,) = draw_scores_by_value(load_sweep_data(ranked_copy)).figures
+    low, high = figure.layout.yaxis.range
+    assert all(low < first < last < high for first, last in list_bars(figure))
+    assert {note.yanchor for note in figure.layout.annotations} == {"top", "bottom"}
+
+
 def test_the_smallest_sufficient_rank_has_a_mark_only_if_it_is_settled(ranked, ranked_copy):
     verdicts = {answer.subject: answer.verdict for answer in ranked.evidence.answers if answer.name == "smallest"}
     assert verdicts["lora-rank-4"] == "insufficient"

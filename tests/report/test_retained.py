@@ -83,7 +83,7 @@ def test_every_output_has_it(confirmed):
     answer = findings.answers[-1]
     (question, headline, lines) = [*list_lines(findings)][-1]
     assert question == "What was forgotten of code?"
-    assert headline.startswith("`full` forgot more than 0.01. (difference in bits per byte")
+    assert headline.startswith("`full` forgot more than 0.01. (difference against `frozen` in bits per byte")
     assert answer.state == "settled"
     assert {row.subject: row.value for row in answer.rows} == {n: float(row["value"]) for n, row in rows.items()}
     assert [line.split()[-1] for line in lines] == ["equivalent", "worse"]

@@ -163,17 +163,21 @@ def capitalize(text: str) -> str:
 
 
 def describe_unit(answer: Answer, data: SweepData) -> str:
-    """Returns what the values of an answer's rows are, one phrase for all; empty without rows."""
+    """Returns what the values of an answer's rows are, with the margin, in one phrase for all; empty without rows."""
     if not answer.rows or answer.name == "setting":
         return ""
-    metric = next((row.metric for row in data.record.retained if row.name == answer.arm), data.shown_metric)
-    unit = f"{format_metric(metric.name)}, {metric.better_scores} is better"
     names = dict.fromkeys(row.reference for row in answer.rows)
-    against = "" if len(names) > 1 else f", against {name_value(next(iter(names)), data)}"
+    against = f" against {name_value(next(iter(names)), data)}" if len(names) == 1 else ""
     if all(row.is_share for row in answer.rows):
-        share = "share of full's gain"
-        return share if answer.name == "as_good_as_full" else f"difference as a {share}{against}"
-    return f"difference in {unit}{against}"
+        is_against_full = answer.name == "as_good_as_full"
+        unit = "share of full's gain" if is_against_full else f"difference{against} as a share of full's gain"
+        return f"{unit}, margin {format_share(data.evidence.scale.margin.value)}"
+    retained = next((row for row in data.record.retained if row.name == answer.arm), None)
+    metric, margin = (data.shown_metric, data.evidence.margin)
+    if retained and answer.name == "retained":
+        metric, margin = (retained.metric, data.record.retain_margin)
+    limit = "" if margin is None else f", margin {format_score(margin)}"
+    return f"difference{against} in {format_metric(metric.name)}, {metric.better_scores} is better{limit}"
 
 
 def list_cells(answer: Answer, data: SweepData) -> list[tuple[str, str, str]]:
