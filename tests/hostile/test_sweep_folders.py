@@ -13,7 +13,7 @@ MARKUP = "[/red]<script>alert(1)</script>\x1b[2J"
 REFUSED = [
     *({place: name} for place in ("arms/0/name", "trials/0/arm", "trials/0/subject", "settings/1/subject")
       for name in ("../../outside", "..", "a/b", "/tmp/outside", "a\0b", "")),
-    *({place: name} for place in ("trials/0/run", "confirm/0/run") for name in ("runs/..", "runs/../../x", "/etc")),
+    *({place: name} for place in ("trials/0/run", "confirm/0/run") for name in ("runs/../../x", "/etc")),
     {"arms/2/subjects/0/arm": "../x"},
     {"retained": [{"name": "../../x", "metric": {"name": "m", "direction": "minimize"}}]},
     {"trials/0/arm": "nobody"},

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from functools import reduce
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from safetensors.torch import load_file
 from lorasweep.config.method import IntrinsicConfig
 from lorasweep.errors import ConfigError
 from lorasweep.methods import bind
-from lorasweep.methods.intrinsic import IntrinsicParameters, add_projection, apply_hadamard, find_intrinsic_parameters
+from lorasweep.methods.intrinsic import IntrinsicParameters, add_projection, find_intrinsic_parameters
 
 from .conftest import logits_of, make_base, prepare, train
 
@@ -39,13 +38,6 @@ def build_p(count, dim, *, block, seed=0):
     signs, base = draw_signs(count, block=block, seed=seed), torch.zeros(count, dtype=torch.float64)
     columns = torch.eye(dim, block, dtype=torch.float64) / math.sqrt(dim)
     return torch.stack([add_projection(base, column, signs) for column in columns], dim=1)
-
-
-@pytest.mark.parametrize("size", [1, 2, 8, 64])
-def test_transform_is_the_kronecker_power_of_its_two_by_two_matrix(size):
-    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
-    expected = reduce(torch.kron, [two] * (size.bit_length() - 1), torch.ones(1, 1))
-    assert torch.equal(apply_hadamard(torch.eye(size)), expected)
 
 
 @pytest.mark.parametrize(("dim", "block"), [(3, 8), (16, 16), (20, 32)])

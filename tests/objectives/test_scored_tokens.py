@@ -220,17 +220,6 @@ def test_backward_keeps_no_logits_but_those_of_one_chunk(config, set_chunk):
     assert saved[1] < saved[0] - (num_positions - 2) * token_bytes + 3 * 8 * 24 * num_scored
 
 
-def test_gradients_of_a_frozen_head_are_those_of_finite_differences():
-    weight = torch.randn(7, 4, dtype=torch.float64)
-    targets = torch.tensor([[3, IGNORED, 6]])
-
-    def project(hidden):
-        return (hidden @ weight.t()).tanh()
-
-    hidden = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: scored_tokens._ScoreFrozen.apply(x, targets, project), hidden)
-
-
 class MixingLM(transformers.LlamaForCausalLM):
     """Subtracts from each token's logits the mean over its row."""
 

@@ -120,14 +120,9 @@ def test_neither_a_step_nor_an_evaluation_lets_the_cpu_wait_but_where_it_must(re
     assert found["steps"] == CASES[case].get("trainer.max_steps", 1)
     notes = [(run, *note) for run, notes in found["notes"].items() for note in notes]
     assert {"training", "evaluating"} <= {phase for _, phase, *_ in notes}
+    assert "mixed" not in {kind for _, _, kind, *_ in notes}  # no operation gets tensors of both devices
     waits = [note for note in notes if note[1] in ("training", "evaluating") and note[2] != "pinned"]
     assert not [note for note in waits if find_reason(*note[1:4]) is None]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_no_operation_gets_tensors_of_both_devices(results, case):
-    notes = find_case(results, case)["notes"]
-    assert not [note for run in notes.values() for note in run if note[1] == "mixed"]
 
 
 def test_a_pack_copies_what_belongs_to_a_micro_batch_once_and_nothing_for_each_layer(results):
