@@ -173,7 +173,7 @@ def test_the_tree_is_the_codes():
 
 def read_path(page):
     """Rows of the paths of a page: file, and the function in it."""
-    return re.findall(r"^\| \d+ \| `([\w/]+\.py)` \| `(\w+)`", page, flags=re.MULTILINE)
+    return re.findall(r"^\d+\. `([\w/]+\.py)`: `(\w+)`", page, flags=re.MULTILINE)
 
 
 def test_every_step_of_a_path_is_a_function_of_its_file_and_a_trial_of_one_class():
