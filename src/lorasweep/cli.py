@@ -150,6 +150,9 @@ def _add_run_commands(add: Callable[[Command, str], argparse.ArgumentParser]) ->
         metavar="FILE",
         help="for the others: the tool's file, of which decided lines change",
     )
+    export_parser.add_argument(
+        "--anyway", action="store_true", help="with --into: write a rate of a run that trained much shorter or longer"
+    )
     inspect_parser = add(commands.inspect, "show how much of its rank a run used, from its weights")
     for reader in (export_parser, inspect_parser):
         reader.add_argument(

@@ -246,21 +246,34 @@ def _export_into(arguments: argparse.Namespace) -> Outcome:
     from lorasweep.record import read_run
     from lorasweep.report.recommend import load_recommended
     from lorasweep.report.text import describe_evidence
+    from lorasweep.wording import format_range
 
-    swept: tuple[str, ...] = ()
+    evidence: dict[str, str] = {}
     if _is_run(arguments.run):
-        run, evidence = read_run(arguments.run), "one run, compared with no other"
+        run, otherwise = read_run(arguments.run), "one run, compared with no other"
+        summary = otherwise
     else:
         data, one, setting = load_recommended(arguments.run, key="RUN", methods=("lora", "peft"))
         assert setting.record is not None  # `find_recommended` refuses others
-        run, swept, evidence = setting.record, tuple(setting.params), describe_evidence(one, data)
-    changes, notes = write_recipe(arguments.into, tool=arguments.format, run=run, swept=swept, evidence=evidence)
+        run, otherwise, summary = setting.record, "as in the run, not searched", describe_evidence(one, data)
+        arm = next(row for row in data.record.arms if row.name == one.arm)
+        for key in setting.params:
+            searched = f"searched in {format_range(arm.space[key])}, {arm.trials} trials"
+            evidence[key] = summary if key == arm.key else searched
+    changes, notes = write_recipe(
+        arguments.into,
+        tool=arguments.format,
+        run=run,
+        evidence=evidence,
+        otherwise=otherwise,
+        anyway=arguments.anyway,
+    )
     for change in changes:
         say(f"{change.line} (was {change.old or 'missing'})")
     for note in notes:
         say(f"• {note}")
     num = "1 line" if len(changes) == 1 else f"{len(changes) or 'no'} lines"
-    say(f"{arguments.into}: {num} changed; {evidence}")
+    say(f"{arguments.into}: {num} changed; {summary}")
     return Outcome()
 
 

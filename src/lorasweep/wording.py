@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 UNKNOWN = "–"
@@ -156,6 +156,13 @@ def format_setting(value: Any) -> str:
     if value is None:
         return "null"
     return str(value)
+
+
+def format_range(values: Sequence[Any] | Mapping[str, Any]) -> str:
+    """Returns the range of a swept key, as a sweep file has it: `1, 4, 16`, or `0.0001 to 0.01`."""
+    if isinstance(values, Mapping):
+        return f"{format_setting(values['low'])} to {format_setting(values['high'])}"
+    return ", ".join(map(format_setting, values))
 
 
 def format_settings(params: dict[str, Any]) -> str:

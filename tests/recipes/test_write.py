@@ -126,7 +126,9 @@ def test_only_decided_lines_change_and_each_says_why(sweep, capsys, tool, ending
     for key, (old, new) in DECIDED[tool].items():
         assert (now.pop(key), was.pop(key, None) is None) == (new, old is None)
         line = next(line for line in after.splitlines() if line.startswith(key))
-        assert f"# lorasweep: {'new' if old is None else f'was {old}'}; rank 16: 1" in line
+        why = {"lora_r": "rank 16: 1", "lora_rank": "rank 16: 1", "learning_rate": "searched in "}
+        expected = why.get(key, "as in the run, not searched")
+        assert f"# lorasweep: {'new' if old is None else f'was {old}'}; {expected}" in line
         assert f"{key}: {new} (was {old or 'missing'})" in shown
     assert list(now.items()) == list(was.items())
     assert ("# as everybody does  # lorasweep" in after, "# a text for YAML 1.1  # lorasweep" in after) == (
@@ -158,13 +160,13 @@ FORMS = {
 @pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
 def test_a_key_in_another_form_is_written_and_nothing_else_changes(text):
     changes = [Change(key="lora_r", value=4), Change(key="learning_rate", value=1e-5)]
-    edited, _ = edit_text(text, changes, name="theirs.yaml", evidence="so")
+    edited, _ = edit_text(text, changes, name="theirs.yaml")
     assert yaml.safe_load(edited) == {**yaml.safe_load(text), "lora_r": 4, "learning_rate": 1e-5}
 
 
 def test_a_key_that_is_there_twice_is_refused():
     with pytest.raises(ConfigError, match=r"theirs\.yaml.*each key once"):
-        edit_text("lora_r: 32\nlora_r: 16", [Change(key="lora_r", value=4)], name="theirs.yaml", evidence="so")
+        edit_text("lora_r: 32\nlora_r: 16", [Change(key="lora_r", value=4)], name="theirs.yaml")
 
 
 DIFFERENT = {
@@ -194,7 +196,11 @@ def test_a_file_that_trains_in_another_way_is_refused(sweep, capsys, case):
 
 def test_what_moves_the_rate_little_is_said(sweep, capsys):
     write(FILES["axolotl"].replace("warmup_ratio: 0.06", "warmup_ratio: 0.2\nlora_dropout: 0.1\nmax_steps: 10"))
-    assert export("axolotl") == 0
+    before = read()
+    assert export("axolotl") == 2
+    assert "`trainer.max_steps` is 10 there and 150 in the run. Nothing was written" in capsys.readouterr().err
+    assert read() == before
+    assert export("axolotl", "--anyway") == 0
     shown = capsys.readouterr().out
     for said in (
         "`lora_dropout` is 0.1 there and 0.0 in the run",
@@ -234,6 +240,7 @@ def test_alpha_is_written_with_the_rule_that_gives_it_its_meaning(sweep, rule, t
 def test_a_swept_key_is_written_and_one_without_a_line_there_is_named(sweep, capsys):
     def add(key, value):
         edit_json(sweep / "sweep.json", lambda raw: [one["params"].update({key: value}) for one in raw["settings"]])
+        edit_json(sweep / "sweep.json", lambda raw: [arm["space"].update({key: [value]}) for arm in raw["arms"]])
         change_runs(sweep, {key: value})
 
     write(FILES["axolotl"])

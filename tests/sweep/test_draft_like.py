@@ -155,8 +155,11 @@ def test_pairs_and_their_beta(here):
     assert "objective.beta" not in sweep["arms"]["lora"]["space"]
 
 
-def test_the_files_length_of_training_is_kept_or_its_share_is_said(here):
-    sweep = draft(*STAND_INS, num_epochs=1)
+def test_the_files_length_of_training_is_kept_or_its_share_is_said(here, capsys):
+    sweep = draft(*STAND_INS, num_epochs=1, val_set_size=0.0)
+    said = capsys.readouterr().out
+    assert "val_set_size (validation and test data are split from the training data" in said
+    assert "are taken from `data.train`" in said
     assert sweep["settings"]["trainer.max_steps"] == 24  # 190 examples, 8 a step; no lower bound
     assert "description" not in sweep
     sweep = draft(*STAND_INS, "trainer.max_steps=60", num_epochs=100, name="shorter.yaml")

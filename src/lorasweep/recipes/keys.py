@@ -77,7 +77,9 @@ def sort_keys(values: Mapping[Any, Any], table: Mapping[str, Any], *, prefix: st
         section, why = _find_reason(key, table) if rule is None else ("followed", "")
         if why == UNKNOWN:
             found.not_followed[name] = UNKNOWN
-        elif (choice not in choices and value in (None, "", [], {})) or (rule is None and not value):
+        elif (choice not in choices and value in (None, "", [], {})) or (
+            rule is None and not value and key not in table["counts_as_given"]
+        ):
             found.not_followed[name] = "empty or switched off"
         elif rule is None:
             (found.refused if section == "refused" else found.not_followed)[name] = why

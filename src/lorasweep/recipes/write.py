@@ -36,7 +36,9 @@ OWN_COMMENT = re.compile(r"\s*# lorasweep: .*")
 """The comment of an earlier export, which a new one replaces. It is the last comment of its line."""
 FIRST_LIST = re.compile(r"^( *)[^\s#-].*:[ ]*(?:#.*)?\r?\n( *)- ", re.MULTILINE)
 """The first list below a key, whose indent is that of all lists of most files."""
-PEFT_ALPHA, WARMUP = "method.config.lora_alpha", "schedule.warmup_fraction"
+PEFT_ALPHA, WARMUP, LENGTH_KEY = "method.config.lora_alpha", "schedule.warmup_fraction", "data.max_length"
+MAX_RATIO = 2.0
+"""Largest ratio of the steps, or of the tokens of an example, of a file and a run, up to which a rate is written."""
 ALWAYS_DECIDED = {RANK, ALPHA, SCALING, LR, PEFT_ALPHA, "method.config.r", "method.config.use_rslora", "objective.beta"}
 """The keys that are written even if the sweep did not search them, because rank and rate hold with these alone."""
 
@@ -47,6 +49,10 @@ class Change:
 
     key: str
     value: Any
+    of: str = ""
+    """The dotted key here."""
+    why: str = ""
+    """The evidence for the value, for a comment."""
     old: str | None = None
     """The value as the file has it; None if the key is missing."""
 
@@ -62,22 +68,24 @@ class Change:
 
 
 def write_recipe(
-    path: Path, *, tool: str, run: RunRecord, swept: Collection[str], evidence: str
+    path: Path, *, tool: str, run: RunRecord, evidence: Mapping[str, str], otherwise: str, anyway: bool = False
 ) -> tuple[list[Change], list[str]]:
     """Writes the decided settings of a run into a training file, whole or not at all.
 
-    The `swept` keys were searched, and `evidence` says how good the run is. Returns the changes, and sentences on
-    differences between the file and the run that may move the best rate.
+    `evidence` has each searched key with the evidence for its value, and `otherwise` is that of all other keys. Returns
+    the changes, and sentences on differences between the file and the run that may move the best rate.
 
     Raises:
-        ConfigError: The file is of another tool, can't be read or written, or trains in another way than the run.
+        ConfigError: The file is of another tool, can't be read or written, or trains in another way than the run:
+            without `anyway` also if its steps or their tokens differ by more than `MAX_RATIO`.
         RecordError: The run is not complete.
     """
     if run.status != "complete":
         raise RecordError(f"a run must be complete to be written into a file, but is {run.status}. Name another one.")
     config, table = restore_config(run), load_table(tool)
     settings, num_steps = dict(dotted_items(as_settings(config))), config.trainer.max_steps
-    wanted, recipe = list_changes(tool, settings, swept), read_recipe(path, has_data=True)
+    wanted, recipe = list_changes(tool, settings, evidence), read_recipe(path, has_data=True)
+    wanted = [replace(change, why=evidence.get(change.of, otherwise)) for change in wanted]
     if recipe.tool != table["name"]:
         raise ConfigError(f"`--format {tool}` must get a file of that tool, but {str(path)!r} is one of {recipe.tool}.")
     others = {key: value for key, value in recipe.settings.items() if not key.startswith("data")}
@@ -93,21 +101,31 @@ def write_recipe(
     for key, room in ((STEPS_KEY, num_steps / 20), (WARMUP, 1 / num_steps)):  # tools round in other ways
         if abs(theirs.get(key, 0) - settings.get(key, 0)) <= room:
             theirs[key] = settings.get(key)
-    known = {*swept, *(ALWAYS_DECIDED & settings.keys())}
-    if wrong := _list_differences(table, "must_agree", theirs, settings, known=known):
+    length = settings.get(LENGTH_KEY)
+    if length and theirs[LENGTH_KEY] > length and not run.data.get("train", {}).get("truncated"):
+        theirs[LENGTH_KEY] = length  # nothing was cut off, so a step has the same tokens
+    known = {*evidence, *(ALWAYS_DECIDED & settings.keys())}
+    far = [key for key in (STEPS_KEY, LENGTH_KEY) if settings.get(key) and not _is_near(theirs[key], settings[key])]
+    if wrong := _list_differences(table, table["must_agree"], theirs, settings, known=known):
         raise ConfigError(
             f"{str(path)!r} must train as the run did, because rank and rate hold for that alone, but "
             f"{join_words(wrong)}. Nothing was written. Change the file, or sweep as it trains: "
             f"`lorasweep new mine.yaml --like {path}`."
         )
-    notes = _list_differences(table, "may_differ", theirs, settings, known=known)
+    if far and not anyway:
+        differs = join_words(_list_differences(table, far, theirs, settings, known=()))
+        raise ConfigError(
+            f"{str(path)!r} must train about as long as the run, because the best rate depends on it, but {differs}. "
+            f"Nothing was written. Sweep as it trains (`lorasweep new mine.yaml --like {path}`), or add `--anyway`."
+        )
+    notes = _list_differences(table, table["may_differ"], theirs, settings, known=known)
     if all(theirs.get(key) == settings[key] for key in known & settings.keys()):  # perhaps by the tool's defaults
         wanted = []
     if "lora_target_modules" in recipe.keys.not_followed:  # it is missing, and PEFT would choose some of the layers
-        wanted += [Change(key=key, value=value) for key, value in table["all_linear"].items()]
+        wanted += [Change(key=key, value=value, why=otherwise) for key, value in table["all_linear"].items()]
     try:
         text, mode = path.read_bytes().decode(), path.stat().st_mode
-        edited, changes = edit_text(text, wanted, name=str(path), evidence=evidence)
+        edited, changes = edit_text(text, wanted, name=str(path))
         if changes:
             write_atomically(path.resolve(), edited.encode())  # of a link, the file that it names
             path.chmod(mode)
@@ -116,18 +134,23 @@ def write_recipe(
             f"`--into` must be a file in UTF-8 that can be written, but {str(path)!r} is not: {error}."
         ) from error
     batch = f"A step has {config.trainer.batch_size} examples in the run. In the file: {recipe.batch}."
-    return changes, [*(f"The best rate may be a little different: {note}." for note in notes), batch]
+    moves = "The best rate may be another one" if far else "The best rate may be a little different"
+    return changes, [*(f"{moves}: {note}." for note in notes), batch]
+
+
+def _is_near(one: float, other: float) -> bool:
+    return 1 / MAX_RATIO <= one / other <= MAX_RATIO
 
 
 def _list_differences(
     table: Mapping[str, Any],
-    part: str,
+    keys: Sequence[str],
     theirs: Mapping[str, Any],
     ours: Mapping[str, Any],
     *,
     known: Collection[str],
 ) -> list[str]:
-    """Returns a clause for each key in a list of the table with another value in the file than in the run.
+    """Returns a clause for each key of a list with another value in the file than in the run.
 
     Only an objective's key has a value if it is missing; other methods and kinds of data have other keys.
     """
@@ -138,7 +161,6 @@ def _list_differences(
             return str(value).rstrip("/").rpartition("/")[2]
         return sorted(value) if isinstance(value, list | tuple) else value or None
 
-    keys = table[part]
     common = theirs.keys() & ours.keys() | {key for key in keys if key.startswith("objective.")}
     different = [key for key in keys if key in common - {*known} and read(theirs, key) != read(ours, key)]
     return [
@@ -171,11 +193,11 @@ def list_changes(tool: str, settings: Mapping[str, Any], swept: Collection[str])
         rule = table["followed"][decided[key]]
         values = rule.get("values", {}) if isinstance(rule, dict) else {}
         value = next((one for one, ours in values.items() if ours == found[key]), found[key])
-        changes.append(Change(key=decided[key], value=value))
+        changes.append(Change(key=decided[key], value=value, of=key))
     return changes
 
 
-def edit_text(text: str, wanted: Sequence[Change], *, name: str, evidence: str) -> tuple[str, list[Change]]:
+def edit_text(text: str, wanted: Sequence[Change], *, name: str) -> tuple[str, list[Change]]:
     """Returns a file's text with the wanted values, and the changes of keys that had another value or none.
 
     Order, comments and quotes stay, and missing keys stand at the end. Raises ConfigError with the lines to write by
@@ -201,7 +223,7 @@ def edit_text(text: str, wanted: Sequence[Change], *, name: str, evidence: str) 
                 continue
             content[key] = tool.load(change.text)
             own, newline, after = comment.partition("\n")
-            mark = f"# lorasweep: {'new' if old is None else f'was {old}'}; {evidence}"
+            mark = f"# lorasweep: {'new' if old is None else f'was {old}'}; {change.why}"
             comment = f"{OWN_COMMENT.sub('', own)}  {mark}".strip() + newline + after
             content.yaml_add_eol_comment(comment, key, column=0)
             changed.append(replace(change, old=old))

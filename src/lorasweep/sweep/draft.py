@@ -24,7 +24,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from lorasweep.activity import doing
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import SWEEP_GROUPS, compose_run, merge_settings
-from lorasweep.config.data import DataSettings, RowSettings
+from lorasweep.config.data import DataSettings, RowSettings, SplitSettings
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import ALPHA, LR, RANK, STEPS_KEY
 from lorasweep.config.sweep import DEFAULT_MARGIN
@@ -160,6 +160,11 @@ def draft_sweep(
     inputs = inputs_cache.load(config)
     inputs.splits.test()  # reads every row, because the confirm stage would fail after hours of training
     check_rows(config.data, inputs.splits)
+    if isinstance(config.data, SplitSettings) and (taken := config.data.split_percents):
+        sizes = {"train": len(inputs.splits.train), "validation": len(inputs.splits.validation)}
+        sizes["test"] = len(inputs.splits.test())
+        listed = join_words([f"{sizes[name]:,} for {name} (another file: `data.{name}`)" for name in taken])
+        notes.append(f"Of {sum(sizes.values()):,} examples, {listed} are taken from `data.train`.")
     metric = {} if any(key.startswith("data.metric") for key in chosen) else {"data.metric": inputs.splits.metric}
     numbered = {**chosen, **metric, **_choose_numbers(inputs, chosen, recipe, kind=kind)}
     shorter = _describe_shorter(inputs, numbered, recipe) if recipe else {}
