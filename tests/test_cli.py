@@ -30,54 +30,6 @@ def mini(here):
     return "mini.yaml"
 
 
-BAD = [
-    (["status", "."], "a sweep's folder must contain sweep.json, but '.' does not."),
-    (["sweep", "quickstat"], "Did you mean `quickstart`?"),
-    (["sweep", "./notes.txt"], "notes.txt: `just words` is not a setting."),
-    (["sweep", "mini.yaml", "sweep.output=full"], "`sweep.output` must be a new or empty folder, but 'full' is not."),
-    (["sweep", "mini.yaml", "model=causal_lm", "model.path=./no/model"], "`model.path` must be"),
-    (["sweep", "--resume", "nowhere"], "a sweep's folder must contain sweep.json, but 'nowhere' does not."),
-    (["sweep"], "or `data.train=FILE`, or `data.path=HUB-ID data.train=SPLIT`, but got nothing."),
-    (["sweep", "model.path=m", "data.trian=a.csv"], "but got `model.path`, `data.trian`."),
-    (["plan", "mini.yml"], "or a YAML file, but got 'mini.yml'. Did you mean `mini.yaml`?"),
-    (["compare", "nowhere"], "nowhere"),
-    (["inspect", "fulll"], "but 'fulll' does not. Did you mean `full`?"),
-    (["reproduce", "full"], "a run's folder must contain run.json, but 'full' does not."),
-    (["train", "data.train=https://me:open-sesame@host/a.csv", "data=table"], "but got 'https://***@host/a.csv'."),
-    (["sweep", "mini.yaml", "model.path=https://me:open-sesame@host"], "`model.path` must not contain a password"),
-    (["train", "method.lora_alpha=4"], "`method.lora_alpha` is not a setting. Did you mean `method.alpha`?"),
-    (["train", "model.path=embedded:big"], "`model.path` must name an embedded model (tiny), but got 'embedded:big'."),
-    (["help", "optm"], "Did you mean `optim`?"),
-    (["help", "method.rnk"], "Did you mean `method.rank`?"),
-    (["help", "confirm_each"], "Did you mean `arms.ARM.confirm_each`?"),
-    (["help", "a" * 5000 + ".b"], "`lorasweep help` must get a setting, a group or a command, but got 'aaa"),
-    (["sweep", "done"], "To resume it, or to add to it, type `lorasweep sweep --resume done`."),
-    (["plan", "./done"], "`lorasweep sweep --resume ./done`"),
-    (["train", "hydra.run.dir=foo"], "Name the folder by `output=DIR`, and that of a sweep by `sweep.output=DIR`."),
-    (["train", "-m", "seed=1,2", "++hydra.job.chdir=true"], "`hydra.job.chdir` must be left out"),
-    (["sweep", "mini.yaml", "hydra.run.dir=foo"], "Name the folder by `output=DIR`, and that of a sweep by"),
-    (["train", "output=full"], "`output` must be a new or empty folder, but 'full' is not."),
-]
-
-
-@pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(words)[:60] for words, _ in BAD])
-def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, capsys, caplog, words, message):
-    (here / "full").mkdir()
-    (here / "full" / "mine.txt").write_text("mine")
-    (here / "done").mkdir()
-    (here / "done" / "sweep.json").write_text("{}")
-    (here / "notes.txt").write_text("just words\n")
-    before = list_names(here)
-    assert run(words) == WRONG_REQUEST == 2
-    output = capsys.readouterr()
-    assert output.err.count("\n") == 1
-    assert output.err.startswith("lorasweep: ")
-    assert message in output.err
-    assert output.out == ""
-    assert caplog.text == ""  # it would stand on standard error
-    assert list_names(here) == before
-
-
 UNUSABLE_MINUTES = ["inf", "1e308", "nan", "-3", "0", "ten"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,9 @@ def sweep(arguments: argparse.Namespace) -> Outcome:
         given = "`--minutes`" if arguments.minutes else repr(arguments.overrides[0])
         raise ConfigError(f"{given} must be left out with `--resume`, because the sweep already has these.")
     if arguments.resume:
+        from lorasweep.record import read_sweep
+
+        read_sweep(arguments.resume)  # without torch, so that a wrong folder is refused at once
         with quick_imports():
             from lorasweep.api import resume_sweep
             from lorasweep.sweep.controller.lifecycle import read_saved_definition
@@ -85,8 +89,10 @@ def new(arguments: argparse.Namespace) -> Outcome:
         raise ConfigError(f"`FILE.yaml` must be a new file, but {str(path)!r} exists already. Name another one.")
     from lorasweep.config.command_line import parse_overrides
     from lorasweep.recipes.read import read_recipe
+    from lorasweep.sweep.definition.typed import check_typed
 
     settings, recipe = parse_overrides(arguments.overrides), None
+    check_typed(settings)  # without torch, so that a typing error is named at once
     if arguments.like is not None:  # read without torch, so that a refused key is named at once
         has_data = arguments.source is not None or not settings.keys().isdisjoint(("data", "data.path", "data.train"))
         recipe = read_recipe(arguments.like, has_data=has_data)
@@ -158,10 +164,14 @@ def _define(arguments: argparse.Namespace, *, measures: bool) -> tuple[Definitio
     from lorasweep.config.command_line import parse_overrides
     from lorasweep.sweep.definition.arms import read_definition
     from lorasweep.sweep.definition.sweep_file import find_sweep_file
+    from lorasweep.sweep.definition.typed import check_sources, check_typed
 
     began, words, named = time.monotonic(), arguments.overrides, None
     if _has_name(words):  # read without torch, whose import takes seconds, so that a wrong key is refused at once
         named = read_definition(find_sweep_file(words[0]), words[1:])
+        check_sources(named.arms[0].base, named.arms[0].settings)
+    else:
+        check_typed(parse_overrides(words))
     if measures:
         arms = "the drafted sweep" if named is None else f"{named.name} ({', '.join(arm.name for arm in named.arms)})"
         say(f"measures a few steps of {arms}; first loads torch, the model and the data", file=sys.stderr)
@@ -364,24 +374,38 @@ def _say_run(result: RunResult, job: str) -> int:
 def help(arguments: argparse.Namespace) -> Outcome:
     """Explains the settings of a key or a group, or a command; without a name, lists the groups and the commands."""
     from lorasweep.config.command_line import describe_groups
+    from lorasweep.config.other_names import list_other_names
     from lorasweep.config.reference import list_fields, list_settings
-    from lorasweep.sweep.definition.sweep_file import ArmConfig
+    from lorasweep.sweep.definition.sweep_file import ArmConfig, list_sweep_files
     from lorasweep.wording import shorten, suggest_nearest
 
-    name, parser = arguments.name, arguments.commands.get(arguments.name)
+    name, parser, files = arguments.name, arguments.commands.get(arguments.name), list_sweep_files()
     settings = [*list_settings("train"), *list_settings("sweep"), *list_fields(ArmConfig, "arms.ARM", {"": {}})]
-    shown = [one for one in settings if f"{one.key}.".startswith(f"{name}.")]
+    ours = list_other_names().get(name, name)
+    shown = [one for one in settings if f"{one.key}.".startswith(f"{ours}.")]
+    shown = shown or [one for one in settings if one.key.endswith(f".{ours}")]
     groups = describe_groups()
     if name is None:
-        say(f"commands: {', '.join(arguments.commands)}\n{groups}")
+        say(f"commands: {', '.join(arguments.commands)}\nsweeps: {', '.join(sorted(files))}\n{groups}")
     elif parser is not None:
         say(parser.format_help().removesuffix("\n"))
+    elif name in files:
+        lines = files[name].read_text(encoding="utf-8").splitlines()
+        say(
+            "\n".join(line.removeprefix("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
+        )
     elif not shown:
-        names = [*arguments.commands, *(part for one in settings for part in (one.key, one.key.partition(".")[0]))]
+        names = [
+            *arguments.commands,
+            *files,
+            *(part for one in settings for part in (one.key, one.key.partition(".")[0])),
+        ]
         raise ConfigError(
-            f"`lorasweep help` must get a setting, a group or a command, but got {shorten(name)}."
+            f"`lorasweep help` must get a setting, a group, a command or a sweep, but got {shorten(name)}."
             f"{suggest_nearest(name, names)}"
         )
+    if ours != name:
+        say(f"`{name}` of other tools is `{ours}` here.")
     for line in groups.splitlines():
         if line.startswith(f"  {name}="):  # with the options that have no settings
             say(line.strip())

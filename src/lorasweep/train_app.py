@@ -74,7 +74,11 @@ def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, sho
             config = build_run(values)
             if arguments.cfg:
                 say(OmegaConf.to_yaml(OmegaConf.create(as_settings(config))).removesuffix("\n"))
-            elif arguments.show_examples is not None:
+                return None
+            from lorasweep.sweep.definition.typed import check_sources  # noqa: PLC0415 (it loads Optuna)
+
+            check_sources(config, layers)
+            if arguments.show_examples is not None:
                 _show_examples(config, arguments.show_examples)
             else:
                 result = _train(config, values, origin=origin, is_grid=is_grid)

@@ -12,6 +12,10 @@ UNKNOWN = "–"
 """Text of an unknown value."""
 MAX_SCORE_DIGITS = 6
 """Maximum number of digits of a score. Scores that differ only in later digits look equal."""
+MAX_TYPING_ERRORS = 2
+"""Maximum number of typing errors in a name that gets a suggestion; a name of three characters may have one."""
+MAX_NAME_CHARACTERS = 200
+"""A longer name gets no suggestion."""
 MIN_WIDTH = 1e-6
 """Width of an interval, relative to its ends and for shares to 1, below which it is taken for a rounding error."""
 MAX_EXTRA_DECIMALS = 2
@@ -19,10 +23,18 @@ MAX_EXTRA_DECIMALS = 2
 
 
 def suggest_nearest(name: str, choices: Iterable[str]) -> str:
-    """Returns ` Did you mean ...?` with the nearest choice; an empty string if no choice is near, or one is `name`."""
+    """Returns ` Did you mean ...?` with a choice whose last part is `name`, or the one with the fewest typing errors.
+
+    Returns an empty string if each choice has more than `MAX_TYPING_ERRORS`, or one is `name`.
+    """
     options = list(choices)
     endings = [option for option in options if option.endswith(f".{name}")]
-    matches = endings or difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    near: dict[str, int] = {}
+    for option in options if len(name) < MAX_NAME_CHARACTERS else ():
+        steps = difflib.SequenceMatcher(None, name, option, autojunk=False).get_opcodes()
+        near[option] = sum(max(i_end - i, j_end - j) for tag, i, i_end, j, j_end in steps if tag != "equal")
+    limit = MAX_TYPING_ERRORS if len(name) > MAX_TYPING_ERRORS + 1 else 1
+    matches = endings or sorted((option for option in near if near[option] <= limit), key=near.__getitem__)
     return f" Did you mean `{matches[0]}`?" if matches and name not in options else ""
 
 

@@ -17,12 +17,12 @@ from lorasweep.errors import ConfigError
 from lorasweep.models import load as load_file
 from lorasweep.models.load import (
     Labels,
-    find_local_path,
     find_model_folder,
     fingerprint_weights,
     load_base,
     set_dropout_settings,
 )
+from lorasweep.models.paths import find_local_path
 
 LABELS = Labels(kind="single_label", names=("calm", "loud", "odd"))
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lorasweep.runs.export as export_file
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import RecordError, RunError
-from lorasweep.models.load import find_local_path
+from lorasweep.models.paths import find_local_path
 from lorasweep.record import read_run, restore_config
 from lorasweep.runs.export import export_run
 from lorasweep.training.finished_run import restore_base, restore_model

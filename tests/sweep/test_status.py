@@ -3,6 +3,7 @@
 import fcntl
 import io
 import os
+import re
 import threading
 import time
 from dataclasses import replace
@@ -293,6 +294,8 @@ def test_a_terminal_shows_a_table_also_where_the_folder_is_away_for_a_while(runn
         time.sleep(0.05)
         os.rename(running / "away.json", running / "sweep.json")
         wait_for(lambda: "made_up: bits_per_byte" in output.getvalue())
+    assert "to watch it: tensorboard --logdir" in output.getvalue()
+    assert re.search(r"% of [\d,]+ steps", output.getvalue())
 
 
 def test_a_sweep_in_this_process_is_shown_with_a_line_per_run(begin, work, runs, content):
@@ -302,7 +305,7 @@ def test_a_sweep_in_this_process_is_shown_with_a_line_per_run(begin, work, runs,
     with show_progress(folder.path, Console(file=output, width=200)):
         assert work(folder)
     rows = [*folder.record.trials, *folder.record.confirm]
-    others = ("sweep ", "threads of a worker: ", "warning: ", "answers at ", "complete in ")
+    others = ("sweep ", "to watch it: ", "threads of a worker: ", "warning: ", "answers at ", "complete in ")
     lines = [line for line in output.getvalue().splitlines() if not line.startswith(others)]
     assert len(lines) == len(rows) + 1 == 10 + 5 + 1
     assert sum(line.startswith("confirm: ") for line in lines) == 1

@@ -13,6 +13,7 @@ from pydantic import Discriminator, Field, TypeAdapter, ValidationError, model_v
 from pydantic.dataclasses import dataclass
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, PydanticKnownError, core_schema
 
+from lorasweep.config.other_names import suggest_setting
 from lorasweep.errors import ConfigError
 from lorasweep.wording import shorten, suggest_nearest
 
@@ -197,7 +198,7 @@ def make_unknown_error(key: str, name: str, names: Sequence[str], *, others: Ite
     """Returns the error for a setting `name` of `key` that is none of `names`; `others` are dotted keys elsewhere."""
     unknown, *known = [f"{key}.{each}".lstrip(".") for each in (name, *names)]
     others = [other for other in others if not f"{other}.".startswith(f"{unknown}.")]
-    near = suggest_nearest(unknown, known) or suggest_nearest(unknown, others)
+    near = suggest_setting(unknown, known) or suggest_nearest(unknown, others)
     place = f"of `{key}` " if key else ""
     return UnknownSettingError(
         f"`{unknown}` is not a setting.{near} The settings {place}are {', '.join(names)}.", key=unknown

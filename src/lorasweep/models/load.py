@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from lorasweep.config.data import LabelKind, ModelKind
 from lorasweep.config.run import ModelConfig
 from lorasweep.errors import ConfigError, describe_error, first_line
 from lorasweep.lora.layer_kinds import count_parameters, list_scales
+from lorasweep.models.paths import find_local_path
 from lorasweep.models.pretrained import (
     QUANTISING_PACKAGES,
     build_quantisation_arguments,
@@ -42,7 +42,6 @@ MODEL_CLASSES: dict[ModelKind, Any] = {
     "classifier": AutoModelForSequenceClassification,
 }
 
-EMBEDDED_PREFIX = "embedded:"
 ALWAYS_DOWNLOADED = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
 """Patterns for the names of files that are always downloaded: configuration, tokenizer and weights."""
 LAYER_DROP_NAMES = ("layerdrop", "layer_drop", "drop_path")
@@ -187,28 +186,6 @@ def find_model_folder(config: ModelConfig) -> Path:
 def list_model_files(folder: Path) -> list[Path]:
     """Returns the files of a model that decide what it computes: weights, configuration, tokenizer and code."""
     return sorted(path for pattern in (*ALWAYS_DOWNLOADED, "*.py") for path in folder.glob(pattern))
-
-
-def find_local_path(config: ModelConfig) -> Path | None:
-    """Returns the folder that `model.path` names, or None for a hub id. Raises ConfigError if it does not exist."""
-    path = config.path
-    if path.startswith(EMBEDDED_PREFIX):
-        package = Path(str(importlib.resources.files("lorasweep.models")))
-        names = sorted(file.parent.name for file in package.glob("*/config.json"))
-        if path.removeprefix(EMBEDDED_PREFIX) not in names:
-            raise ConfigError(f"`model.path` must name an embedded model ({', '.join(names)}), but got {path!r}.")
-        return package / path.removeprefix(EMBEDDED_PREFIX)
-    local = Path(path).expanduser()
-    if local.is_dir():
-        if config.revision is not None:
-            raise ConfigError(f"`model.revision` must be null for the folder {path!r}, but got {config.revision!r}.")
-        return local
-    if path.startswith(("/", ".", "~")) or path.count("/") > 1 or local.is_file():
-        raise ConfigError(
-            f"`model.path` must be a folder or a hub id such as 'owner/name', but {path!r} is "
-            f"{'a file' if local.is_file() else 'no folder that exists'}. Check its spelling."
-        )
-    return None
 
 
 def _download(config: ModelConfig) -> Path:

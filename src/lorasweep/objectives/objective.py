@@ -19,7 +19,7 @@ from lorasweep.data.rows import Batch, Rows
 from lorasweep.data.source import DataSource
 from lorasweep.errors import ConfigError, describe_error
 
-EXAMPLE_FIELDS = ("loss", "items", "prediction", "target")
+EXAMPLE_FIELDS = ("loss", "items", "prediction", "target", "details")
 SCORE_FIELDS = (*EXAMPLE_FIELDS, "metric_input", "metric_target")
 
 
@@ -35,6 +35,8 @@ class ExampleScores:
     """Predicted class or number, (examples,). None for text."""
     target: Tensor | None = None
     """The right answer, in the shape of `prediction`."""
+    details: Tensor | None = None
+    """Further numbers of each example, (examples, numbers), of which an objective computes metrics."""
     metric_input: Tensor | None = None
     """Predictions for the metric of `data.metric._target_`, (examples, ...); for text (scored tokens,)."""
     metric_target: Tensor | None = None

@@ -16,6 +16,7 @@ from lorasweep.config.build import (
     PositiveFloat,
     convert,
 )
+from lorasweep.config.other_names import FACT
 from lorasweep.config.run import DECLARED_TYPES
 from lorasweep.wording import shorten
 
@@ -30,7 +31,6 @@ FACT_TYPES: Mapping[str, Any] = {
     "recipe.targets": str | tuple[str, ...],
 }
 """The types of numbers in their files that become settings only together with others."""
-FACT = "recipe."
 UNKNOWN = "lorasweep does not know this key"
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lorasweep.config.compose import compose_run
+from lorasweep.config.other_names import read_tables
 from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY
 from lorasweep.errors import ConfigError
 from lorasweep.recipes.data_sets import read_data_sets
@@ -25,17 +25,6 @@ TOOLS = ("axolotl", "llamafactory", "trl")
 """The tables, in the order in which they are tried: TRL's first key is also one of LLaMA-Factory."""
 WARMUP_KEYS = ("warmup_ratio", "warmup_steps")
 BETA, LR_RATIO = "objective.beta", "optim.lr_ratio_b"
-PEFT_NAMES: Mapping[str, str] = {
-    RANK: "r",
-    ALPHA: "lora_alpha",
-    "method.dropout": "lora_dropout",
-    "method.targets": "target_modules",
-    "method.modules_to_save": "modules_to_save",
-    "method.rank_pattern": "rank_pattern",
-    "method.alpha_pattern": "alpha_pattern",
-    "method.layers": "layers_to_transform",
-}
-"""PEFT's name of each setting of LoRA, for DoRA, which PEFT trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +196,8 @@ def _combine_lora(method: dict[str, Any], facts: Mapping[str, Any], found: Mappe
     method["method.targets"] = list(targets) if isinstance(targets, tuple) else targets or "all-linear"
     if not facts.get("dora"):
         return {"method": "lora", **method}
-    config = {PEFT_NAMES[key]: value for key, value in method.items() if key in PEFT_NAMES}
+    # PEFT trains DoRA, by its own names
+    config = {theirs: method[ours] for theirs, ours in read_tables()["common"]["peft"].items() if ours in method}
     is_rs = method.get(SCALING) == "alpha_over_sqrt_rank"
     return {"method": "peft", "method.config": {"peft_type": "LORA", "use_dora": True, "use_rslora": is_rs, **config}}
 
@@ -226,11 +216,4 @@ def _load(path: Path) -> dict[str, Any]:
 
 def load_table(name: str) -> Mapping[str, Any]:
     """Returns the table of a tool, which says what each of its keys means here, and the lists that all tools share."""
-    tables = _load_tables()
-    return {**tables["common"], **tables[name]}
-
-
-@cache
-def _load_tables() -> dict[str, Any]:
-    tables: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "tables.yaml").read_text())
-    return tables
+    return {**read_tables()["common"], **read_tables()[name]}

@@ -20,6 +20,7 @@ from lorasweep.record.run import (
     utc_now,
 )
 from lorasweep.record.sweep import (
+    JOURNAL_FILE,
     MAX_LOOKS,
     SWEEP_FILE,
     ArmRow,

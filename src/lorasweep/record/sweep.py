@@ -19,6 +19,8 @@ from lorasweep.record.trial import Stage, Subject, Trial
 from lorasweep.wording import join_words, shorten
 
 SWEEP_FILE = "sweep.json"
+JOURNAL_FILE = "journal.log"
+"""The Optuna studies of a sweep."""
 MAX_LOOKS = 20
 SweepState = Literal["running", "complete", "interrupted"]
 NumSeeds = Annotated[int, Field(ge=1, le=MAX_CONFIRM_SEEDS)]

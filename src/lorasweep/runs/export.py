@@ -29,7 +29,8 @@ from lorasweep.disk import require_new_folder
 from lorasweep.errors import ConfigError, RecordError, RunError, first_line
 from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_peft_settings
 from lorasweep.methods import bind
-from lorasweep.models.load import EMBEDDED_PREFIX, BaseModel, find_local_path, fingerprint_weights, load_tokenizer
+from lorasweep.models.load import BaseModel, fingerprint_weights, load_tokenizer
+from lorasweep.models.paths import EMBEDDED_PREFIX, find_local_path
 from lorasweep.models.pretrained import NF4_ARGUMENTS, load_pretrained, quiet_transformers
 from lorasweep.record import RunRecord, read_run, restore_config
 from lorasweep.training.finished_run import check_kept_files, restore_model, restore_unquantised_base

@@ -43,6 +43,7 @@ from lorasweep.sweep.definition.confirm import MAX_LAW_FACTOR
 from lorasweep.sweep.definition.overrides import Overrides
 from lorasweep.sweep.definition.ranges import Range
 from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS, make_paths_absolute
+from lorasweep.sweep.definition.typed import ROW_KEYS
 from lorasweep.tasks import DATA, PLAIN_TEXT
 from lorasweep.tasks.task import GivenTable, find_task
 from lorasweep.training.inputs import InputsCache
@@ -55,8 +56,6 @@ DATA_KEYS = frozenset(("data", "data.train", "data.path"))
 SOURCE_KEYS = ("data.path", "data.train", "data.subset", "data.revision")
 ROW_DATA = next(name for name, kind in DATA.items() if issubclass(kind, RowSettings))
 """A value of `data` for tables, with whose settings the first one is read."""
-ROW_KEYS = frozenset(field.name for field in fields(RowSettings)) - {"name", "metric"}
-"""Settings that say how rows are read, whatever they hold."""
 RANKS = (1, 4, 16, 64)
 EPOCHS = 3
 MAX_VALIDATION_EXAMPLES = 1000
@@ -222,7 +221,7 @@ def _choose_data(
         if not is_table:
             return {"data": PLAIN_TEXT}, []
     # the kind of data decides which other keys there are, so that these are checked when it is known
-    of_rows = {key: value for key, value in settings.items() if key.partition("data.")[2] in ROW_KEYS}
+    of_rows = {key: value for key, value in settings.items() if key in ROW_KEYS}
     config = compose_run({"data": ROW_DATA, **of_rows, "model": "tiny"}, require_all=False).data
     assert isinstance(config, RowSettings)
     given = _read_given(config, settings)

@@ -14,6 +14,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +22,7 @@ from lorasweep.activity import doing, repeat_every
 from lorasweep.disk import is_running
 from lorasweep.errors import RecordError
 from lorasweep.record import (
+    JOURNAL_FILE,
     STATES,
     ArmRow,
     SweepRecord,
@@ -38,6 +40,7 @@ MAX_LATENESS = 0.15
 """A sweep is called late if it is likely to take longer than `sweep.minutes` by more than this fraction."""
 MIN_DONE_SHARE = 0.05
 """The time left is estimated after this share of the optimizer steps."""
+BAR_WIDTH = 30
 POLL_INTERVAL_S = 1.0
 """Seconds between two reads of a sweep's record."""
 
@@ -85,17 +88,19 @@ class SweepStatus:
     is_running: bool
     arms: tuple[ArmStatus, ...]
 
+    def count_steps(self) -> tuple[int, int]:
+        """Returns the number of optimizer steps so far, and that up to the look that is due."""
+        done = sum(run.step for arm in self.arms for run in (*arm.trials, *arm.confirm))
+        return done, done + sum(arm.num_steps_left for arm in self.arms)
+
     @property
     def seconds_left(self) -> float | None:
         """Estimated seconds up to the look that is due, if a step takes as long as up to the last record.
 
         None before `MIN_DONE_SHARE` of the steps, because the time so far is mostly that of loading.
         """
-        done = sum(run.step for arm in self.arms for run in (*arm.trials, *arm.confirm))
-        left = sum(arm.num_steps_left for arm in self.arms)
-        if done <= MIN_DONE_SHARE * (done + left):
-            return None
-        return self.record.makespan_s * left / done
+        done, total = self.count_steps()
+        return None if done <= MIN_DONE_SHARE * total else self.record.makespan_s * (total - done) / done
 
     @property
     def seconds_late(self) -> float:
@@ -163,7 +168,20 @@ def render_status(status: SweepStatus) -> RenderableType:
         notes.append(f"• Type `lorasweep compare {status.folder}` for the answers and the test scores.")
     else:
         notes.append(f"• No process runs this sweep. Type `lorasweep sweep --resume {status.folder}` to resume it.")
-    return Group(Text(title, style="bold"), _build_table(status), *map(Text, notes))
+    bar = [_build_bar(status)] if status.is_running and not is_over else []
+    return Group(Text(title, style="bold"), _build_table(status), *bar, *map(Text, notes))
+
+
+def _build_bar(status: SweepStatus) -> RenderableType:
+    """Returns a bar of the optimizer steps, and the best score of the search so far."""
+    record, (done, total) = status.record, status.count_steps()
+    scored = [trial for trial in record.trials if trial.search_score is not None]
+    best = min(scored, key=lambda trial: record.search_metric.sign * (trial.search_score or 0.0), default=None)
+    text = f"{done / max(total, 1):.0%} of {total:,} steps"
+    text += f", best so far: {best.arm} {best.search_score:.4f}" if best else ""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_row(text, ProgressBar(total=max(total, 1), completed=done, width=BAR_WIDTH))
+    return grid
 
 
 def describe_time(status: SweepStatus) -> str:
@@ -251,6 +269,7 @@ def show_progress(folder: Path, console: Console, *, verbose: bool = False) -> I
         record, is_first = status.record, not statuses
         statuses[:] = [status]
         say(f"sweep {record.name} in {status.folder}")
+        say(f"to watch it: tensorboard --logdir {status.folder}, or optuna-dashboard {status.folder / JOURNAL_FILE}")
         if record.threads:  # a worker has begun
             say(f"threads of a worker: {record.threads} (`OMP_NUM_THREADS`), on {record.device}", key="worker")
         for line in (*(f"• {note}" for note in record.notes if verbose), *(f"warning: {w}" for w in record.warnings)):

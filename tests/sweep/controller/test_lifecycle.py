@@ -10,8 +10,8 @@ from tests.files import read_files
 
 from lorasweep.disk import is_running
 from lorasweep.errors import ConfigError, RecordError, WorkerError
-from lorasweep.record import read_sweep
-from lorasweep.sweep.controller.folder import JOURNAL_FILE, open_storage
+from lorasweep.record import JOURNAL_FILE, read_sweep
+from lorasweep.sweep.controller.folder import open_storage
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
 

@@ -44,7 +44,8 @@ def test_loss_gradient_and_metrics_are_those_of_the_formula(by_chunk, exact_norm
         values = objective.compute(objective.score(model, batch))
     wanted = {"preference_accuracy": (margins > 0).double().mean(), "reward_margin": margins.mean()}
     wanted = {name: float(value.detach()) for name, value in (wanted | {"loss": expected.mean()}).items()}
-    assert {name: float(value) for name, value in values.items()} == pytest.approx(wanted, rel=1e-12)
+    assert {name: float(values[name]) for name in wanted} == pytest.approx(wanted, rel=1e-12)
+    assert values["chosen_log_probability"] < 0
 
 
 def test_a_run_learns_without_numbers_of_the_base(tmp_path):

@@ -27,10 +27,9 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from lorasweep.disk import explain_os_error
 from lorasweep.errors import RecordError, WorkerError, first_line
-from lorasweep.record import SweepRecord, SweepState, add_telemetry, utc_now, write_record
+from lorasweep.record import JOURNAL_FILE, SweepRecord, SweepState, add_telemetry, utc_now, write_record
 from lorasweep.sweep.definition.arms import Definition
 
-JOURNAL_FILE = "journal.log"
 RUNS_FOLDER = "runs"
 PACK_FILE = "pack.ckpt"
 MAX_SAVE_FRACTION = 0.1

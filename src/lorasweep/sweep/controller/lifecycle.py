@@ -18,6 +18,7 @@ from lorasweep.config.data import ScoreMetric
 from lorasweep.disk import remove_leftovers, take_lock
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import (
+    JOURNAL_FILE,
     SWEEP_FILE,
     ArmRow,
     RetainedRow,
@@ -29,7 +30,6 @@ from lorasweep.record import (
     write_record,
 )
 from lorasweep.sweep.controller.folder import (
-    JOURNAL_FILE,
     RUNS_FOLDER,
     SweepFolder,
     damaged_journal,

@@ -17,6 +17,7 @@ from lorasweep.config.build import as_settings, build
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import SWEEP_GROUPS, compose_options, compose_run, compose_sweep
 from lorasweep.config.data import DataConfig
+from lorasweep.config.other_names import suggest_setting
 from lorasweep.config.run import DECLARED_TYPES, METHODS_ON_QUANTISED_BASE, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
@@ -176,7 +177,7 @@ def restore_definition(raw: dict[str, Any], *, source: Path | None) -> Definitio
     if unused:
         raise ConfigError(
             f"`{unused[0]}` must be a setting of at least one arm ({', '.join(file.arms)}), but is not."
-            f"{suggest_nearest(unused[0], sorted(DECLARED_TYPES))} Write `arms.ARM.KEY=VALUE` for one arm only."
+            f"{suggest_setting(unused[0], DECLARED_TYPES)} Write `arms.ARM.KEY=VALUE` for one arm only."
         )
     sweep_config = compose_sweep(merge_layers([file.settings, typed.common])[0])
     arms = [fold(name, file, typed, common=common[name], sweep_config=sweep_config) for name in file.arms]

@@ -67,14 +67,19 @@ class SweepFile(Settings):
             raise ConfigError(f"`arms` must have 1 to {MAX_ARMS} arms, but has {len(self.arms):,}.")
 
 
+def list_sweep_files() -> dict[str, Path]:
+    """Returns the sweeps that have names: the packaged ones, and those in `sweeps/` of the current folder."""
+    folders = (packaged_folder("sweeps"), Path.cwd() / "sweeps")  # a file of the second replaces one of the first
+    return {path.stem: path for folder in folders for path in folder.rglob("*.yaml") if path.is_file()}
+
+
 def find_sweep_file(name: str) -> Path:
     """Returns a sweep's file: a path, or a name in `sweeps/` of the current folder or among the packaged sweeps.
 
     Raises:
         ConfigError: The file is missing; the message lists the names.
     """
-    folders = (packaged_folder("sweeps"), Path.cwd() / "sweeps")  # a file of the second replaces one of the first
-    files = {path.stem: path for folder in folders for path in folder.rglob("*.yaml") if path.is_file()}
+    files = list_sweep_files()
     if name in files:
         return files[name]
     if (Path(name) / SWEEP_FILE).is_file():

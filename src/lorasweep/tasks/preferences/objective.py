@@ -24,6 +24,7 @@ class PairObjective(TokenObjective):
 
     - `preference_accuracy`: share of pairs with m > 0. A pair with m = 0 counts half.
     - `reward_margin`: mean of m.
+    - `chosen_log_probability`, `rejected_log_probability`: means over the answers of the sum over their tokens.
     - `loss`: mean of the loss.
 
     Accuracy is the first metric, because the weight β does not change it. The loss of the same weights depends on β, so
@@ -33,11 +34,15 @@ class PairObjective(TokenObjective):
     metrics: ClassVar[Mapping[str, Direction]] = {
         **dict.fromkeys(("preference_accuracy", "reward_margin"), "maximize"),
         "loss": "minimize",
+        **dict.fromkeys(("chosen_log_probability", "rejected_log_probability"), "maximize"),
     }
 
     @abstractmethod
-    def compare(self, model: nn.Module, batch: Batch) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
-        """Returns the margin and the loss of each pair."""
+    def compare(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the margin and the loss of each pair, (pairs,), and the numbers of the metrics after `loss`.
+
+        These are the log probabilities of the chosen and the rejected answer, and perhaps more: (pairs, numbers).
+        """
 
     def sum_log_probabilities(self, model: nn.Module, batch: Batch) -> Float[Tensor, " rows"]:
         """Returns the log probability of each row's answer.
@@ -50,11 +55,13 @@ class PairObjective(TokenObjective):
         return self.compare(model, batch)[1]
 
     def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
-        margins, losses = self.compare(model, batch)
+        margins, losses, details = self.compare(model, batch)
         own_columns = {}
         if self.own_metric is not None:
             own_columns = {"metric_input": margins.sigmoid(), "metric_target": torch.ones_like(margins).long()}
-        return ExampleScores(loss=losses, items=torch.ones_like(margins), prediction=margins, **own_columns)
+        return ExampleScores(
+            loss=losses, items=torch.ones_like(margins), prediction=margins, details=details, **own_columns
+        )
 
     def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
         return {name: self._values(name, scores).mean() for name in self.metrics}
@@ -65,8 +72,10 @@ class PairObjective(TokenObjective):
 
     def _values(self, metric: str, scores: ExampleScores) -> Tensor:
         assert scores.prediction is not None
+        assert scores.details is not None
         margins = scores.prediction.double()
         by_metric = {"preference_accuracy": (margins.sign() + 1) / 2, "reward_margin": margins}
+        by_metric |= dict(zip([*self.metrics][3:], scores.details.double().unbind(1), strict=True))
         return by_metric.get(metric, scores.loss.double())
 
 

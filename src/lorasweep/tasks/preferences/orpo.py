@@ -27,9 +27,10 @@ class Orpo(PairObjective):
 
     settings: OrpoConfig = field(default_factory=OrpoConfig)
 
-    def compare(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        mean_log_p = self.sum_log_probabilities(model, batch) / count_answer_tokens(batch)
+    def compare(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        log_p = self.sum_log_probabilities(model, batch)
+        mean_log_p = log_p / count_answer_tokens(batch)
         log_odds = mean_log_p - (-mean_log_p.expm1()).log()
         margins = torch.sub(*split_pairs(log_odds))
         beta, _ = split_pairs(batch["beta"])
-        return margins, beta * softplus(-margins) - split_pairs(mean_log_p)[0]
+        return margins, beta * softplus(-margins) - split_pairs(mean_log_p)[0], log_p.view(-1, 2)

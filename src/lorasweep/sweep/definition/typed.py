@@ -1,0 +1,58 @@
+"""Checks the keys, files, columns and model that a user typed, before torch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from lorasweep.config.compose import SWEEP_GROUPS, compose_run, compose_sweep
+from lorasweep.config.data import RowSettings, SplitSettings
+from lorasweep.config.other_names import suggest_setting
+from lorasweep.config.run import DECLARED_TYPES, RunConfig
+from lorasweep.data.reading.files import find_files
+from lorasweep.data.reading.tables import choose_columns, load_tables
+from lorasweep.errors import ConfigError
+from lorasweep.models.paths import find_local_path
+from lorasweep.sweep.definition.overrides import Overrides
+from lorasweep.sweep.definition.ranges import Range
+
+COLUMNS = ("text", "text_pair", "label", "prompt", "input", "completion", "messages", "chosen", "rejected", "group")
+"""Settings of data that name columns of a table."""
+UNDECIDED = ("model", "data", "objective", "module", "datamodule", "metric")
+"""Groups whose settings depend on the data, which a draft reads later."""
+ROW_KEYS = frozenset(f"data.{field.name}" for field in fields(RowSettings)) - {"data.name", "data.metric"}
+"""Settings that say how rows are read, whatever they hold."""
+
+
+def check_typed(settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a setting of a sweep that will be drafted is wrong, or names what does not exist."""
+    typed = {key: value for key, value in Overrides.parse(settings).common.items() if not isinstance(value, Range)}
+    for key in typed:
+        near = (one for one in DECLARED_TYPES if f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}."))
+        if key.startswith(("model.", "data.")) and not any(near):
+            raise ConfigError(f"`{key}` is not a setting.{suggest_setting(key, DECLARED_TYPES)}", key=key)
+    decided = {key: value for key, value in typed.items() if key.partition(".")[0] not in UNDECIDED}
+    compose_run(
+        {"model": "tiny", **{key: x for key, x in decided.items() if key.partition(".")[0] not in SWEEP_GROUPS}}
+    )
+    compose_sweep(decided)
+    path = typed.get("model.path")
+    model = {"model": "tiny"} if path is None else {"model": "causal_lm", "model.path": path}
+    of_rows = {key: value for key, value in typed.items() if key in ROW_KEYS}
+    if "data.train" in typed:
+        check_sources(compose_run({"data": "table", **model, **of_rows}, require_all=False), typed)
+
+
+def check_sources(config: RunConfig, given: Mapping[str, Any]) -> None:
+    """Raises ConfigError if the folder of the model, a file, or a column that was `given` does not exist."""
+    data = config.data
+    if config.module is None:
+        find_local_path(config.model)
+    if not isinstance(data, SplitSettings) or data.path is not None:  # the hub has the data
+        return
+    for split, source in data.sources.items():
+        find_files(source, key=f"data.{split}")
+    wanted = [(key, name) for key in COLUMNS if isinstance(name := given.get(f"data.{key}"), str)]
+    if isinstance(data, RowSettings) and wanted:
+        load_tables(data, "train", lambda names, source: choose_columns(wanted, names, source)[:1])
