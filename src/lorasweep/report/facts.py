@@ -71,6 +71,8 @@ def read_findings(folder: Path, record: SweepRecord | None = None) -> Findings:
     learning = judge_learning(data)
     answers: list[Answer] = []
     for answer in _list_answers(data, learning):
+        if learning.has_failed and answer.rows and answer.name != "retained":
+            answer = replace(answer, missing="not learned")  # equal failures are equivalent, and that is no answer
         step = find_next_step(answer, data, learning)
         is_known = any(other.next == step for other in answers)  # a step is said once
         answers.append(answer if is_known else replace(answer, next=step))
@@ -92,8 +94,7 @@ def _list_answers(data: SweepData, learning: Learning) -> Iterator[Answer]:
         *_answer_arms("as_good_as_full", [row.name for row in lora], data, no_full if lora else "no LoRA arm"),
         *_answer_arms("smallest", ranked, data, None if ranked else "no rank"),
     ]
-    for answer in first:  # equal failures are equivalent, and that is no answer
-        yield replace(answer, missing="not learned") if learning.has_failed and answer.rows else answer
+    yield from first
     yield _answer_setting(data, learning)
     shown = {(row.name, row.arm) for answer in first for row in answer.rows}
     for question in record.questions:

@@ -75,12 +75,13 @@ def draw_scores_by_value(data: SweepData) -> Panel:
     # if full fine-tuning is alone, it is a point and not only a band
     figures = figures or [_draw_scores([], others or shown, data)]
     dots, full = "Dots are means over seeds on test data, rings single seeds.", f"`{evidence.scale.full}`"
+    band = "" if evidence.margin is None else f" The band is the margin around {full}."
     # intervals of differences, because an interval of a mean also has the error that all subjects share (the choice of
     # test examples), which is larger than most differences
     bars = (
         f"Bars are the {100 * evidence.confidence:.3g} % intervals of the difference from {full} on the same seeds and "
-        f"examples, added to the mean of {full}. The band is the margin around {full}. Verdicts also count the "
-        "chance in the search and the error of the gain, so their intervals are wider."
+        f"examples, added to the mean of {full}.{band} Verdicts also count the chance in the search and the error of "
+        "the gain, so their intervals are wider."
     )
     bars = bars if evidence.scale.full else "Bars are the 95 % intervals of the means."
     text = f"{dots} {bars} A diamond marks the smallest value that is enough."
@@ -279,12 +280,7 @@ def add_trials(
         name,
         x=[x for x, _, _ in points],
         y=[score for _, _, score in points],
-        text=[
-            describe_point(
-                f"{trial.name}{'' if trial.state == 'complete' else f' ({trial.state})'}", score, trial.params
-            )
-            for _, trial, score in points
-        ],
+        text=[describe_point(_name_run(trial), score, trial.params) for _, trial, score in points],
         customdata=[build_link(trial.run) for _, trial, _ in points],
         **trace,
     )

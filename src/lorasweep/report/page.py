@@ -21,7 +21,7 @@ from lorasweep.report.facts import Findings
 from lorasweep.report.figures import Panel, build_link, choose_colours
 from lorasweep.report.sweep_data import SweepData
 
-COSTS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
+COST_COLUMNS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
     ("trained", "trainable parameters", "trainable_params", wording.format_count),
     ("steps", "optimizer steps done", "steps_done", wording.format_setting),
     ("memory", "peak memory", "peak_memory_bytes", wording.format_bytes),
@@ -30,7 +30,7 @@ COSTS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
 """Columns of the table of runs: title, hover text, the field of the run's record, and how to format it."""
 MAX_SHOWN_EXAMPLES = 5
 """Maximum number of test examples whose answers the page shows."""
-Cell = tuple[str, float | str | None]
+RunCell = tuple[str, float | str | None]
 """The text of a cell of the table of runs, and the value by which its column is sorted; None sorts last."""
 
 
@@ -59,7 +59,7 @@ def render_page(findings: Findings, panels: Sequence[Panel]) -> str:
             (metric(data.record.search_metric.name), "best value on validation data"),
             *([(f"{metric(data.record.verdict_metric.name)}, test", "on test data")] if data.confirm_runs else []),
             *((wording.short_key(key), key) for key in data.swept_keys),
-            *((title, about) for title, about, _, _ in COSTS),
+            *((title, about) for title, about, _, _ in COST_COLUMNS),
         ],
         rows=[(run, _build_cells(run, data)) for run in (*data.trials, *data.confirm_runs)],
     )
@@ -80,16 +80,16 @@ def _figure_json(panel: Panel) -> Markup:
     return Markup(f"[{','.join(figure.to_json() for figure in panel.figures)}]")
 
 
-def _build_cells(run: Trial, data: SweepData) -> list[Cell]:
+def _build_cells(run: Trial, data: SweepData) -> list[RunCell]:
     # the best value of a stopped trial is not that of all its steps
     state = f"stopped at step {run.step}" if run.state == "stopped" else run.state
     scores = [run.search_score, run.test_scores.get(data.record.verdict_metric.name)]
-    cells: list[Cell] = [(state, state)]
+    cells: list[RunCell] = [(state, state)]
     cells += [(wording.format_score(score), score) for score in (scores if data.confirm_runs else scores[:1])]
     for key in data.swept_keys:
         text, number = wording.format_setting(run.params.get(key, "")), run.numeric_setting(key)
         cells.append((text, (text if number is None else number) if key in run.params else None))
-    for _, _, name, form in COSTS:
+    for _, _, name, form in COST_COLUMNS:
         value = getattr(run.record, name, None)
         cells.append((wording.UNKNOWN if value is None else form(value), value))
     return cells

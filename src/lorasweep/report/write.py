@@ -47,7 +47,7 @@ ARM_TAG = "best trial of each arm"
 """The group of the arms' curves. All arms have the same tag, so that TensorBoard draws them in one chart."""
 RUN_COLUMNS = ("arm", "subject", "seed", "state", "run")
 """Fields of a confirm run that are columns of `confirmed.csv`."""
-COSTS = ("trainable_params", "peak_memory_bytes", "wall_s")
+COST_METRICS = ("trainable_params", "peak_memory_bytes", "wall_s")
 """Fields of a run's record that are metrics of its row."""
 
 
@@ -195,7 +195,7 @@ def _write_row(trial: Trial, scores: Mapping[str, float | None], folder: Path, *
         for key, value in settings.items()
         if value is not None
     }
-    metrics = {**scores, **{cost: getattr(trial.record, cost) for cost in COSTS}}
+    metrics = {**scores, **{cost: getattr(trial.record, cost) for cost in COST_METRICS}}
     known = {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
     values = hparams_pb(columns, trial_id=f"{name} of {sweep}").value
     row = [*values, *(Value(tag=key, simple_value=value) for key, value in known.items())]
