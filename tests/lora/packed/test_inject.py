@@ -2,13 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from lorasweep.lora import (
-    LoraConfig,
-    fill_slot,
-    inject_packed_lora,
-    lora_state,
-    slot_model,
-)
+from lorasweep.lora import LoraConfig, fill_slot, inject_packed_lora, lora_state, slot_model
+
+
+def test_the_slots_train_and_the_base_does_not(make_model):
+    model = make_model()
+    base = list(model.parameters())
+    inject_packed_lora(model, [LoraConfig(rank=2), LoraConfig(targets=("proj",), modules_to_save=("out",))])
+    assert not any(parameter.requires_grad for parameter in base)
+    assert all(any(p.requires_grad for p in slot_model(model, slot).parameters()) for slot in range(2))
 
 
 def tie(model):

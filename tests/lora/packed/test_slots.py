@@ -105,7 +105,10 @@ def test_compaction_keeps_the_slots_asked_for_in_that_order(both):
 
 
 def test_compaction_drops_what_no_slot_needs(both):
+    with find_slots(both.pack).stacks.share():
+        both.pack(torch.randint(11, (3, 5), generator=stream(1)))
     compact_slots(both.pack, [1])
+    assert not find_slots(both.pack).stacks._leaves  # the memory of all slots' stacks
     assert list(packed_layers(both.pack)) == ["layers.0.proj", "layers.1.proj"]
     assert {len(layer.lora_a) for layer in packed_layers(both.pack).values()} == {1}
     assert not packed_trained_modules(both.pack)

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.lora.fully_trained import is_inside, trained_modules
-from lorasweep.lora.inject import check_not_injected, disable_encoder_fast_path, freeze, inject_lora, replace_module
+from lorasweep.lora.inject import check_not_injected, disable_encoder_fast_path, inject_lora, replace_module
 from lorasweep.lora.layers import lora_layers
 from lorasweep.lora.packed.layers import (
     PackedLoraLayer,
@@ -87,7 +87,6 @@ def inject_packed_lora(
         raise
     # all checks are done: nothing below can fail, so a refused model is unchanged
     slots = Slots(solos)
-    freeze(model)
     for dropout in [module for module in model.modules() if type(module) is nn.Dropout]:
         replace_module(model, dropout, SlotDropout(dropout, slots))
     _update_layers(model, slots)
