@@ -57,7 +57,9 @@ def list_commands(findings: Findings) -> Iterator[tuple[str, str]]:
 def _draw_subjects(data: SweepData) -> Table:
     """Returns a table with a row for each subject. It lacks columns of the page, to fit into 80 characters."""
     columns = text.list_columns(data)
-    names = [name for name in columns if name not in ("adapter", "memory", "time")]
+    # confirmed shares are in the answers
+    left_out = ("adapter", "memory", "time", *(["of full's gain"] if data.evidence.means else []))
+    names = [name for name in columns if name not in left_out]
     if data.other_means:  # 80 characters have no room for this column and the search score
         names.remove("search score")
     title = f"{data.record.name}: {format_metric(data.shown_metric.name)}, {data.shown_metric.better_scores} is better"
