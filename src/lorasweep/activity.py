@@ -29,7 +29,7 @@ class Activity:
     first: int = 0
     """Number that was done before, in a resumed run."""
     done: int = 0
-    """Number that is done, with `first`."""
+    """Number that is done, including `first`."""
     began_s: float = field(default_factory=time.monotonic)
 
     def advance(self, number: int = 1) -> None:

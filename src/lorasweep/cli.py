@@ -31,7 +31,7 @@ MAX_MINUTES = 1_000_000
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     code = run(sys.argv[1:] if arguments is None else arguments)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C in Python's own end would print a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while Python ends would print a traceback
     sys.exit(code)
 
 
@@ -148,7 +148,7 @@ def _add_run_commands(add: Callable[[Command, str], argparse.ArgumentParser]) ->
         "--into",
         type=Path,
         metavar="FILE",
-        help="for the others: the tool's file, of which decided lines change",
+        help="for the others: the tool's file, whose decided lines change",
     )
     export_parser.add_argument(
         "--anyway", action="store_true", help="with --into: write a rate of a run that trained much shorter or longer"
@@ -156,10 +156,10 @@ def _add_run_commands(add: Callable[[Command, str], argparse.ArgumentParser]) ->
     inspect_parser = add(commands.inspect, "show how much of its rank a run used, from its weights")
     for reader in (export_parser, inspect_parser):
         reader.add_argument(
-            "run", type=Path, metavar="SWEEP[/ARM]|RUN", help="folder of a sweep: its recommended run; or of a run"
+            "run", type=Path, metavar="SWEEP[/ARM]|RUN", help="folder of a run, or of a sweep for its recommended run"
         )
         reader.add_argument(
-            "--trust", action="store_true", help="run code that the settings of the model name; commands that train do"
+            "--trust", action="store_true", help="run code that the model's settings name, as commands that train do"
         )
     reproduce_parser = add(commands.reproduce, "train a run again from its record and compare the results")
     reproduce_parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as SWEEP/runs/lora-0003")

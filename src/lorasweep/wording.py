@@ -17,7 +17,7 @@ MAX_TYPING_ERRORS = 2
 MAX_NAME_CHARACTERS = 200
 """A longer name gets no suggestion."""
 MIN_WIDTH = 1e-6
-"""Width of an interval, relative to its ends and for shares to 1, below which it is taken for a rounding error."""
+"""Width of an interval below which it is taken for a rounding error; relative to its ends, of a share to 1."""
 MAX_EXTRA_DECIMALS = 2
 """Maximum number of decimals that are added so that an end of an interval is not rounded to a critical value."""
 

@@ -132,8 +132,8 @@ class Answers:
 class Rows(SplitFacts):
     """The tokenised examples of a split, which make batches of any choice.
 
-    An example has one row in a batch, or several that never part, such as two answers to one prompt. All examples have
-    the same number n of rows: those of example i are the rows i · n to i · n + n - 1.
+    An example has one row in a batch, or several that stay together, such as two answers to one prompt. All examples
+    have the same number n of rows: those of example i are the rows i · n to i · n + n - 1.
     """
 
     sequences: Mapping[str, Ragged]
@@ -146,10 +146,9 @@ class Rows(SplitFacts):
     """A name for each row of an example, which is printed before its text."""
     pad_token: int = 0
     bytes_per_token: float = math.nan
-    """Number of UTF-8 bytes of the scored text divided by its number of tokens, if the bits of a byte are scored."""
+    """Number of UTF-8 bytes of the scored text divided by its number of tokens, for the metric bits per byte."""
     answers: Answers | None = None
-    """The answers that a model can be asked for, which are those of the first row of each example; None if there are
-    none."""
+    """The answers that a model can be asked to generate: those of the first row of each example. None without any."""
 
     def by_example(self, values: Tensor) -> Tensor:
         """Returns a value of each row, (rows,), as (examples, n)."""
@@ -305,7 +304,7 @@ def select_model_inputs(batch: Batch) -> Batch:
 
 
 def move_batch(batch: Batch, device: torch.device) -> Batch:
-    """Returns a batch of the CPU on `device`, except for what the CPU reads (`HOST_KEYS`), which is counted here."""
+    """Moves a batch to `device`, except for what the CPU reads (`HOST_KEYS`). Counts the scored tokens before."""
     counted = dict(batch)
     if batch["targets"].dim() == 2:
         counted["num_scored"] = (batch["targets"] != IGNORED).sum(1)
@@ -313,7 +312,7 @@ def move_batch(batch: Batch, device: torch.device) -> Batch:
 
 
 def move_tensor(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns a tensor of the CPU on `device`. A copy from pinned memory to a GPU does not wait for the GPU."""
+    """Moves a tensor of the CPU to `device`. A copy from pinned memory to a GPU does not wait for the GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

@@ -33,7 +33,7 @@ MIN_SHOWN_CHARACTERS = 10_000_000
 BATCH_ROWS = 1000
 """Number of examples that are tokenised together."""
 Columns = dict[str, list[Any]]
-"""The sequences of examples by the names of `map_cached`."""
+"""For each name of `map_cached`, a sequence for each example."""
 
 
 def get_end_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -27,7 +27,7 @@ class SlotGroup(NamedTuple):
 
     lora_a: Float[Tensor, "slots rank d_in"]
     lora_b: Float[Tensor, "slots d_out rank"]
-    """B · scaling, divided by (1 - dropout) if inputs are dropped: a number of B is one of far fewer than of B A x."""
+    """B · scaling, divided by (1 - dropout) if inputs are dropped. B has far fewer numbers to multiply than B A x."""
 
 
 def lora_linear(

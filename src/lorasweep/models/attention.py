@@ -22,8 +22,8 @@ MAX_EAGER_TOKENS = 256
 """Maximum number of tokens of a row at which eager attention computes in bf16 on a CPU.
 
 It keeps the probabilities of all pairs of tokens. Where the processor multiplies bf16, forward and backward take 0.3 to
-1.1 of the time of sdpa in fp32 up to this length (an EPYC and a Xeon, docs/benchmarks.md); at 512 tokens it depends on
-the processor."""
+1.1 of the time of sdpa in fp32 up to this length (an EPYC and a Xeon, benchmarks/MEASURED.md); at 512 tokens it depends
+on the processor."""
 
 
 class AttentionChoice(NamedTuple):

@@ -30,11 +30,11 @@ class ExampleScores:
     loss: Tensor
     """Sum of the losses of an example's scored items, (examples,), in nats; for regression the squared error."""
     items: Tensor
-    """Number of scored items of each example, (examples,): its scored tokens for text, 1 for labels."""
+    """Number of scored items of each example, (examples,): its scored tokens for text, 1 for labels and pairs."""
     prediction: Tensor | None = None
-    """Predicted class or number, (examples,). None for text."""
+    """Predicted class or number, or the margin of a pair, (examples,). None for text."""
     target: Tensor | None = None
-    """The right answer, in the shape of `prediction`."""
+    """The right answer, in the shape of `prediction`. None for text and pairs."""
     details: Tensor | None = None
     """Further numbers of each example, (examples, numbers), of which an objective computes metrics."""
     metric_input: Tensor | None = None
@@ -56,8 +56,8 @@ class ExampleScores:
 class OwnMetric:
     """A metric that each evaluation computes once, from all examples.
 
-    It gets probabilities of classes (of the second of two classes if it is binary), predicted numbers, or the predicted
-    token of each scored position. All probabilities of text would fill the memory.
+    It gets probabilities of classes (of the second of two classes if it is binary), predicted numbers, the σ of a
+    pair's margin, or the predicted token of each scored position. All probabilities of text would fill the memory.
     """
 
     score: ScoreMetric
@@ -108,8 +108,8 @@ def _never() -> bool:
 class Objective(ABC):
     """What is learned from examples: the loss, the metrics, and the value of each example.
 
-    The fields of a subclass are facts of `find_facts`, and for a class of `objective._target_` all further keys of
-    `objective`. One object serves all runs on the same data, also those in the slots of a pack.
+    The fields of a subclass are what `find_facts` returns, and for a class of `objective._target_` also the other keys
+    of `objective`. One object serves all runs on the same data, also those in the slots of a pack.
     """
 
     metrics: ClassVar[Mapping[str, Direction]]
@@ -118,7 +118,7 @@ class Objective(ABC):
     """The settings of an objective of a task. Its `slot_keys` may differ between the slots of a pack."""
     slot_settings: ClassVar[Mapping[str, Any]] = {}
     """For a class of `objective._target_`: settings that may differ between the slots of a pack, each with its type,
-    such as `PositiveFloat`. They are no fields: a batch has the number of each row."""
+    such as `PositiveFloat`. They are not fields: the batch has their value for each row."""
     needs_reference: ClassVar[bool] = False
     """Whether each row of a batch needs a number of the frozen base, which `compute_reference` returns. It is computed
     once for all runs, and a batch has it as `reference`."""

@@ -2,10 +2,10 @@
 
 Sections of a tool in `tables.yaml`:
 
-- `recognised_by`: keys by one of which a file of the tool is known.
-- `followed`: for each of their keys our dotted key, or a fact (`recipe.epochs`) that is combined with others. A mapping
-  has `to`; `values`, our value, or several settings, for each of theirs; `otherwise`, what it means that another value
-  is not followed; `refuse`, an expression of values for which no sweep is drafted, and `why`.
+- `recognised_by`: keys of which each shows that a file is one of the tool.
+- `followed`: for each of their keys our dotted key, or a fact (`recipe.epochs`) that is combined with others. Instead
+  of the key, a mapping may have `to` (our key), `values` (for each of their values ours, or several settings),
+  `otherwise` (why any other value is not followed), and `refuse` (values for which no sweep is drafted) with `why`.
 - `defaults`: what the tool takes for a missing key; for TRL by the stage.
 - `refused`, `not_followed`, `patterns`: for each reason the keys, which may be patterns such as `wandb_*`.
 - `data_keys`, `data_set`, `types`, `pair_types`: keys that name data, the keys of one data set, and its types.

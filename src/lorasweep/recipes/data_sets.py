@@ -21,7 +21,7 @@ BUILDERS = ("json", "csv", "parquet", "text")
 
 
 def read_data_sets(values: Mapping[str, Any], table: Mapping[str, Any], *, stage: str, folder: Path) -> MappedKeys:
-    """Returns the keys that name data in their lists, with our settings `data` and `data.*`.
+    """Returns the keys that name data, followed or refused, with our settings `data` and `data.*`.
 
     The keys that it refuses do not matter if the user names other data.
 
@@ -44,7 +44,7 @@ def read_data_sets(values: Mapping[str, Any], table: Mapping[str, Any], *, stage
     if len(entries) > 1:
         found.refuse(name, f"lorasweep reads one data set, and these are {len(entries)}; merge them into one")
     entry = {**table.get("data_defaults", {}), **beside, **entries[0]}
-    if isinstance(entry.get("type"), Mapping):  # axolotl's own prompts, written into the entry
+    if isinstance(entry.get("type"), Mapping):  # the entry describes its prompts in axolotl's own form
         entry = {**entry, **entry["type"], "type": "custom"}
     found.add(sort_keys(entry, table["data_set"], prefix=prefix))
     facts = found.pop_facts()
@@ -111,10 +111,10 @@ def _read_source(found: MappedKeys, facts: Mapping[str, Any], *, prefix: str) ->
         source, files = (source if source.is_dir() else Path()) / str(files[0]), []
     is_file = not source.is_dir() and (path.startswith((".", "/", "~")) or source.suffix in FILE_SUFFIXES)
     if not path or files:
-        why = "these are files of a data set, or several" if files else "it is missing"
+        why = "it names several files, or files inside a data set" if files else "it is missing"
         found.refuse(f"{prefix}{'data_files' if files else 'path'}", f"{why}; name the data by `data.train=FILE`")
     elif is_file and found.settings.get("data") == PLAIN_TEXT and source.suffix != ".txt":
-        found.refuse(f"{prefix}path", "a column of texts is read from the hub or from a folder; or write a .txt file")
+        found.refuse(f"{prefix}path", "a column of texts must be on the hub or in a folder; or write a .txt file")
     elif is_file:
         found.settings["data.train"] = str(source)
     else:

@@ -127,7 +127,7 @@ class SweepChange:
 
     @property
     def grows(self) -> list[str]:
-        """The parts of the sweep that became more, such as "trials of `lora`" or `seeds`."""
+        """The parts of the sweep that grew, such as "trials of `lora`" or `seeds`."""
         return [
             *(f"trials of `{name}`" for name in self.trials),
             *(["seeds"] if "confirm.seeds" in self.settings else []),

@@ -71,7 +71,7 @@ def reproduce_run(
         tolerance: Largest relative difference that counts as the same. None means `PACK_TOLERANCE` for a run that was
             trained in a pack or by several processes, and 0 for any other. With 0 the saved weights must be equal too.
         steps: Number of steps to train and compare; None means all. The schedule is still that of the whole run.
-        stop_requested: Called after every step; returns whether to stop.
+        stop_requested: Called before the first and after every step; returns whether to stop.
 
     Raises:
         RecordError: The run is missing, logged no step, held a secret in its settings, or has a damaged record.

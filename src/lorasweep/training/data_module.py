@@ -49,7 +49,7 @@ class DataModule(lightning.LightningDataModule):
         self.config = read_settings(config)
         self._eval_fraction = self.config.eval_fraction
         if splits is None:
-            self._eval_fraction = 1.0  # nobody scores the best weights on all examples after a user's own Trainer
+            self._eval_fraction = 1.0  # in a user's own Trainer nothing scores the best weights on all examples later
             splits = SHARED_INPUTS.load(self.config).prepare(self.config, folder=None).data
         self.splits = splits
         self.accumulate = accumulate or self.config.trainer.accumulate

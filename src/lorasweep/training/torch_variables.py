@@ -15,10 +15,9 @@ SPIN_COUNT = 4_000
 """Number of times that a waiting thread looks for work before it sleeps, if every thread has its own core. How long a
 look takes depends on the processor: 29 to 50 nanoseconds on a Xeon.
 
-With 0, each operation must wake the threads: on idle cores a step of a pack took 1.1 to 1.2 times as long. On those of
-an EPYC it took 1.27 times as long with 1,000 as with 4,000. Beside a process that spins, a step on the Xeon took 2.1
-times as long as on idle cores with 4,000, and 3.3 times with 20,000
-(docs/benchmarks.md)."""
+With 0, each operation must wake the threads: on idle cores a step of a pack took 1.1 to 1.2 times as long. On an EPYC a
+step took 1.27 times as long with 1,000 as with 4,000. Beside a process that spins, a step on the Xeon took 2.1 times as
+long as on idle cores with 4,000, and 3.3 times with 20,000 (benchmarks/MEASURED.md)."""
 
 MAX_CACHED_PRIMITIVES = 256
 """Size of the caches of torch and oneDNN for primitives (prepared matrix products of one shape). With their default,
@@ -46,9 +45,9 @@ def set_torch_variables() -> None:
         os.environ.setdefault(variable, str(MAX_CACHED_PRIMITIVES))
     if "OMP_WAIT_POLICY" in os.environ or os.environ.get("GOMP_SPINCOUNT", str(SPIN_COUNT)) != str(SPIN_COUNT):
         return
-    # Other processes train on the same cores if this process has fewer threads than cores, or is a worker of Ray, which
-    # imports Ray before anything of ours. There a thread that spins keeps the other threads of its step from running,
-    # and a step took two to three times as long.
+    # Other processes train on the same cores if this process has fewer threads than cores, or if it is a worker of Ray
+    # (Ray is then imported first). A spinning thread then keeps other threads of its own step from running, and a step
+    # took two to three times as long.
     threads = os.environ.get("OMP_NUM_THREADS", "")
     num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     shares_cores = "ray" in sys.modules or (threads.isdecimal() and int(threads) < num_cores)

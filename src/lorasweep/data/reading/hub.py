@@ -1,4 +1,4 @@
-"""Loads data sets of the hub, from its cache without a network, and names their splits."""
+"""Loads data sets of the hub, or of its cache if there is no network, and names their splits."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Slots:
             self.only_slot = None
 
     def save_streams(self) -> AbstractContextManager[None]:
-        """Returns a context inside which the slots draw again the masks that they draw next. It can be entered once.
+        """Returns a context in which the slots draw the same masks again as after this call. It can be entered once.
 
         Activation checkpointing must compute a part of the model again in the context that was saved before the part:
         `checkpoint(part, x, use_reentrant=False, context_fn=lambda: (nullcontext(), slots.save_streams()))`.
@@ -59,7 +59,7 @@ class Slots:
 
     @contextmanager
     def _draw_again(self, streams: list[torch.Generator | None], lengths: tuple[int, ...] | None) -> Iterator[None]:
-        # The streams themselves stay where the forward pass left them. torch sets back its own default stream.
+        # The streams themselves stay where the forward pass left them. torch restores its default stream.
         before = self.generators, self.sequence_lengths, self.is_drawing_again
         self.generators, self.sequence_lengths, self.is_drawing_again = streams, lengths, True
         try:
@@ -112,7 +112,7 @@ class Slots:
     def _find_own_shape(self, shape: torch.Size, slot: int) -> torch.Size:
         """Returns the shape of a slot's part in its solo run.
 
-        The part are inputs (rows, length, ...) or probabilities (rows, heads, length, length).
+        The part holds inputs (rows, length, ...) or probabilities (rows, heads, length, length).
         """
         if self.sequence_lengths is None:
             return shape

@@ -131,7 +131,7 @@ class Worker:
         retained = {name: self.inputs_cache.load_splits(data, assignment.config) for name, data in others}
         record = score_run(assignment.run_folder.path, inputs=inputs, retained=retained)
         self.controller.note(inputs.splits.test().notes)
-        answers = record.answers.get("test", {})  # the base's are the first, hours before the report
+        answers = record.answers.get("test", {})  # the base answers first, hours before the report
         if answers.get("cut_off", 0) > MAX_CUT_OFF_SHARE * answers.get("examples", 0):
             self.controller.warn(
                 "Many generated answers are cut off at `data.answers.max_new_tokens`. If they are right so far, stop "

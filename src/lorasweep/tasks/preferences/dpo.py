@@ -38,7 +38,7 @@ class Dpo(PairObjective):
         beta, _ = split_pairs(batch["beta"])
         if any(parameter.requires_grad for parameter in model.parameters()):
             shifts = self.sum_log_probabilities(model, batch) - batch["reference"]
-        else:  # the base: two batches of other shapes would differ by rounding, which must not decide who is preferred
+        else:  # the base: rounding in batches of other shapes must not decide which answer is preferred
             shifts = torch.zeros_like(batch["reference"])
         chosen, rejected = split_pairs(shifts)
         margins = beta * (chosen - rejected)
