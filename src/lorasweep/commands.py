@@ -88,6 +88,7 @@ def new(arguments: argparse.Namespace) -> Outcome:
     if path.exists():
         raise ConfigError(f"`FILE.yaml` must be a new file, but {str(path)!r} exists already. Name another one.")
     from lorasweep.config.command_line import parse_overrides
+    from lorasweep.config.run import RANK
     from lorasweep.recipes.read import read_recipe
     from lorasweep.sweep.definition.typed import check_typed
 
@@ -116,7 +117,10 @@ def new(arguments: argparse.Namespace) -> Outcome:
         spent_s = time.monotonic() - began + END_S
         budget, given_up = fit_minutes(definition, rates, arguments.minutes, typed=settings, spent_s=spent_s)
         say(given_up, file=sys.stderr)
-        draft = draft_sweep(path, {**settings, **budget.find_settings(definition)}, inputs_cache, recipe=recipe)
+        changes = budget.find_settings(definition)
+        for ranks in budget.find_ranks(definition).values():  # a draft has one arm with several
+            changes[RANK] = ranks
+        draft = draft_sweep(path, {**settings, **changes}, inputs_cache, recipe=recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, draft.text)
     say(f"wrote {path}. Read it, then type:\n    lorasweep plan {path}\n    lorasweep sweep {path}")

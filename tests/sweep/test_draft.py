@@ -199,8 +199,10 @@ def test_a_draft_for_few_minutes_has_smaller_numbers(here):
     settings = parse_overrides([MODEL, "data.train=topics.csv", "arms.full=null"])
     cache = InputsCache()
     whole = draft_sweep(Path("mine.yaml"), settings, cache).definition
-    budget = Budget(trials=8, looks=(3,), examples=20, steps=30, minutes=2.0)
-    made = draft_sweep(Path("mine.yaml"), {**settings, **budget.find_settings(whole)}, cache)
+    budget = Budget(trials=8, looks=(3,), examples=20, steps=30, ranks=2, minutes=2.0)
+    (ranks,) = budget.find_ranks(whole).values()
+    changes = {**budget.find_settings(whole), "method.rank": ranks}
+    made = draft_sweep(Path("mine.yaml"), {**settings, **changes}, cache)
     assert "# LoRA beside the frozen base." in made.text
     assert ("share one search" in made.text, "gets half" in made.text) == (True, False)
     cut = cut_sweep(whole, budget)

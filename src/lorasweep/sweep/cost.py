@@ -60,6 +60,12 @@ class Budget:
     minutes: float | None = None
     """The time to which the sweep is cut."""
 
+    def find_ranks(self, definition: Definition) -> dict[str, list[Any]]:
+        """Returns the values of `confirm_each` that stay, by the key below `arms`, for each arm that loses some."""
+        limited = {arm.name: self.limit(arm) for arm in definition.arms}
+        cut = [arm for arm in definition.arms if limited[arm.name].space != arm.space]
+        return {f"{arm.name}.{arm.confirm_each}": [one.value for one in limited[arm.name].subjects] for arm in cut}
+
     def find_settings(self, definition: Definition) -> dict[str, Any]:
         """Returns the settings of a sweep file that cut a sweep to this budget; arms may have numbers of their own."""
         confirm, data = definition.sweep_config.confirm, definition.arms[0].base.data
@@ -320,10 +326,8 @@ def describe_cuts(definition: Definition, rates: Sequence[Rates], budget: Budget
     if budget.examples is not None:
         most = max(size for group in rates for size in group.num_scored.values())
         yield f"at most {budget.examples:,} of {most:,} scored examples (small differences stay open)"
-    for arm in definition.arms:
-        if budget.ranks is not None and len(arm.subjects) > budget.ranks:
-            kept = join_words([str(subject.value) for subject in budget.limit(arm).subjects])
-            yield f"`{arm.confirm_each}` {kept} alone"
+    for key, values in budget.find_ranks(definition).items():
+        yield f"`{key.partition('.')[2]}` {join_words(list(map(str, values)))} alone"
     largest = max(definition.arms, key=lambda arm: (arm.trials, not searches_one_key(arm.space)))
     if budget.trials is not None:
         yield f"{budget.limit(largest).trials} of {largest.trials} trials an arm (a better learning rate may be missed)"
@@ -337,9 +341,7 @@ def describe_cuts(definition: Definition, rates: Sequence[Rates], budget: Budget
 def cut_sweep(definition: Definition, budget: Budget) -> Definition:
     """Returns a sweep whose arms have at most the numbers of a budget."""
     changes = budget.find_settings(definition)
-    for arm in definition.arms:
-        if arm.confirm_each and (limited := budget.limit(arm)).space != arm.space:
-            changes[f"arms.{arm.name}.{arm.confirm_each}"] = list(limited.space[arm.confirm_each].choices)
+    changes |= {f"arms.{key}": values for key, values in budget.find_ranks(definition).items()}
     if budget.steps is not None:
         changes["trainer.eval_every_steps"] = choose_evaluation_interval(budget.steps)
     cut = definition.with_overrides(changes)
