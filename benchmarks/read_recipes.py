@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from lorasweep.errors import ConfigError
-from lorasweep.recipes.keys import UNKNOWN
+from lorasweep.recipes.keys import UNKNOWN_KEY
 from lorasweep.recipes.read import TOOLS, Recipe, load_table, read_recipe
 from lorasweep.sweep.definition.arms import describe_definition, read_definition
 from lorasweep.sweep.draft import draft_sweep
@@ -58,7 +58,7 @@ def main() -> None:
                 reasons.update([end.partition(": ")[2]] if ": " in end else [])
                 if recipe is not None:
                     ends["keys without a list"] += sum(key not in list_keys(recipe) for key in content)
-                    unknown.update(key for key, why in recipe.keys.not_followed.items() if why == UNKNOWN)
+                    unknown.update(key for key, why in recipe.keys.not_followed.items() if why == UNKNOWN_KEY)
                     not_followed.update({*recipe.keys.not_followed.values()})
     found = {"files": len(contents), **ends}
     print(json.dumps(found, indent=1))

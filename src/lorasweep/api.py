@@ -29,14 +29,14 @@ from lorasweep.training.inputs import InputsCache
 
 __all__ = ["load_run", "load_sweep", "resume_sweep", "run_sweep", "train_run"]
 
-Overrides: TypeAlias = Sequence[str] | Mapping[str, Any]
+OverrideWords: TypeAlias = Sequence[str] | Mapping[str, Any]
 """Arguments of the command line (`["optim.lr=1e-3"]`), or dotted keys and values (`{"optim.lr": 1e-3}`)."""
 
 
 def run_sweep(
     sweep: str | Path | Mapping[str, Any] | None = None,
     *,
-    overrides: Overrides = (),
+    overrides: OverrideWords = (),
     output: str | Path | None = None,
     progress: Progress = "auto",
 ) -> SweepResult:
@@ -71,7 +71,7 @@ def run_sweep(
 def resume_sweep(
     folder: str | Path,
     *,
-    overrides: Overrides = (),
+    overrides: OverrideWords = (),
     progress: Progress = "auto",
 ) -> SweepResult:
     """Continues a sweep to its number of trials, writes its report, and returns its result.
@@ -112,7 +112,7 @@ def resume_sweep(
 
 
 def train_run(
-    overrides: Overrides = (),
+    overrides: OverrideWords = (),
     *,
     from_sweep: str | Path | None = None,
     output: str | Path | None = None,

@@ -10,11 +10,13 @@ from typing import Any
 
 UNKNOWN = "–"
 """Text of an unknown value."""
+ABSENT = "nothing"
+"""Text in messages in place of a setting or a number that is missing."""
 MAX_SCORE_DIGITS = 6
 """Maximum number of digits of a score. Scores that differ only in later digits look equal."""
 MAX_TYPING_ERRORS = 2
 """Maximum number of typing errors in a name that gets a suggestion; a name of three characters may have one."""
-MAX_NAME_CHARACTERS = 200
+MAX_COMPARED_CHARACTERS = 200
 """A longer name gets no suggestion."""
 MIN_WIDTH = 1e-6
 """Width of an interval below which it is taken for a rounding error; relative to its ends, of a share to 1."""
@@ -30,7 +32,7 @@ def suggest_nearest(name: str, choices: Iterable[str]) -> str:
     options = list(choices)
     endings = [option for option in options if option.endswith(f".{name}")]
     near: dict[str, int] = {}
-    for option in options if len(name) < MAX_NAME_CHARACTERS else ():
+    for option in options if len(name) < MAX_COMPARED_CHARACTERS else ():
         steps = difflib.SequenceMatcher(None, name, option, autojunk=False).get_opcodes()
         near[option] = sum(max(i_end - i, j_end - j) for tag, i, i_end, j, j_end in steps if tag != "equal")
     limit = MAX_TYPING_ERRORS if len(name) > MAX_TYPING_ERRORS + 1 else 1

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from lorasweep.errors import ConfigError
-from lorasweep.recipes.keys import UNKNOWN
+from lorasweep.recipes.keys import UNKNOWN_KEY
 from lorasweep.recipes.read import TOOLS, load_table, read_recipe
 
 AXOLOTL = {
@@ -196,8 +196,8 @@ def test_every_key_is_in_one_list_and_unknown_ones_are_named(read):
         "datasets.field_messages",
     }
     assert sorted(key for keys in lists for key in keys) == sorted(theirs)
-    assert recipe.keys.not_followed["new_trick"] == UNKNOWN
-    assert f"Not followed: new_trick ({UNKNOWN})." in recipe.describe()
+    assert recipe.keys.not_followed["new_trick"] == UNKNOWN_KEY
+    assert f"Not followed: new_trick ({UNKNOWN_KEY})." in recipe.describe()
 
 
 @pytest.mark.parametrize("name", TOOLS)
@@ -338,7 +338,7 @@ def test_a_missing_file_and_a_folder_are_one_sentence(tmp_path):
 def test_foreign_yaml_sets_no_class(read):
     recipe = read(AXOLOTL, optimizer={"_target_": "os.system"}, _target_="os.system")
     assert recipe.settings["optim"] == "adamw"
-    assert recipe.keys.not_followed["_target_"] == UNKNOWN
+    assert recipe.keys.not_followed["_target_"] == UNKNOWN_KEY
 
 
 def test_keys_below_a_group_are_read_by_their_dotted_names(read):
@@ -346,4 +346,4 @@ def test_keys_below_a_group_are_read_by_their_dotted_names(read):
     recipe = read(AXOLOTL, datasets=pairs, rl="dpo", rl_beta=0.3, trl={"beta": 0.2, "use_vllm": True})
     assert recipe.settings["objective.beta"] == 0.2  # as in axolotl, where it wins
     assert recipe.keys.followed["trl.beta"] == "objective.beta"
-    assert recipe.keys.not_followed["trl.use_vllm"] == UNKNOWN
+    assert recipe.keys.not_followed["trl.use_vllm"] == UNKNOWN_KEY

@@ -26,7 +26,7 @@ MAX_SHOWN_LIMIT = 2**31
 """Limits from this one on are not shown, because they only keep a number within its bits."""
 
 
-class Setting(NamedTuple):
+class SettingEntry(NamedTuple):
     """One setting, described in Markdown."""
 
     key: str
@@ -40,7 +40,7 @@ class Setting(NamedTuple):
     meaning: str
 
 
-def list_settings(primary: Primary) -> Iterator[Setting]:
+def list_settings(primary: Primary) -> Iterator[SettingEntry]:
     """Yields all settings of a run or of a sweep. Those of several classes or options are several settings."""
     config: type = RunConfig if primary == "train" else SweepConfig
     file, groups = packaged_folder("conf") / f"{primary}.yaml", default_options(primary)
@@ -56,13 +56,13 @@ def list_settings(primary: Primary) -> Iterator[Setting]:
             yield from list_fields(kind, group, own or {"": content.get(group) or {}})
         if not classes:
             default = f"`{show_value(content.get(group, groups.get(group)))}`"
-            yield Setting(group, tuple(options), meanings[group], default, describe_type(hint), meanings[group])
+            yield SettingEntry(group, tuple(options), meanings[group], default, describe_type(hint), meanings[group])
         for path in files if classes else ():
             yield from _list_arguments(path, f"{group}.", known=known)
     yield from _list_arguments(file, "", known={"defaults", "hydra", *hints})
 
 
-def list_fields(kind: type, group: str, options: Mapping[str, Mapping[str, Any]]) -> Iterator[Setting]:
+def list_fields(kind: type, group: str, options: Mapping[str, Mapping[str, Any]]) -> Iterator[SettingEntry]:
     """Yields the fields of a class of settings; `options` are those of the group that it belongs to."""
     hints, meanings = get_type_hints(kind, include_extras=True), _read_docstrings(kind)
     about = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
@@ -80,10 +80,10 @@ def list_fields(kind: type, group: str, options: Mapping[str, Mapping[str, Any]]
             f"{value} ({', '.join(names)})" if len(by_value) > 1 else value for value, names in by_value.items()
         ]
         default, key = ", ".join(defaults) or "none", f"{group}.{name}"
-        yield Setting(key, tuple(filter(None, options)), about, default, describe_type(hint), meanings[field])
+        yield SettingEntry(key, tuple(filter(None, options)), about, default, describe_type(hint), meanings[field])
 
 
-def _list_arguments(path: Path, prefix: str, *, known: set[str]) -> Iterator[Setting]:
+def _list_arguments(path: Path, prefix: str, *, known: set[str]) -> Iterator[SettingEntry]:
     """Yields the settings of a file of `conf/` that are no fields of a class, with the comments behind them."""
     comments = dict(re.findall(r"^(\w+):[^#\n]* # (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
     about, options = (
@@ -93,7 +93,7 @@ def _list_arguments(path: Path, prefix: str, *, known: set[str]) -> Iterator[Set
     for key, value in content.items():
         if key not in known:
             meaning = comments.get(key, f"An argument of `{content.get(TARGET, path.stem)}`.")
-            yield Setting(f"{prefix}{key}", options, about, f"`{show_value(value)}`", "any value", meaning)
+            yield SettingEntry(f"{prefix}{key}", options, about, f"`{show_value(value)}`", "any value", meaning)
 
 
 def describe_type(hint: Any) -> str:

@@ -22,7 +22,7 @@ from lorasweep.lora.layer_kinds import (
 from lorasweep.lora.patterns import find_first_match, fits_pattern, get_block_index, suggest_layer
 from lorasweep.wording import format_share
 
-Number = TypeVar("Number", int, float)
+PatternValue = TypeVar("PatternValue", int, float)
 
 HEAD_NAMES = frozenset({"lm_head", "score", "classifier", "qa_outputs"})
 """Names that transformers gives to the head of a model. `all-linear` does not match heads."""
@@ -131,7 +131,7 @@ def find_adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if name and is_linear(module)}
 
 
-def get_pattern_value(name: str, patterns: Mapping[str, Number], default: Number) -> Number:
+def get_pattern_value(name: str, patterns: Mapping[str, PatternValue], default: PatternValue) -> PatternValue:
     """Returns the value of the first pattern that matches the layer `name`, or the default."""
     key = find_first_match(patterns, name)
     return default if key is None else patterns[key]

@@ -31,7 +31,7 @@ FACT_TYPES: Mapping[str, Any] = {
     "recipe.targets": str | tuple[str, ...],
 }
 """The types of numbers in their files that become settings only together with others."""
-UNKNOWN = "lorasweep does not know this key"
+UNKNOWN_KEY = "lorasweep does not know this key"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,8 @@ def sort_keys(values: Mapping[Any, Any], table: Mapping[str, Any], *, prefix: st
         single = value[0] if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], dict) else value
         choice = single if isinstance(single, bool | int | float | None) else str(single)
         section, why = _find_reason(key, table) if rule is None else ("followed", "")
-        if why == UNKNOWN:
-            found.not_followed[name] = UNKNOWN
+        if why == UNKNOWN_KEY:
+            found.not_followed[name] = UNKNOWN_KEY
         elif (choice not in choices and value in (None, "", [], {})) or (
             rule is None and not value and key not in table["counts_as_given"]
         ):
@@ -113,7 +113,7 @@ def _find_reason(key: str, table: Mapping[str, Any]) -> tuple[str, str]:
         for why, patterns in table.get(section, {}).items():
             if any(fnmatchcase(key, pattern) for pattern in patterns):
                 return section, why
-    return "", UNKNOWN
+    return "", UNKNOWN_KEY
 
 
 def _convert(key: str, value: Any, *, name: str) -> Any:

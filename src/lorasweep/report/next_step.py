@@ -27,7 +27,7 @@ MAX_COST_RATIO = 2.0
 """A step is affordable if it takes at most this many times as long as the sweep."""
 MIN_USEFUL_SEEDS = 3
 """Number of seeds that is advised where one seed was used. Fewer give a warning."""
-MIN_STEPS = 60
+SHORT_RUN_STEPS = 60
 """Runs with fewer steps are short: longer ones come before more trials and seeds."""
 MAX_STEPS_RATIO = 10
 """The longer run has at most this many times the steps."""
@@ -98,7 +98,7 @@ def _train_longer(data: SweepData, learning: Learning) -> NextStep | None:
         ratio = max(ratio, 1 / run.epochs)
     elif STEPS_KEY in overrides and not _is_short(data) and not _improves_late(data, learning):
         return None
-    steps = max(MIN_STEPS, math.ceil(run.steps_planned * min(ratio, MAX_STEPS_RATIO)))
+    steps = max(SHORT_RUN_STEPS, math.ceil(run.steps_planned * min(ratio, MAX_STEPS_RATIO)))
     command = None
     if record.source:
         kept = {key: value for key, value in overrides.items() if not key.endswith(STEPS_KEY)}
@@ -112,7 +112,7 @@ def _train_longer(data: SweepData, learning: Learning) -> NextStep | None:
 
 
 def _is_short(data: SweepData) -> bool:
-    return data.longest_run is not None and 0 < data.longest_run.steps_planned < MIN_STEPS
+    return data.longest_run is not None and 0 < data.longest_run.steps_planned < SHORT_RUN_STEPS
 
 
 def _improves_late(data: SweepData, learning: Learning) -> bool:

@@ -38,7 +38,7 @@ from lorasweep.wording import join_words
 
 ExportFormat = Literal["peft", "merged"]
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-MODEL_CLASSES = {"causal_lm": "ModelForCausalLM", "classifier": "ModelForSequenceClassification"}
+CLASS_ENDINGS = {"causal_lm": "ModelForCausalLM", "classifier": "ModelForSequenceClassification"}
 """Names of the classes that load a model, without `Auto` (transformers) or `AutoPeft` (PEFT)."""
 SHOWN_SETTINGS = (
     *("method.", "optim.", "schedule.", "seed", "trainer.max_steps", "trainer.batch_size"),
@@ -238,11 +238,11 @@ def name_base(config: ModelConfig) -> str:
 
 def _describe_loading(record: RunRecord, config: ModelConfig, *, format: str, repository: str) -> str:
     labels = (record.base.get("labels") or {}) if config.kind == "classifier" else {}
-    name, base = f"Auto{MODEL_CLASSES[config.kind]}", name_base(config)
+    name, base = f"Auto{CLASS_ENDINGS[config.kind]}", name_base(config)
     imports, lines, notes = ["from transformers import AutoTokenizer"], [], []
     arguments, tokenizer = ', dtype="auto"', f'"{repository}"'
     if format == "peft":
-        name, arguments = f"AutoPeft{MODEL_CLASSES[config.kind]}", ""
+        name, arguments = f"AutoPeft{CLASS_ENDINGS[config.kind]}", ""
         tokenizer = 'model.peft_config["default"].base_model_name_or_path'
         if labels:
             is_number = labels["kind"] == "regression"

@@ -28,7 +28,7 @@ from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunFolder
 from lorasweep.training.prepare import check_run
 from lorasweep.training.run import never_stop, train_run
-from lorasweep.wording import shorten
+from lorasweep.wording import ABSENT, shorten
 
 PACK_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 """Default tolerance for a run that was trained in a pack or by several processes. A run alone rounds sums differently.
@@ -36,8 +36,7 @@ The difference grows with the number of steps and with the learning rate. Over 6
 most 2e-7 in fp32 and 2e-3 in bf16. At too high a learning rate (3e-2) it was 1e-5 and 2e-2."""
 COMPARED_PARTS = ("data", "base", "pack", "batching", "platform", "packages", "environment", "code")
 """Parts of a run's record, outside its settings, whose differences are listed if the losses differ."""
-MISSING = "nothing"
-Verdict = Literal["identical", "within tolerance", "different", "interrupted"]
+Match = Literal["identical", "within tolerance", "different", "interrupted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class Reproduction:
 
     folder: Path
     """Folder of the repetition."""
-    verdict: Verdict
+    verdict: Match
     description: str
     """The first line names the compared values and their first difference. Others name differences of the records."""
 
@@ -199,7 +198,7 @@ def _compare(
 
     def measure(place: str) -> float:
         """Returns the relative difference; infinite if a value is missing or not a finite number."""
-        old, new = before[place], after.get(place, MISSING)
+        old, new = before[place], after.get(place, ABSENT)
         if old == new:
             return 0.0
         if not (isinstance(old, int | float) and isinstance(new, int | float)):
@@ -208,9 +207,9 @@ def _compare(
 
     def describe(place: str) -> str:
         relative = f" (a relative difference of {differences[place]:.2g})" if differences[place] < math.inf else ""
-        return f"{place} was {shorten(before[place])} and is {shorten(after.get(place, MISSING))}{relative}"
+        return f"{place} was {shorten(before[place])} and is {shorten(after.get(place, ABSENT))}{relative}"
 
-    verdict: Verdict
+    verdict: Match
     differences = {place: difference for place in before if (difference := measure(place))}
     first = next((place for place in differences if differences[place] > tolerance), None)
     if first is not None:

@@ -54,7 +54,7 @@ class InputsCache:
 
     def load(self, config: RunConfig) -> RunInputs:
         """Returns the inputs of a run. Raises `ConfigError` if they can't be loaded."""
-        key = cache_key(config)
+        key = inputs_key(config)
         if key not in self._inputs:
             if len(self._inputs) >= self.max_inputs:
                 for kept in (self._inputs, self._bases, self._sources):
@@ -70,7 +70,7 @@ class InputsCache:
         Raises:
             ConfigError: The data can't be read, or the model can't predict it.
         """
-        key, base = (data, cache_key(config)), self.load(config).base
+        key, base = (data, inputs_key(config)), self.load(config).base
         if key not in self._other_splits:
             source = self.read_source(data)
             splits = build_data_splits(data, source=source, base=base)
@@ -133,7 +133,7 @@ def read_settings(given: RunSettings, *, trust: bool = False) -> RunConfig:
     return compose_run(parse_overrides(given))
 
 
-def cache_key(config: RunConfig) -> tuple[Any, ...]:
+def inputs_key(config: RunConfig) -> tuple[Any, ...]:
     """Returns a key that is equal for runs that can share their inputs."""
     trainer, objective = config.trainer, config.objective.shared
     return *config.loaded, objective, resolve_precision(trainer), trainer.device

@@ -26,7 +26,7 @@ from lorasweep.tasks.splits import build_objective
 from lorasweep.tasks.task import read_source
 from lorasweep.training.evaluation import evaluate_model, score_split
 from lorasweep.training.finished_run import restore_model
-from lorasweep.training.inputs import InputsCache, cache_key
+from lorasweep.training.inputs import InputsCache, inputs_key
 from lorasweep.training.packs.pack import build_pack, build_pack_batch
 from lorasweep.training.packs.size import PackSize
 from lorasweep.training.prepare import prepare_model
@@ -279,8 +279,8 @@ def test_data_that_must_be_retained_is_compared_with_the_base_too(tmp_path, call
     config, inputs_cache = make_config(), InputsCache()
     inputs, pairs = make_inputs(config), make_preference_inputs(config)
     calls.clear()
-    inputs_cache._inputs[cache_key(config)] = inputs
-    inputs_cache._other_splits[config.data, cache_key(config)] = pairs.data
+    inputs_cache._inputs[inputs_key(config)] = inputs
+    inputs_cache._other_splits[config.data, inputs_key(config)] = pairs.data
     assert inputs_cache.load_splits(config.data, config) is pairs.data  # a check needs no numbers of the base
     inputs_cache.folder = tmp_path
     splits = inputs_cache.load_splits(config.data, config)
@@ -298,7 +298,7 @@ def test_a_plan_measures_without_the_numbers_of_the_base_and_counts_their_time(c
     assert calls == []
     definition = read_definition({"name": "pairs", "settings": RUN, "arms": {"lora": {"settings": {"method": "lora"}}}})
     arm, inputs_cache = definition.arms[0], InputsCache()
-    inputs_cache._inputs[cache_key(arm.base)] = inputs
+    inputs_cache._inputs[inputs_key(arm.base)] = inputs
     size = PackSize(1, "")
     rates = scale_up(training, size, [arm], definition=definition, inputs_cache=inputs_cache)
     tokens = sum(int(split.lengths.sum()) for split in (inputs.data.train, inputs.data.validation, inputs.data.test()))

@@ -16,7 +16,7 @@ from lorasweep.lora.fully_trained import TrainedModule, call_in_precision_of
 from lorasweep.lora.functional import SlotGroup
 from lorasweep.lora.layer_kinds import matrix_shape
 from lorasweep.lora.layers import AdaptedLayer, LoraLayer
-from lorasweep.lora.packed.slots import Slots, check_rows
+from lorasweep.lora.packed.slots import Slots, check_slot_rows
 from lorasweep.lora.packed.stacks import MatrixStack
 
 MIN_GROUP_RANK = 16
@@ -60,7 +60,7 @@ class PackedLoraLayer(SlotRows, AdaptedLayer):
 
     def forward(self, x: Shaped[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         # slot-major rows: then the rows of a slot, and of a group of slots, are one view of x without a copy
-        check_rows(x, self.slots.num_slots)
+        check_slot_rows(x, self.slots.num_slots)
         keep = self.slots.draw_keep_mask(x, rates=self.rates) if self.training and any(self.rates) else None
         return self.add_update(x, self._stack_groups(), keep=keep)
 
@@ -141,7 +141,7 @@ class PackedTrainedModule(SlotRows, nn.Module):
         """
         leaves, spec = tree_flatten((args, kwargs))
         first = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
-        check_rows(first, self.slots.num_slots)
+        check_slot_rows(first, self.slots.num_slots)
         outputs, output_spec = [], spec
         for slot, module in enumerate(self.modules_of_slots):
             sliced = [

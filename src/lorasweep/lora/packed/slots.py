@@ -91,7 +91,7 @@ class Slots:
             )
         if self.only_slot is not None:
             return self._draw_slot(self.only_slot, x.shape, x.device, rates[self.only_slot])
-        check_rows(x, self.num_slots)
+        check_slot_rows(x, self.num_slots)
         shape = torch.Size((len(x) // self.num_slots, *x.shape[1:]))
         return torch.cat([self._draw_slot(slot, shape, x.device, rate) for slot, rate in enumerate(rates)])
 
@@ -137,7 +137,7 @@ class SlotDropout(nn.Dropout):
         return self.slots.drop(input, self.p) if self.training else input
 
 
-def check_rows(x: Tensor, num_slots: int) -> None:
+def check_slot_rows(x: Tensor, num_slots: int) -> None:
     """Raises a ValueError if the number of rows of an input is not a multiple of the number of slots."""
     if x.dim() == 0 or x.shape[0] % num_slots:
         raise ValueError(

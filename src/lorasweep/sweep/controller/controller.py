@@ -20,7 +20,7 @@ from lorasweep.errors import Diverged, OutOfMemory, RunError, WorkerError
 from lorasweep.record import RunRecord, SweepState, Trial, TrialState, add_telemetry
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import RUNS_FOLDER, SweepFolder, check_disk
-from lorasweep.sweep.controller.stages import Confirmation, Search, Stage, choose_settings
+from lorasweep.sweep.controller.stages import Confirmation, OpenStage, Search, choose_settings
 from lorasweep.sweep.controller.stopping import explain_stop
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.training.checkpoint import remove_checkpoints, split_pack
@@ -62,7 +62,7 @@ class Controller:
         self._advance_stage()
 
     @property
-    def stage(self) -> Stage:
+    def stage(self) -> OpenStage:
         """The stage whose trials are handed out now."""
         return self.confirm or self.search
 

@@ -39,13 +39,11 @@ from lorasweep.sweep.controller.folder import (
 from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition
 from lorasweep.sweep.definition.confirm import draw_confirm_seeds, has_fixed_score, list_questions
 from lorasweep.sweep.definition.ranges import describe_space
-from lorasweep.wording import join_words
+from lorasweep.wording import ABSENT, join_words
 
 CHANGEABLE_KEYS = ("sweep.trials", "sweep.output", "confirm.seeds")
 """Settings that change no trial that has begun, beside those of `worker`. Numbers of trials and seeds are checked
 separately."""
-MISSING = "nothing"
-"""Shown in messages in place of a setting that is missing."""
 
 
 def create_sweep(
@@ -220,7 +218,7 @@ def grow_definition(old: Definition, *, changes: Mapping[str, Any]) -> Definitio
     for before, after in zip(old.arms, new.arms, strict=True):
         kept_settings, settings = _list_settings(before), _list_settings(after)
         for key in dict.fromkeys([*kept_settings, *settings]):
-            if (value := settings.get(key, MISSING)) != (kept := kept_settings.get(key, MISSING)):
+            if (value := settings.get(key, ABSENT)) != (kept := kept_settings.get(key, ABSENT)):
                 raise ConfigError(
                     f"arm `{before.name}`: `{key}` must stay {kept!r}, because its trials have begun, but got "
                     f"{value!r}. Start a new sweep."

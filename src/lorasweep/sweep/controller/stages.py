@@ -154,7 +154,7 @@ def _list_begun(trials: ArmTrials) -> set[tuple[int | None, int | None]]:
     return {(trial.setting_number, trial.seed) for trial in trials.trials.values()}
 
 
-Stage: TypeAlias = Search | Confirmation
+OpenStage: TypeAlias = Search | Confirmation
 
 
 @doing("choosing the settings to confirm")

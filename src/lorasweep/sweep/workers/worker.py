@@ -28,9 +28,9 @@ from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.size import PackSize, choose_pack_size
 from lorasweep.training.run import train_run
 
-POLL_INTERVAL_S = 2.0
+ASK_INTERVAL_S = 2.0
 """Seconds until a worker asks again after it got no trial, while other workers train."""
-Outcome: TypeAlias = RunRecord | Exception
+Trained: TypeAlias = RunRecord | Exception
 """Result of a training: a record (complete, stopped or interrupted) or an error."""
 
 
@@ -73,7 +73,7 @@ class Worker:
                 if self.controller.is_over():
                     break
                 # trials of other workers may be released, or the next batch or stage may begin
-                time.sleep(POLL_INTERVAL_S)
+                time.sleep(ASK_INTERVAL_S)
             elif (slots := self._choose_slots(assignment.arm)) is not None:
                 self._train_pack([assignment], slots=slots)
             else:
@@ -93,7 +93,7 @@ class Worker:
             self.tell(assignment, record)
         return None
 
-    def tell(self, assignment: Assignment, outcome: Outcome) -> None:
+    def tell(self, assignment: Assignment, outcome: Trained) -> None:
         """Tells the controller the outcome of a training.
 
         Scores a complete run of the confirm stage on test data first. Skips an interrupted run, whose trial stays
@@ -177,7 +177,7 @@ class Worker:
                 running.append(assignment)
             return assignment
 
-        def end(assignment: Assignment, outcome: Outcome) -> None:
+        def end(assignment: Assignment, outcome: Trained) -> None:
             running.remove(assignment)
             self.tell(assignment, outcome)
 
@@ -254,7 +254,7 @@ def choose_slots(definition: Definition, arm: Arm, *, inputs_cache: InputsCache,
     return choose_pack_size(plan.largest, inputs=inputs_cache.load(plan.largest), trials_left=trials)
 
 
-def _catch_failure(train: Callable[[Assignment], RunRecord], assignment: Assignment) -> Outcome:
+def _catch_failure(train: Callable[[Assignment], RunRecord], assignment: Assignment) -> Trained:
     """Returns an error of a trial instead of raising it, because a failed trial must not end the sweep."""
     try:
         return train(assignment)
