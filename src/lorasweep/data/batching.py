@@ -12,14 +12,18 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Int
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lorasweep.activity import doing
 from lorasweep.data.rows import Batch, Rows, SplitFacts
 
+Indices = NDArray[np.int64]
+"""Indices of examples, (examples,). NumPy picks a few of them faster than torch."""
 BYTES_PER_POSITION = 16
 """Bytes of a token position in a batch: an int64 token and an int64 target."""
 MIN_PART_EXAMPLES = 128
@@ -102,15 +106,15 @@ class LengthBuckets:
         self.batch_size = batch_size
         num_batches = len(row_lengths) // batch_size
         longest = int(row_lengths.max())
-        self.members: tuple[Tensor, ...]
+        self.members: tuple[Indices, ...]
         self.lengths: list[int]
         number = min(MAX_BUCKETS, num_batches // MIN_BUCKET_BATCHES) if group_by_length else 1
         if number <= 1 or int(row_lengths.min()) == longest:
-            self.members, self.lengths = (torch.arange(len(row_lengths)),), [longest]
+            self.members, self.lengths = (np.arange(len(row_lengths)),), [longest]
         else:
             order = row_lengths.argsort(stable=True)
             limits = [batch_size * (num_batches * n // number) for n in range(1, number)]
-            self.members = order.tensor_split(limits)
+            self.members = tuple(part.numpy() for part in order.tensor_split(limits))
             longest_rows = [int(row_lengths[part[-1]]) for part in self.members]
             rounded = [-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE for length in longest_rows]
             self.lengths = [min(length, longest) for length in rounded]
@@ -327,17 +331,17 @@ def choose_part(num_examples: int, fraction: float) -> list[int]:
     or the whole split.
     """
     size = max(math.ceil(fraction * num_examples), min(MIN_PART_EXAMPLES, num_examples))
-    return draw_order(num_examples, seed=0, epoch=0)[:size].sort().values.tolist()
+    return sorted(draw_order(num_examples, seed=0, epoch=0)[:size].tolist())
 
 
-def draw_order(num_examples: int, *, seed: int, epoch: int, bucket: int = 0) -> Int[Tensor, " examples"]:
+def draw_order(num_examples: int, *, seed: int, epoch: int, bucket: int = 0) -> Indices:
     """Returns the order of a bucket's examples in one epoch: a permutation drawn from a hash of the arguments."""
     stream = f"{seed}/{epoch}/{bucket}" if bucket else f"{seed}/{epoch}"
     return draw_permutation(num_examples, stream)
 
 
-def draw_permutation(size: int, stream: str) -> Int[Tensor, " size"]:
+def draw_permutation(size: int, stream: str) -> Indices:
     """Returns a permutation of the numbers below `size`, drawn from a hash of the stream's name."""
     digest = hashlib.sha256(stream.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return torch.randperm(size, generator=generator)
+    return torch.randperm(size, generator=generator).numpy()

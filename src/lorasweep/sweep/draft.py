@@ -43,7 +43,7 @@ from lorasweep.sweep.definition.confirm import MAX_LAW_FACTOR
 from lorasweep.sweep.definition.overrides import Overrides
 from lorasweep.sweep.definition.ranges import Range
 from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS, make_paths_absolute
-from lorasweep.sweep.definition.typed import ROW_KEYS
+from lorasweep.sweep.definition.typed import ROW_DATA, ROW_KEYS
 from lorasweep.tasks import DATA, PLAIN_TEXT
 from lorasweep.tasks.task import GivenTable, find_task
 from lorasweep.training.inputs import InputsCache
@@ -54,8 +54,6 @@ COLUMN_KEYS = frozenset(("prompt", "input", "completion", "messages", "chosen", 
 """Settings of data that name columns of a recipe's table."""
 DATA_KEYS = frozenset(("data", "data.train", "data.path"))
 SOURCE_KEYS = ("data.path", "data.train", "data.subset", "data.revision")
-ROW_DATA = next(name for name, kind in DATA.items() if issubclass(kind, RowSettings))
-"""A value of `data` for tables, with whose settings the first one is read."""
 RANKS = (1, 4, 16, 64)
 EPOCHS = 3
 MAX_VALIDATION_EXAMPLES = 1000

@@ -16,11 +16,14 @@ from lorasweep.errors import ConfigError
 from lorasweep.models.paths import find_local_path
 from lorasweep.sweep.definition.overrides import Overrides
 from lorasweep.sweep.definition.ranges import Range
+from lorasweep.tasks import DATA
 
 COLUMNS = ("text", "text_pair", "label", "prompt", "input", "completion", "messages", "chosen", "rejected", "group")
 """Settings of data that name columns of a table."""
 UNDECIDED = ("model", "data", "objective", "module", "datamodule", "metric")
 """Groups whose settings depend on the data, which a draft reads later."""
+ROW_DATA = next(name for name, kind in DATA.items() if issubclass(kind, RowSettings))
+"""A value of `data` for tables, with whose settings the first one is read."""
 ROW_KEYS = frozenset(f"data.{field.name}" for field in fields(RowSettings)) - {"data.name", "data.metric"}
 """Settings that say how rows are read, whatever they hold."""
 
@@ -41,7 +44,7 @@ def check_typed(settings: Mapping[str, Any]) -> None:
     model = {"model": "tiny"} if path is None else {"model": "causal_lm", "model.path": path}
     of_rows = {key: value for key, value in typed.items() if key in ROW_KEYS}
     if "data.train" in typed:
-        check_sources(compose_run({"data": "table", **model, **of_rows}, require_all=False), typed)
+        check_sources(compose_run({"data": ROW_DATA, **model, **of_rows}, require_all=False), typed)
 
 
 def check_sources(config: RunConfig, given: Mapping[str, Any]) -> None:
