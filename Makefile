@@ -44,7 +44,7 @@ PARALLEL := -n 2 --dist loadgroup
 IN_TEST := -m 'not cluster and not docs and not soak and not release'
 QUICK := -m 'not cluster and not docs and not soak and not release and not slow'
 
-test: $(DEV) ## the tests, about 10 minutes on 2 idle cores
+test: $(DEV) ## the tests, about 6 minutes on 2 idle cores
 	$(PYTEST) $(PARALLEL) $(IN_TEST)
 
 coverage: $(DEV) ## the same tests, and the lines and branches of src that they run; takes up to twice as long

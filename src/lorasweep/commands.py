@@ -138,6 +138,8 @@ def plan(arguments: argparse.Namespace) -> Outcome:
     from lorasweep.sweep.plan import describe_group, render_plan
     from lorasweep.wording import format_seconds
 
+    if definition.description:
+        say(definition.description)
     show(render_plan(definition, rates))
     notes = _say_notes(definition, inputs_cache)
     say(f"this plan took {format_seconds(time.monotonic() - began)}", file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,9 @@ RunCell = tuple[str, float | str | None]
 def render_page(findings: Findings, panels: Sequence[Panel]) -> str:
     """Returns the page as HTML."""
     data, metric = findings.data, wording.format_metric
+    tested = dict.fromkeys(
+        name for run in data.confirm_runs for name in (data.record.verdict_metric.name, *run.test_scores)
+    )
     environment = Environment(
         loader=PackageLoader("lorasweep.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -57,11 +60,11 @@ def render_page(findings: Findings, panels: Sequence[Panel]) -> str:
             ("run", "arm and number of the trial in its Optuna study, or subject and seed of a confirm run"),
             ("state", "complete, running, or why it stopped"),
             (metric(data.record.search_metric.name), "best value on validation data"),
-            *([(f"{metric(data.record.verdict_metric.name)}, test", "on test data")] if data.confirm_runs else []),
+            *((f"{metric(name)}, test", "on test data") for name in tested),
             *((wording.short_key(key), key) for key in data.swept_keys),
             *((title, about) for title, about, _, _ in COST_COLUMNS),
         ],
-        rows=[(run, _build_cells(run, data)) for run in (*data.trials, *data.confirm_runs)],
+        rows=[(run, _build_cells(run, data, tested)) for run in (*data.trials, *data.confirm_runs)],
     )
 
 
@@ -80,12 +83,12 @@ def _figure_json(panel: Panel) -> Markup:
     return Markup(f"[{','.join(figure.to_json() for figure in panel.figures)}]")
 
 
-def _build_cells(run: Trial, data: SweepData) -> list[RunCell]:
+def _build_cells(run: Trial, data: SweepData, tested: Iterable[str]) -> list[RunCell]:
     # the best value of a stopped trial is not that of all its steps
     state = f"stopped at step {run.step}" if run.state == "stopped" else run.state
-    scores = [run.search_score, run.test_scores.get(data.record.verdict_metric.name)]
+    scores = [run.search_score, *(run.test_scores.get(name) for name in tested)]
     cells: list[RunCell] = [(state, state)]
-    cells += [(wording.format_score(score), score) for score in (scores if data.confirm_runs else scores[:1])]
+    cells += [(wording.format_score(score), score) for score in scores]
     for key in data.swept_keys:
         text, number = wording.format_setting(run.params.get(key, "")), run.numeric_setting(key)
         cells.append((text, (text if number is None else number) if key in run.params else None))
