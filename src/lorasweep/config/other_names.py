@@ -1,4 +1,4 @@
-"""The names that PEFT, TRL, axolotl, LLaMA-Factory and transformers have for our settings (`recipes/tables.yaml`)."""
+"""The names that PEFT, TRL, axolotl, LLaMA-Factory and transformers have for our settings (`other_names.yaml`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FACT = "recipe."
 @cache
 def read_tables() -> Mapping[str, Any]:
     """Returns what each key of other tools' files means here, by the name of the tool."""
-    tables: dict[str, Any] = yaml.safe_load((Path(__file__).parent.parent / "recipes" / "tables.yaml").read_text())
+    tables: dict[str, Any] = yaml.safe_load((Path(__file__).with_suffix(".yaml")).read_text())
     return tables
 
 

@@ -23,7 +23,7 @@ from lorasweep.activity import doing
 from lorasweep.data.rows import Batch, Rows, SplitFacts
 
 Indices = NDArray[np.int64]
-"""Indices of examples, (examples,). NumPy picks a few of them faster than torch."""
+"""Indices of examples, (examples,)."""
 BYTES_PER_POSITION = 16
 """Bytes of a token position in a batch: an int64 token and an int64 target."""
 MIN_PART_EXAMPLES = 128
@@ -147,7 +147,7 @@ class LengthBuckets:
 
 @functools.lru_cache(maxsize=4)
 def cut_buckets(row_lengths: Int[Tensor, " examples"], *, batch_size: int, group_by_length: bool) -> LengthBuckets:
-    """Returns the buckets of a split, which all runs on it share. A tensor is known by its identity."""
+    """Returns the buckets of a split, which all runs on it share. The cache compares tensors by identity."""
     return LengthBuckets(row_lengths, batch_size=batch_size, group_by_length=group_by_length)
 
 

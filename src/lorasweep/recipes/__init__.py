@@ -1,6 +1,6 @@
 """Training files of other tools: what their keys mean here (the tables), and how their settings become a sweep.
 
-Sections of a tool in `tables.yaml`:
+Sections of a tool in `config/other_names.yaml`, which `help` and errors read too:
 
 - `recognised_by`: keys of which each shows that a file is one of the tool.
 - `followed`: for each of their keys our dotted key, or a fact (`recipe.epochs`) that is combined with others. Instead

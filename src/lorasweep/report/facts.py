@@ -123,8 +123,9 @@ def _answer_setting(data: SweepData, learning: Learning) -> Answer:
     """Returns whether an untried setting of the best LoRA subject may be better by more than the margin."""
     choice = choose_arm(data, ["lora"])
     if learning.has_failed or choice is None or choice.setting.row is None:
-        is_open = learning.has_failed or choice is None
-        missing: Missing = ("not learned" if learning.has_failed else "no trial") if is_open else "not confirmed"
+        missing: Missing = "no trial" if choice is None else "not confirmed"
+        if learning.has_failed:
+            missing = "not learned"
         return Answer(name="setting", arm=choice.subject.name if choice else "", missing=missing)
     regret, gain, is_small = choice.setting.regret, data.regret_gain, data.has_small_regret(choice.setting)
     row = AnswerRow(

@@ -52,7 +52,7 @@ class Setting:
     run: Trial | None
     """A run with this setting, which has the record and the curve: the trial, or the first complete confirm run."""
     row: SettingRow | None
-    """What the search knows about it; None before the confirm stage."""
+    """Its row in the sweep's record, with its expected regret; None before the confirm stage."""
 
     @property
     def is_predicted(self) -> bool:

@@ -26,7 +26,7 @@ class Note:
 
 @dataclass(frozen=True, kw_only=True)
 class Assessment:
-    """What to expect of a sweep."""
+    """The notes on a sweep that has not started."""
 
     notes: tuple[Note, ...]
     """Each sentence once."""
@@ -42,7 +42,7 @@ class Assessment:
 
 
 def assess(definition: Definition, inputs_cache: InputsCache) -> Assessment:
-    """Returns what to expect of a checked sweep."""
+    """Returns the notes on a checked sweep: warnings about its definition first."""
     warnings = {text: Note(kind="warning", text=text) for text in find_warnings(definition)}
     found = {note.text: note for note in _list_notes(definition, inputs_cache)}
     return Assessment(notes=(*warnings.values(), *found.values()))

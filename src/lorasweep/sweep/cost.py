@@ -36,7 +36,7 @@ ANSWERED: Mapping[QuestionName, str] = {
     "smallest": "which `{one.key}` is enough",
     "pair": "whether `{one.arm}` is better than `{one.reference}`",
 }
-"""What the answer to a question says."""
+"""Each question as an indirect question, for a sentence on what a sweep would answer."""
 MINUTES_TOLERANCE = 0.15
 """The smallest budget may exceed `--minutes` by this fraction, because two measurements differ by as much."""
 

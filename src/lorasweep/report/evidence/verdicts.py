@@ -54,7 +54,7 @@ class NextStep:
     seconds: float | None = None
     """The time that it takes, at the pace of the sweep; None if it is not known."""
     needs: tuple[Blocker, ...] = ()
-    """What keeps the answer open if there is no command."""
+    """Why the answer is open, if there is no command: a new sweep must change one of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
