@@ -148,7 +148,50 @@ def convert(kind: Any, value: Any, *, key: str) -> Any:
     try:
         return _adapter(kind).validate_python(value)
     except ValidationError as error:
-        raise _make_error(error.errors(include_url=False), value, key=key) from error
+        # pydantic's first error becomes one sentence: the dotted key, what must hold, and the value
+        first, *others = error.errors(include_url=False)
+        path = ".".join(filter(None, (key, *_find_names(first, value))))
+        if first["type"] == "unknown_key":
+            known = dotted_items(value, f"{key}.".lstrip(".")) if isinstance(value, Mapping) else ()
+            name, names = first["ctx"]["name"], first["ctx"]["names"]
+            raise make_unknown_error(path, name, names, others=[other for other, _ in known]) from error
+        sentence = _describe(first, path)
+        # a union such as `int | Literal["auto"]` has an error for each member
+        words = [other["ctx"]["expected"] for other in others if other["type"] == "literal_error"]
+        is_union = words and first["type"] != "literal_error"
+        raise ConfigError(f"{sentence} It may also be {words[0]}." if is_union else sentence, key=path) from error
+
+
+def _describe(error: ErrorDetails, key: str) -> str:
+    kind, context, value = error["type"], error.get("ctx", {}), shorten(error["input"], MAX_VALUE_CHARACTERS)
+    if isinstance(cause := context.get("error"), ConfigError):  # raised by a `__post_init__`; the message has the key
+        return str(cause)
+    if kind == "missing":
+        return f"`{key}` must be set, but is missing."
+    if kind in COMPARISONS:
+        limit = next(iter(context.values()))
+        shown = f"{limit:g}" if isinstance(limit, float) else limit
+        return f"`{key} {COMPARISONS[kind]} {shown}` must hold, but got {value}."
+    if kind in ("literal_error", "union_tag_invalid"):
+        expected = context.get("expected") or context["expected_tags"]
+        choices = [choice.strip("' ") for choice in expected.replace(" or ", ", ").split(",")]
+        given = context.get("tag", error["input"])
+        near = suggest_nearest(given, choices) if isinstance(given, str) else ""
+        return f"`{key}` must be one of {', '.join(choices)}, but got {shorten(given, MAX_VALUE_CHARACTERS)}.{near}"
+    noun = TYPE_DESCRIPTIONS.get(kind.partition("_")[0])
+    return f"`{key}` must be {noun}, but got {value}." if noun else f"`{key}`: {error['msg']}, but got {value}."
+
+
+def _find_names(error: ErrorDetails, values: Any) -> list[str]:
+    """Returns the keys that lead to the wrong value. Skips pydantic's names for the members of unions."""
+    names = []
+    for part in error["loc"]:
+        is_missing = error["type"] == "missing" and part == error["loc"][-1]
+        inner = values.get(part, MISSING) if isinstance(values, Mapping) else MISSING
+        if is_missing or inner is error["input"] or isinstance(inner, Mapping | list | tuple):
+            names.append(TARGET if part == "target" else str(part))
+            values = inner
+    return names
 
 
 def as_settings(value: Any) -> Any:
@@ -203,52 +246,6 @@ def make_unknown_error(key: str, name: str, names: Sequence[str], *, others: Ite
     return UnknownSettingError(
         f"`{unknown}` is not a setting.{near} The settings {place}are {', '.join(names)}.", key=unknown
     )
-
-
-def _make_error(errors: Sequence[ErrorDetails], values: Any, *, key: str) -> ConfigError:
-    """Returns one sentence for the first of pydantic's errors: the dotted key, what must hold, and the value."""
-    others = dotted_items(values, f"{key}.".lstrip(".")) if isinstance(values, Mapping) else ()
-    key = ".".join(filter(None, (key, *_find_names(errors[0], values))))
-    if errors[0]["type"] == "unknown_key":
-        context = errors[0]["ctx"]
-        return make_unknown_error(key, context["name"], context["names"], others=[other for other, _ in others])
-    sentence = _describe(errors[0], key)
-    # A union such as `int | Literal["auto"]` has an error for each member.
-    words = [error["ctx"]["expected"] for error in errors[1:] if error["type"] == "literal_error"]
-    is_union = words and errors[0]["type"] != "literal_error"
-    return ConfigError(f"{sentence} It may also be {words[0]}." if is_union else sentence, key=key)
-
-
-def _describe(error: ErrorDetails, key: str) -> str:
-    kind, context, value = error["type"], error.get("ctx", {}), shorten(error["input"], MAX_VALUE_CHARACTERS)
-    if isinstance(cause := context.get("error"), ConfigError):  # raised by a `__post_init__`; the message has the key
-        return str(cause)
-    if kind == "missing":
-        return f"`{key}` must be set, but is missing."
-    if kind in COMPARISONS:
-        limit = next(iter(context.values()))
-        shown = f"{limit:g}" if isinstance(limit, float) else limit
-        return f"`{key} {COMPARISONS[kind]} {shown}` must hold, but got {value}."
-    if kind in ("literal_error", "union_tag_invalid"):
-        expected = context.get("expected") or context["expected_tags"]
-        choices = [choice.strip("' ") for choice in expected.replace(" or ", ", ").split(",")]
-        given = context.get("tag", error["input"])
-        near = suggest_nearest(given, choices) if isinstance(given, str) else ""
-        return f"`{key}` must be one of {', '.join(choices)}, but got {shorten(given, MAX_VALUE_CHARACTERS)}.{near}"
-    noun = TYPE_DESCRIPTIONS.get(kind.partition("_")[0])
-    return f"`{key}` must be {noun}, but got {value}." if noun else f"`{key}`: {error['msg']}, but got {value}."
-
-
-def _find_names(error: ErrorDetails, values: Any) -> list[str]:
-    """Returns the keys that lead to the wrong value. Skips pydantic's names for the members of unions."""
-    names = []
-    for part in error["loc"]:
-        is_missing = error["type"] == "missing" and part == error["loc"][-1]
-        inner = values.get(part, MISSING) if isinstance(values, Mapping) else MISSING
-        if is_missing or inner is error["input"] or isinstance(inner, Mapping | list | tuple):
-            names.append(TARGET if part == "target" else str(part))
-            values = inner
-    return names
 
 
 @cache  # pydantic builds a validator for each class, which is slow

@@ -62,6 +62,13 @@ def list_settings(primary: Primary) -> Iterator[SettingEntry]:
     yield from _list_arguments(file, "", known={"defaults", "hydra", *hints})
 
 
+def _read_option(path: Path) -> dict[str, Any]:
+    """Returns the content of a file in `conf/` with the files that its defaults list names."""
+    content = _read_yaml(path)
+    parents = [name for name in content.pop("defaults", []) if isinstance(name, str) and name != "_self_"]
+    return {key: value for name in parents for key, value in _read_option(path.with_stem(name)).items()} | content
+
+
 def list_fields(kind: type, group: str, options: Mapping[str, Mapping[str, Any]]) -> Iterator[SettingEntry]:
     """Yields the fields of a class of settings; `options` are those of the group that it belongs to."""
     hints, meanings = get_type_hints(kind, include_extras=True), _read_docstrings(kind)
@@ -119,13 +126,6 @@ def show_value(value: Any) -> str:
     if isinstance(value, str):
         return value.replace("\n", "\\n") or '""'
     return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("...\n").strip()
-
-
-def _read_option(path: Path) -> dict[str, Any]:
-    """Returns the content of a file in `conf/` with the files that its defaults list names."""
-    content = _read_yaml(path)
-    parents = [name for name in content.pop("defaults", []) if isinstance(name, str) and name != "_self_"]
-    return {key: value for name in parents for key, value in _read_option(path.with_stem(name)).items()} | content
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

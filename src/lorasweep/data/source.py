@@ -160,12 +160,6 @@ def build_source(
     )
 
 
-def content_key(texts: Iterable[str]) -> int:
-    """Returns a 64-bit hash of texts that ignores case and white space."""
-    plain = "\n".join([" ".join(text.split()).casefold() for text in texts])  # the texts have no line breaks by now
-    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little")
-
-
 def _split_by_key(
     items: list[Example], missing: Mapping[str, int], *, key: Callable[[Example], int], shared: str
 ) -> tuple[dict[str, list[Example]], list[str]]:
@@ -177,6 +171,12 @@ def _split_by_key(
         for split, percent in missing.items()
     ]
     return {split: [items[index] for index in indices] for split, indices in assigned.items()}, notes
+
+
+def content_key(texts: Iterable[str]) -> int:
+    """Returns a 64-bit hash of texts that ignores case and white space."""
+    plain = "\n".join([" ".join(text.split()).casefold() for text in texts])  # the texts have no line breaks by now
+    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little")
 
 
 def assign_splits(keys: Sequence[int], *, missing: Mapping[str, int]) -> dict[str, list[int]]:

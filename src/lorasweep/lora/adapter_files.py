@@ -35,8 +35,12 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
 
     The tensors share memory with the model's parameters.
     """
-    modules = {name: module.trained for name, module in trained_modules(model).items()}
-    return {key: tensor.detach() for key, tensor in _name_tensors(lora_layers(model), modules).items()}
+    named: dict[str, Tensor] = {}
+    for name, layer in lora_layers(model).items():
+        named |= {f"{name}.lora_A.weight": layer.lora_a, f"{name}.lora_B.weight": layer.lora_b}
+    for name, module in trained_modules(model).items():
+        named |= {f"{name}.{key}": tensor for key, tensor in module.trained.state_dict().items()}
+    return {f"{KEY_PREFIX}{name}": tensor.detach() for name, tensor in named.items()}
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, base_path: str, base_revision: str | None = None) -> None:
@@ -76,16 +80,6 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
             )
     for key, tensor in expected.items():
         tensor.copy_(tensors[key])
-
-
-def _name_tensors(layers: Mapping[str, LoraLayer], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Returns the tensors of an adapter by PEFT's names."""
-    named: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        named |= {f"{name}.lora_A.weight": layer.lora_a, f"{name}.lora_B.weight": layer.lora_b}
-    for name, module in modules.items():
-        named |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
-    return {f"{KEY_PREFIX}{name}": tensor for name, tensor in named.items()}
 
 
 def read_peft_settings(path: Path) -> dict[str, Any]:

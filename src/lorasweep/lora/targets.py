@@ -118,6 +118,24 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Coverage:
     )
 
 
+def _check_settings_match_layers(config: LoraConfig, names: list[str], all_names: list[str]) -> None:
+    """Refuses a pattern or an index that matches no layer, because it must be a mistake."""
+    settings: list[tuple[str, Collection[str], list[str]]] = [
+        ("rank_pattern", config.rank_pattern, names),
+        ("alpha_pattern", config.alpha_pattern, names),
+        ("exclude", config.exclude, all_names),
+    ]
+    for setting, patterns, choices in settings:
+        for pattern in patterns:
+            if not any(fits_pattern(pattern, name) for name in choices):
+                hint = suggest_layer(pattern, choices)
+                raise ValueError(f"`method.{setting}` must match layers, but {pattern!r} matches none.{hint}")
+    unused = set(config.layers) - {get_block_index(name) for name in names}
+    if unused:
+        existing = sorted({index for index in map(get_block_index, all_names) if index is not None})
+        raise ValueError(f"`method.layers` must be indices of matched layers, but got {min(unused)}. Use {existing}.")
+
+
 def get_target_patterns(config: LoraConfig) -> tuple[str, ...]:
     """Returns the patterns of `config.targets` without duplicates. A text is one regular expression, as in PEFT."""
     if isinstance(config.targets, str):
@@ -165,24 +183,6 @@ def _match_pattern(pattern: str, model: nn.Module, config: LoraConfig, trained: 
             f"{fitting[0]!r}. Change `method.exclude`, `method.layers` or `method.modules_to_save`."
         )
     return names
-
-
-def _check_settings_match_layers(config: LoraConfig, names: list[str], all_names: list[str]) -> None:
-    """Refuses a pattern or an index that matches no layer, because it must be a mistake."""
-    settings: list[tuple[str, Collection[str], list[str]]] = [
-        ("rank_pattern", config.rank_pattern, names),
-        ("alpha_pattern", config.alpha_pattern, names),
-        ("exclude", config.exclude, all_names),
-    ]
-    for setting, patterns, choices in settings:
-        for pattern in patterns:
-            if not any(fits_pattern(pattern, name) for name in choices):
-                hint = suggest_layer(pattern, choices)
-                raise ValueError(f"`method.{setting}` must match layers, but {pattern!r} matches none.{hint}")
-    unused = set(config.layers) - {get_block_index(name) for name in names}
-    if unused:
-        existing = sorted({index for index in map(get_block_index, all_names) if index is not None})
-        raise ValueError(f"`method.layers` must be indices of matched layers, but got {min(unused)}. Use {existing}.")
 
 
 def _explain_experts(experts: Sequence[str], layers: Iterable[str]) -> str:

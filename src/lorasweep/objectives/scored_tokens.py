@@ -90,6 +90,15 @@ def score_tokens(
     return put_back(losses), put_back(predicted) if predicted else None
 
 
+def _list_head(model: nn.Module) -> list[nn.Module]:
+    """Returns the modules that are not part of the decoder."""
+    return [module for _, module in model.named_modules(memo={model.get_decoder()})]  # type: ignore[operator]
+
+
+def _get_dropout(module: nn.Module) -> float:
+    return module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout_rate", 0.0)
+
+
 def can_score_by_chunk(model: nn.Module) -> bool:
     """Returns whether the model computes the logits of a token from the token's last hidden state alone.
 
@@ -134,17 +143,8 @@ def _compute_states(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "toke
     return output.last_hidden_state.flatten(0, 1), project
 
 
-def _list_head(model: nn.Module) -> list[nn.Module]:
-    """Returns the modules that are not part of the decoder."""
-    return [module for _, module in model.named_modules(memo={model.get_decoder()})]  # type: ignore[operator]
-
-
 def _get_vocabulary_size(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
-
-
-def _get_dropout(module: nn.Module) -> float:
-    return module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout_rate", 0.0)
 
 
 def _score(hidden: Tensor, targets: Tensor, project: Project) -> Tensor:

@@ -121,6 +121,18 @@ def read_recipe(path: Path, *, has_data: bool = False) -> Recipe:
     return recipe
 
 
+def _load(path: Path) -> dict[str, Any]:
+    """Returns the mapping in a YAML file. Raises ConfigError if it is none."""
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"a training file must be a YAML file, but {str(path)!r} can't be read: {reason}.") from error
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(f"a training file must have keys and values, but {str(path)!r} has {shorten(content)}.")
+    return {str(key): value for key, value in content.items()}
+
+
 def _combine(
     path: Path,
     table: Mapping[str, Any],
@@ -200,18 +212,6 @@ def _combine_lora(method: dict[str, Any], facts: Mapping[str, Any], found: Mappe
     config = {theirs: method[ours] for theirs, ours in read_tables()["common"]["peft"].items() if ours in method}
     is_rs = method.get(SCALING) == "alpha_over_sqrt_rank"
     return {"method": "peft", "method.config": {"peft_type": "LORA", "use_dora": True, "use_rslora": is_rs, **config}}
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """Returns the mapping in a YAML file. Raises ConfigError if it is none."""
-    try:
-        content = yaml.safe_load(path.read_bytes())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"a training file must be a YAML file, but {str(path)!r} can't be read: {reason}.") from error
-    if not isinstance(content, dict) or not content:
-        raise ConfigError(f"a training file must have keys and values, but {str(path)!r} has {shorten(content)}.")
-    return {str(key): value for key, value in content.items()}
 
 
 def load_table(name: str) -> Mapping[str, Any]:

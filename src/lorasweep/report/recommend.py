@@ -139,6 +139,35 @@ def recommend(data: SweepData, learning: Learning) -> list[Recommendation]:
     ]
 
 
+def _list_commands(one: SubjectResult, data: SweepData) -> dict[str, str]:
+    """Returns the commands that train the settings again, and that export the adapter of a confirm run, if it can."""
+    commands, source = {}, shlex.quote(str(data.folder / one.name))
+    if data.record.status == "complete":
+        commands["train"] = f"lorasweep train --from {source}"
+    run = next((run.record for run in one.confirm_runs if run.is_complete and run.record), None)
+    if run and one.row.method in ("lora", "peft"):
+        with suppress(RecordError):  # damaged settings have no command
+            config = restore_config(run)
+            trust = " --trust" if config.model.trust_remote_code else ""
+            if config.capabilities.exports is True:
+                commands["export"] = f"lorasweep export {source} --format peft --out adapter{trust}"
+    return commands
+
+
+def _list_recipes(one: Recommendation, data: SweepData) -> dict[str, dict[str, str]]:
+    recipes: dict[str, dict[str, str]] = {}
+    if (record := one.setting.record) is None:
+        return recipes
+    for tool in TOOLS:
+        with suppress(RecordError, ConfigError):  # damaged settings, no LoRA, or a value that the tool does not have
+            settings = dict(dotted_items(as_settings(restore_config(record))))
+            lines = [change.line for change in list_changes(tool, settings, one.setting.params)]
+            source = shlex.quote(str(data.folder / one.subject.name))
+            command = f"lorasweep export {source} --format {tool} --into FILE.yaml"
+            recipes[tool] = {"name": load_table(tool)["name"], "lines": "\n".join(lines), "command": command}
+    return recipes
+
+
 def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the recommended settings of a sweep, and the `origin` that the record of a run with them names.
 
@@ -226,32 +255,3 @@ def list_overrides(one: SubjectResult, setting: Setting) -> dict[str, Any]:
     # These are listed even if they have default values, so that a change of a default has no effect.
     settings |= {key: value for key in exact if (value := setting.get(key)) is not None}
     return {key: None if key == TRAIN_EXAMPLES else value for key, value in settings.items()}
-
-
-def _list_commands(one: SubjectResult, data: SweepData) -> dict[str, str]:
-    """Returns the commands that train the settings again, and that export the adapter of a confirm run, if it can."""
-    commands, source = {}, shlex.quote(str(data.folder / one.name))
-    if data.record.status == "complete":
-        commands["train"] = f"lorasweep train --from {source}"
-    run = next((run.record for run in one.confirm_runs if run.is_complete and run.record), None)
-    if run and one.row.method in ("lora", "peft"):
-        with suppress(RecordError):  # damaged settings have no command
-            config = restore_config(run)
-            trust = " --trust" if config.model.trust_remote_code else ""
-            if config.capabilities.exports is True:
-                commands["export"] = f"lorasweep export {source} --format peft --out adapter{trust}"
-    return commands
-
-
-def _list_recipes(one: Recommendation, data: SweepData) -> dict[str, dict[str, str]]:
-    recipes: dict[str, dict[str, str]] = {}
-    if (record := one.setting.record) is None:
-        return recipes
-    for tool in TOOLS:
-        with suppress(RecordError, ConfigError):  # damaged settings, no LoRA, or a value that the tool does not have
-            settings = dict(dotted_items(as_settings(restore_config(record))))
-            lines = [change.line for change in list_changes(tool, settings, one.setting.params)]
-            source = shlex.quote(str(data.folder / one.subject.name))
-            command = f"lorasweep export {source} --format {tool} --into FILE.yaml"
-            recipes[tool] = {"name": load_table(tool)["name"], "lines": "\n".join(lines), "command": command}
-    return recipes

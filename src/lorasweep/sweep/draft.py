@@ -315,29 +315,6 @@ def count_steps(epochs: float, num_examples: int, batch_size: int, *, is_bounded
     return unit * math.ceil(steps / unit)
 
 
-def complete_definition(definition: Definition, inputs_cache: InputsCache) -> Definition:
-    """Returns a definition with what its file and the command line leave open, chosen as for a drafted sweep.
-
-    These are the columns of a table, `data.max_length` if the arms have the same data, and the steps of `sweep.epochs`.
-    Loads the model and the training data. Raises ConfigError if no column fits.
-    """
-    arm, epochs = definition.arms[0], definition.sweep_config.sweep.epochs
-    config, given = arm.base, arm.settings
-    is_same = all(other.base.data == config.data and "data.max_length" not in other.space for other in definition.arms)
-    found: dict[str, Any] = {}
-    if is_same and isinstance(config.data, RowSettings) and given.get("data") in DATA:  # not an option with columns
-        if any(f"data.{key}" not in given for key in config.data.found_columns):
-            recognised = find_task(config.data).recognise(_read_given(config.data, given))
-            found |= {} if recognised is None else recognised.settings
-        if "data.max_length" not in given:
-            measured = {**given, **found, "data.max_length": LENGTHS[-1]}
-            found["data.max_length"] = choose_length(inputs_cache.load(compose_run(measured)))
-    if epochs is not None and STEPS_KEY not in definition.raw["overrides"]:
-        train = inputs_cache.load(compose_run({**given, **found})).splits.train
-        found[STEPS_KEY] = count_steps(epochs, len(train), config.trainer.batch_size)
-    return definition.with_overrides(found) if found else definition
-
-
 def _read_given(config: RowSettings, settings: Mapping[str, Any]) -> GivenTable:
     """Returns the columns of the first file or split of training."""
     table, *_ = load_tables(config, "train", lambda names, source: names)
@@ -483,3 +460,26 @@ def _add_comments(value: Any, comments: Mapping[Place, str], place: Place = ()) 
     if not any(len(other) > len(place) and other[: len(place)] == place for other in comments):
         commented.fa.set_flow_style()
     return commented
+
+
+def complete_definition(definition: Definition, inputs_cache: InputsCache) -> Definition:
+    """Returns a definition with what its file and the command line leave open, chosen as for a drafted sweep.
+
+    These are the columns of a table, `data.max_length` if the arms have the same data, and the steps of `sweep.epochs`.
+    Loads the model and the training data. Raises ConfigError if no column fits.
+    """
+    arm, epochs = definition.arms[0], definition.sweep_config.sweep.epochs
+    config, given = arm.base, arm.settings
+    is_same = all(other.base.data == config.data and "data.max_length" not in other.space for other in definition.arms)
+    found: dict[str, Any] = {}
+    if is_same and isinstance(config.data, RowSettings) and given.get("data") in DATA:  # not an option with columns
+        if any(f"data.{key}" not in given for key in config.data.found_columns):
+            recognised = find_task(config.data).recognise(_read_given(config.data, given))
+            found |= {} if recognised is None else recognised.settings
+        if "data.max_length" not in given:
+            measured = {**given, **found, "data.max_length": LENGTHS[-1]}
+            found["data.max_length"] = choose_length(inputs_cache.load(compose_run(measured)))
+    if epochs is not None and STEPS_KEY not in definition.raw["overrides"]:
+        train = inputs_cache.load(compose_run({**given, **found})).splits.train
+        found[STEPS_KEY] = count_steps(epochs, len(train), config.trainer.batch_size)
+    return definition.with_overrides(found) if found else definition

@@ -111,7 +111,6 @@ def scale_up(
     config = largest[arms[0].name]
     inputs = inputs_cache.load(config)
     train, validation = inputs.splits.train, inputs.splits.validation
-    step_tokens = _mean_step_tokens(config, train)
     # seconds in which one run is evaluated on a token, and all slots on the validation split
     measured = choose_part(len(validation), _choose_eval_fraction(config, inputs))
     token_s = training.evaluating_s / size.slots / int(validation.lengths[torch.tensor(measured)].sum())
@@ -132,7 +131,7 @@ def scale_up(
         reference_s=token_s * reference_tokens if needs_reference else 0.0,
         loading_s=training.loading_s,
         step_s=training.training_s / (NUM_STEPS - 1) * _compare_steps(config, train, num_steps=NUM_STEPS),
-        step_tokens=step_tokens,
+        step_tokens=float(train.lengths.double().mean()) * config.trainer.batch_size,
         evaluation_s=evaluated_share * whole_s,
         saving_s=training.saving_s,
         final_s=whole_s if evaluated_share < 1 else 0.0,
@@ -144,6 +143,23 @@ def scale_up(
         metric=training.record.metric,
         trained_params={name: _count_trained(run, training.record, inputs=inputs) for name, run in largest.items()},
     )
+
+
+def _compare_steps(config: RunConfig, split: SplitFacts, *, num_steps: int) -> float:
+    """Returns the mean length of a step's rows in a whole run, divided by that in the steps after the first."""
+    group, batch_size = config.data.groups_by_length, config.trainer.batch_size
+    buckets = cut_buckets(split.row_lengths, batch_size=batch_size, group_by_length=group)
+    mean = sum(len(part) * length for part, length in zip(buckets.members, buckets.lengths, strict=True)) / len(split)
+    measured = [buckets.lengths[buckets.choose(step)[0]] for step in range(1, num_steps)]
+    return mean / statistics.fmean(measured)
+
+
+def _count_trained(config: RunConfig, measured: RunRecord, *, inputs: RunInputs) -> int:
+    """Returns the trained parameters of a run, from the shapes of a prepared model."""
+    if as_settings(config)["method"] == measured.config["method"]:  # does not copy a large model again under `full`
+        return measured.trainable_params
+    parameters = prepare_model(config, inputs.base).parameters()
+    return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
 
 
 def _choose_eval_fraction(config: RunConfig, inputs: RunInputs) -> float:
@@ -224,24 +240,3 @@ def measure_answers(config: RunConfig, inputs: RunInputs) -> dict[str, float]:
     sizes = {"test": len(inputs.splits.test())}
     sizes |= {"validation": len(inputs.splits.validation)} if answers.on_validation else {}
     return {name: example_s * min(size, answers.max_examples or size) for name, size in sizes.items()}
-
-
-def _mean_step_tokens(config: RunConfig, split: SplitFacts) -> float:
-    return float(split.lengths.double().mean()) * config.trainer.batch_size
-
-
-def _compare_steps(config: RunConfig, split: SplitFacts, *, num_steps: int) -> float:
-    """Returns the mean length of a step's rows in a whole run, divided by that in the steps after the first."""
-    group, batch_size = config.data.groups_by_length, config.trainer.batch_size
-    buckets = cut_buckets(split.row_lengths, batch_size=batch_size, group_by_length=group)
-    mean = sum(len(part) * length for part, length in zip(buckets.members, buckets.lengths, strict=True)) / len(split)
-    measured = [buckets.lengths[buckets.choose(step)[0]] for step in range(1, num_steps)]
-    return mean / statistics.fmean(measured)
-
-
-def _count_trained(config: RunConfig, measured: RunRecord, *, inputs: RunInputs) -> int:
-    """Returns the trained parameters of a run, from the shapes of a prepared model."""
-    if as_settings(config)["method"] == measured.config["method"]:  # does not copy a large model again under `full`
-        return measured.trainable_params
-    parameters = prepare_model(config, inputs.base).parameters()
-    return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)

@@ -103,6 +103,49 @@ def score_answers(model: nn.Module, split: SplitFacts, *, config: RunConfig, inp
     return ScoredAnswers(facts=facts, values=values, lines=lines)
 
 
+def _generate(
+    model: Any,
+    prompts: Sequence[Tensor],
+    references: Sequence[Tensor],
+    *,
+    config: RunConfig,
+    limit: int,
+    inputs: RunInputs,
+    activity: Activity,
+) -> tuple[list[Tensor], int]:
+    """Returns the tokens of each answer without the end-of-turn token, and the number of answers that were cut off."""
+    tokenizer, device = inputs.base.tokenizer, get_device(config.trainer)
+    # An answer ends with the end-of-turn token that the references end with, or where the model's makers say.
+    own = model.generation_config.eos_token_id
+    ends = {*(int(ids[-1]) for ids in references), tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    ends -= {None}
+    pad = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    # Settings that are not given here, such as a penalty for repetitions, would come from the model's own.
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False, max_new_tokens=limit, eos_token_id=sorted(ends), pad_token_id=pad, use_cache=True
+    )
+    lengths = torch.tensor([len(prompt) + limit for prompt in prompts])
+    answers: dict[int, Tensor] = {}
+    num_cut_off = 0
+
+    model.to(device).eval()
+    for batch in batch_by_length(lengths, budget=config.trainer.eval_batch_size * int(lengths.max())):
+        chosen = [prompts[index] for index in batch]
+        ids = pad_sequence(chosen, batch_first=True, padding_value=pad, padding_side="left").to(device)
+        mask = pad_sequence([torch.ones_like(ids) for ids in chosen], batch_first=True, padding_side="left").to(device)
+        with torch.no_grad(), inputs.autocast(config), quiet_transformers():
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=model.generation_config,
+            )
+        activity.advance(len(batch))
+        for index, row in zip(batch, output[:, ids.shape[1] :].cpu(), strict=True):
+            end = next((place for place, token in enumerate(row.tolist()) if token in ends), None)
+            answers[index], num_cut_off = row[:end], num_cut_off + (end is None)
+    return [answers[index] for index in range(len(prompts))], num_cut_off
+
+
 def build_score(settings: AnswersConfig) -> Score:
     """Returns the score as a function that raises ConfigError if it fails or returns no finite number.
 
@@ -168,49 +211,6 @@ def _choose_examples(config: RunConfig, split: SplitFacts) -> tuple[AnswersConfi
         counts = Counter(split.groups[index] for index in usable)  # in the order of `usable`
         usable = [usable[place] for place in choose_evenly(list(counts.values()), limit=limit)]
     return settings, split, answers, sorted(usable)
-
-
-def _generate(
-    model: Any,
-    prompts: Sequence[Tensor],
-    references: Sequence[Tensor],
-    *,
-    config: RunConfig,
-    limit: int,
-    inputs: RunInputs,
-    activity: Activity,
-) -> tuple[list[Tensor], int]:
-    """Returns the tokens of each answer without the end-of-turn token, and the number of answers that were cut off."""
-    tokenizer, device = inputs.base.tokenizer, get_device(config.trainer)
-    # An answer ends with the end-of-turn token that the references end with, or where the model's makers say.
-    own = model.generation_config.eos_token_id
-    ends = {*(int(ids[-1]) for ids in references), tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    ends -= {None}
-    pad = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # Settings that are not given here, such as a penalty for repetitions, would come from the model's own.
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False, max_new_tokens=limit, eos_token_id=sorted(ends), pad_token_id=pad, use_cache=True
-    )
-    lengths = torch.tensor([len(prompt) + limit for prompt in prompts])
-    answers: dict[int, Tensor] = {}
-    num_cut_off = 0
-
-    model.to(device).eval()
-    for batch in batch_by_length(lengths, budget=config.trainer.eval_batch_size * int(lengths.max())):
-        chosen = [prompts[index] for index in batch]
-        ids = pad_sequence(chosen, batch_first=True, padding_value=pad, padding_side="left").to(device)
-        mask = pad_sequence([torch.ones_like(ids) for ids in chosen], batch_first=True, padding_side="left").to(device)
-        with torch.no_grad(), inputs.autocast(config), quiet_transformers():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=model.generation_config,
-            )
-        activity.advance(len(batch))
-        for index, row in zip(batch, output[:, ids.shape[1] :].cpu(), strict=True):
-            end = next((place for place, token in enumerate(row.tolist()) if token in ends), None)
-            answers[index], num_cut_off = row[:end], num_cut_off + (end is None)
-    return [answers[index] for index in range(len(prompts))], num_cut_off
 
 
 def _decode(ids: Tensor, inputs: RunInputs) -> str:

@@ -83,6 +83,50 @@ class RunEvaluation(NamedTuple):
     metrics: Metrics
 
 
+def _open_record(
+    config: RunConfig, run_folder: RunFolder, inputs: RunInputs, *, state: Mapping[str, Any], num_processes: int = 1
+) -> RunRecord:
+    """Returns a new record. If the run resumes, returns the record as it was at the checkpoint `state`."""
+    if state:
+        step = get_step(state)
+        record = read_run(run_folder.path)
+        require_same_fingerprints(record.fingerprints, inputs.fingerprints(config), config=config, kind="run")
+        record.status, record.reason, record.ended_at = "running", None, None
+        record.test, record.answers, record.retained = {}, {}, {}
+        if record.last.get("step", 0) > step:
+            # An evaluation is written before the checkpoint of its step. So the record of a killed run may be ahead.
+            record.best, record.last, record.steps_done = {}, {}, 0
+            for row in read_steps(run_folder.path, having='"validation"'):
+                if row["step"] <= step:
+                    update_score(record, row["step"], row["validation"])
+        return record
+    splits = inputs.splits
+    platform = describe_platform(inputs.precision, resolve_device(config.trainer))
+    if num_processes > 1:
+        platform |= {"processes": num_processes, "strategy": config.trainer.strategy_name}
+    return RunRecord(
+        status="running",
+        config=as_settings(config),
+        arm=run_folder.arm,
+        trial=run_folder.trial,
+        origin=dict(run_folder.origin),
+        metric=splits.metric,
+        direction=splits.score_metric.direction,
+        command=describe_command(),
+        code=describe_code(),
+        packages=describe_packages(),
+        platform=platform,
+        environment=describe_environment(),
+        notes=list(inputs.list_notes(config)),
+        data={"train": splits.train.describe(), "validation": splits.describe(splits.validation)},
+        base=inputs.base.describe(),
+        fingerprints=inputs.fingerprints(config),
+        started_at=utc_now(),
+        steps_planned=config.num_steps,
+        total_params=inputs.base.num_parameters,
+    )
+
+
 class OpenRun:
     """Writes the folder of a run from its beginning, or a checkpoint, until it ends or is interrupted.
 
@@ -250,50 +294,6 @@ def update_score(record: RunRecord, step: int, metrics: Metrics) -> bool:
         return False
     record.best = dict(record.last)
     return True
-
-
-def _open_record(
-    config: RunConfig, run_folder: RunFolder, inputs: RunInputs, *, state: Mapping[str, Any], num_processes: int = 1
-) -> RunRecord:
-    """Returns a new record. If the run resumes, returns the record as it was at the checkpoint `state`."""
-    if state:
-        step = get_step(state)
-        record = read_run(run_folder.path)
-        require_same_fingerprints(record.fingerprints, inputs.fingerprints(config), config=config, kind="run")
-        record.status, record.reason, record.ended_at = "running", None, None
-        record.test, record.answers, record.retained = {}, {}, {}
-        if record.last.get("step", 0) > step:
-            # An evaluation is written before the checkpoint of its step. So the record of a killed run may be ahead.
-            record.best, record.last, record.steps_done = {}, {}, 0
-            for row in read_steps(run_folder.path, having='"validation"'):
-                if row["step"] <= step:
-                    update_score(record, row["step"], row["validation"])
-        return record
-    splits = inputs.splits
-    platform = describe_platform(inputs.precision, resolve_device(config.trainer))
-    if num_processes > 1:
-        platform |= {"processes": num_processes, "strategy": config.trainer.strategy_name}
-    return RunRecord(
-        status="running",
-        config=as_settings(config),
-        arm=run_folder.arm,
-        trial=run_folder.trial,
-        origin=dict(run_folder.origin),
-        metric=splits.metric,
-        direction=splits.score_metric.direction,
-        command=describe_command(),
-        code=describe_code(),
-        packages=describe_packages(),
-        platform=platform,
-        environment=describe_environment(),
-        notes=list(inputs.list_notes(config)),
-        data={"train": splits.train.describe(), "validation": splits.describe(splits.validation)},
-        base=inputs.base.describe(),
-        fingerprints=inputs.fingerprints(config),
-        started_at=utc_now(),
-        steps_planned=config.num_steps,
-        total_params=inputs.base.num_parameters,
-    )
 
 
 def describe_batching(inputs: RunInputs, config: RunConfig, *, accumulate: int) -> dict[str, Any]:

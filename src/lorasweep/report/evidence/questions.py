@@ -185,18 +185,6 @@ def compute_level(questions: Sequence[Question], looks: Sequence[int]) -> float:
     return compute_look_level(tuple(looks), level=FAMILY_LEVEL / 2 / max(len(questions), 1))
 
 
-def answer_questions(
-    questions: Sequence[Question], scores: ConfirmScores, scale: MarginScale, *, looks: Sequence[int]
-) -> list[AnswerRow]:
-    """Returns a row on each subject of each question, at planned looks with these numbers of seeds."""
-    level = compute_level(questions, looks)
-    return [
-        answer
-        for question in questions
-        for answer in _answer_chain(question, scores, scale, level=level, max_seeds=max(looks))
-    ]
-
-
 def list_subjects_to_train(answers: Sequence[AnswerRow]) -> set[str]:
     """Returns the subjects whose further seeds may change these answers; empty without answers."""
     return {name for answer in answers for name in (answer.subject, *answer.awaits)}
@@ -255,8 +243,16 @@ def _list_references(question: Question) -> dict[str, list[str]]:
     return {name: [question.reference] for name in question.subjects}
 
 
-def _choose_test(question: Question) -> Callable[..., Verdict]:
-    return _judge_sufficiency if question.reference is None else judge_difference
+def answer_questions(
+    questions: Sequence[Question], scores: ConfirmScores, scale: MarginScale, *, looks: Sequence[int]
+) -> list[AnswerRow]:
+    """Returns a row on each subject of each question, at planned looks with these numbers of seeds."""
+    level = compute_level(questions, looks)
+    return [
+        answer
+        for question in questions
+        for answer in _answer_chain(question, scores, scale, level=level, max_seeds=max(looks))
+    ]
 
 
 def _answer_chain(
@@ -357,6 +353,10 @@ def _explain_open(
         may_settle=max(numbers) < max_seeds and verdict != "open",
         awaits=(*(pair.reference for pair, _ in awaited), *(of_gain if needs_gain else ())),
     )
+
+
+def _choose_test(question: Question) -> Callable[..., Verdict]:
+    return _judge_sufficiency if question.reference is None else judge_difference
 
 
 def judge_difference(found: Sequence[_Comparison], *, level: float) -> Verdict:

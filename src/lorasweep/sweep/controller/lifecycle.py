@@ -182,6 +182,19 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
     return SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
 
 
+def _warn_of_late_growth(changes: Sequence[SweepChange]) -> list[str]:
+    """Returns a warning if the sweep got more trials or seeds after the confirm stage had begun."""
+    late = [change for change in changes if change.stage == "confirm"]
+    grown = [grown for change in late for grown in change.grows]
+    if not grown:
+        return []
+    return [
+        f"The sweep got more {join_words(list(dict.fromkeys(grown)))} up to {late[-1].at}, after test scores were "
+        "known. Settings are still chosen on validation data alone. But if you resumed because of test scores, the "
+        "chance of a false verdict is higher than 5 %."
+    ]
+
+
 def build_arm_row(arm: Arm) -> ArmRow:
     config = arm.base
     return ArmRow(
@@ -239,16 +252,3 @@ def _list_settings(arm: Arm) -> dict[str, Any]:
     settings = flatten({**as_settings(arm.base), **as_settings(arm.sweep_config)})
     free = {key for key in settings if key in (*arm.space, *CHANGEABLE_KEYS) or key.startswith("worker.")}
     return describe_space(arm.space) | {key: value for key, value in settings.items() if key not in free}
-
-
-def _warn_of_late_growth(changes: Sequence[SweepChange]) -> list[str]:
-    """Returns a warning if the sweep got more trials or seeds after the confirm stage had begun."""
-    late = [change for change in changes if change.stage == "confirm"]
-    grown = [grown for change in late for grown in change.grows]
-    if not grown:
-        return []
-    return [
-        f"The sweep got more {join_words(list(dict.fromkeys(grown)))} up to {late[-1].at}, after test scores were "
-        "known. Settings are still chosen on validation data alone. But if you resumed because of test scores, the "
-        "chance of a false verdict is higher than 5 %."
-    ]

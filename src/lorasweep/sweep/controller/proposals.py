@@ -92,6 +92,18 @@ def propose(arm: Arm, history: History, *, number: int) -> tuple[dict[str, Any],
     return encoding.decode(point), state
 
 
+def _add_seeds(value: Any, *, seed: int, key: str) -> Any:
+    """Returns a component's settings with a seed for each class in them that takes a seed."""
+    if isinstance(value, list | tuple):
+        return [_add_seeds(item, seed=seed, key=f"{key}.{position}") for position, item in enumerate(value)]
+    if not isinstance(value, Mapping):
+        return value
+    seeded = {name: _add_seeds(item, seed=seed, key=f"{key}.{name}") for name, item in value.items()}
+    if TARGET in value and "seed" in list_argument_names(value[TARGET], key=key)[0]:
+        seeded["seed"] = seed
+    return seeded
+
+
 def find_batch_start(arm: Arm, number: int) -> int:
     """Returns the number of the first trial in the batch of a trial.
 
@@ -152,15 +164,3 @@ def _ask(sampler: BaseSampler, history: History, shown: Sequence[FrozenTrial]) -
         "study": {name: value for name, value in study_attributes.items() if known.get(name) != value},
     }
     return params, state if any(state.values()) else {}
-
-
-def _add_seeds(value: Any, *, seed: int, key: str) -> Any:
-    """Returns a component's settings with a seed for each class in them that takes a seed."""
-    if isinstance(value, list | tuple):
-        return [_add_seeds(item, seed=seed, key=f"{key}.{position}") for position, item in enumerate(value)]
-    if not isinstance(value, Mapping):
-        return value
-    seeded = {name: _add_seeds(item, seed=seed, key=f"{key}.{name}") for name, item in value.items()}
-    if TARGET in value and "seed" in list_argument_names(value[TARGET], key=key)[0]:
-        seeded["seed"] = seed
-    return seeded

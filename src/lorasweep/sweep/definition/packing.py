@@ -57,6 +57,24 @@ def plan_packing(definition: Definition) -> dict[str, ArmPacking]:
     return plans
 
 
+def _plan_arm(arm: Arm) -> ArmPacking:
+    config, objective, own = arm.base, arm.base.objective, [*SLOT_GROUPS]
+    own += [f"objective.{name}" for name in objective.slot_keys]
+    obstacles = [
+        f"`{key}` is swept, but all slots of a pack must have the same value. Write an arm for each value, and "
+        "the trials of each arm share packs."
+        for key in arm.space
+        if not {key, key.split(".")[0]} & {*own}
+    ]
+    capabilities = [corner.capabilities.packs for corner in arm.corner_configs]
+    obstacles += [sentence for sentence in capabilities if sentence is not True]
+    return ArmPacking(
+        key=None if obstacles else (config.model, config.data, objective.shared, config.trainer),
+        reason=" ".join(dict.fromkeys(obstacles)),
+        largest=max(arm.corner_configs, key=lambda config: getattr(config.method, "rank", 0)),
+    )
+
+
 def explain_solo_arms(definition: Definition) -> list[str]:
     """Returns a note for each LoRA arm whose trials run alone because of a setting that the user could change."""
     plans = plan_packing(definition)
@@ -83,21 +101,3 @@ def explain_bases(definition: Definition) -> list[str]:
     if "none" in by_kind:
         note += " A difference between arms on different bases is also an effect of the quantisation."
     return [note]
-
-
-def _plan_arm(arm: Arm) -> ArmPacking:
-    config, objective, own = arm.base, arm.base.objective, [*SLOT_GROUPS]
-    own += [f"objective.{name}" for name in objective.slot_keys]
-    obstacles = [
-        f"`{key}` is swept, but all slots of a pack must have the same value. Write an arm for each value, and "
-        "the trials of each arm share packs."
-        for key in arm.space
-        if not {key, key.split(".")[0]} & {*own}
-    ]
-    capabilities = [corner.capabilities.packs for corner in arm.corner_configs]
-    obstacles += [sentence for sentence in capabilities if sentence is not True]
-    return ArmPacking(
-        key=None if obstacles else (config.model, config.data, objective.shared, config.trainer),
-        reason=" ".join(dict.fromkeys(obstacles)),
-        largest=max(arm.corner_configs, key=lambda config: getattr(config.method, "rank", 0)),
-    )

@@ -19,6 +19,23 @@ from lorasweep.record import is_number
 BOUNDS = ("low", "high", "log", "step")
 
 
+def _check_choices(key: str, choices: Sequence[Any]) -> Sequence[Any]:
+    if len(choices) > MAX_CHOICES:
+        raise ConfigError(
+            f"the range of `{key}` must have at most {MAX_CHOICES:,} choices, but has {len(choices):,}. Write a range "
+            "with `low` and `high`."
+        )
+    for choice in choices:
+        plain = choice is None or isinstance(choice, bool | int | float | str)
+        if not plain or (isinstance(choice, float) and not math.isfinite(choice)):
+            raise ConfigError(f"a choice of `{key}` must be a number, a text, true, false or null, but got {choice!r}.")
+    if not choices or len(set(map(repr, choices))) < len(choices):
+        raise ConfigError(
+            f"the range of `{key}` must have at least one choice, and no choice twice, but got {list(choices)!r}."
+        )
+    return choices
+
+
 @dataclass(frozen=True, kw_only=True)
 class Range:
     """The values among which the search chooses for a setting: a list of choices, or numbers between two bounds."""
@@ -161,20 +178,3 @@ Space = dict[str, Range]
 def describe_space(space: Space) -> dict[str, Any]:
     """Returns a space in the form of a sweep file, for the sweep's record."""
     return {key: range_.describe() for key, range_ in space.items()}
-
-
-def _check_choices(key: str, choices: Sequence[Any]) -> Sequence[Any]:
-    if len(choices) > MAX_CHOICES:
-        raise ConfigError(
-            f"the range of `{key}` must have at most {MAX_CHOICES:,} choices, but has {len(choices):,}. Write a range "
-            "with `low` and `high`."
-        )
-    for choice in choices:
-        plain = choice is None or isinstance(choice, bool | int | float | str)
-        if not plain or (isinstance(choice, float) and not math.isfinite(choice)):
-            raise ConfigError(f"a choice of `{key}` must be a number, a text, true, false or null, but got {choice!r}.")
-    if not choices or len(set(map(repr, choices))) < len(choices):
-        raise ConfigError(
-            f"the range of `{key}` must have at least one choice, and no choice twice, but got {list(choices)!r}."
-        )
-    return choices

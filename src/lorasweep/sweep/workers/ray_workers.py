@@ -304,6 +304,15 @@ class WorkerPool:
                 self._controller.close()
             ray.kill(self._actor)
 
+    def _stop_workers(self) -> None:
+        """Stops every worker after its current step. Kills workers that do not answer: they have not started yet."""
+        calls = {member.actors[0].stop.remote(): run for run, member in self._members.items()}
+        _, unanswered = ray.wait(list(calls), num_returns=len(calls), timeout=STOP_TIMEOUT_S) if calls else ([], [])
+        for call in unanswered:
+            self._members.pop(calls[call]).kill()
+        while self._members:
+            self._wait_for_ends()
+
     def _start_missing(self) -> None:
         """Asks Ray for the missing workers. Ray starts each one as soon as the cluster has room for it."""
         nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
@@ -345,12 +354,3 @@ class WorkerPool:
                 raise
             except RayError:  # the process or the node died, or Ray ended the process to free memory
                 self._controller.release_worker(member.name)
-
-    def _stop_workers(self) -> None:
-        """Stops every worker after its current step. Kills workers that do not answer: they have not started yet."""
-        calls = {member.actors[0].stop.remote(): run for run, member in self._members.items()}
-        _, unanswered = ray.wait(list(calls), num_returns=len(calls), timeout=STOP_TIMEOUT_S) if calls else ([], [])
-        for call in unanswered:
-            self._members.pop(calls[call]).kill()
-        while self._members:
-            self._wait_for_ends()

@@ -80,6 +80,24 @@ class Worker:
                 self.tell(assignment, _catch_failure(self._train_alone, assignment))
         self._note_usage()
 
+    def _resume_pack(self) -> None:
+        """Resumes the pack of a killed or stopped process, with the same runs in the same slots at the same steps.
+
+        So the results are bit-identical to those without the interruption.
+        """
+        # Only the worker without a name can have a file of an earlier process. A dead worker on Ray is replaced by a
+        # worker with another name, and the controller hands out the trials of the dead worker one by one.
+        checkpoint = None if self.name else read_pack(self._pack_file)
+        if checkpoint is None:
+            return
+        assignments = [self.controller.take_by_folder(folder) for folder in checkpoint.runs]
+        resumable = [assignment for assignment in assignments if assignment is not None]
+        if len(resumable) < len(assignments):  # the process was killed when all trials of this stage had ended
+            self._pack_file.unlink()
+        else:
+            slots = max(self._choose_slots(resumable[0].arm) or 1, len(resumable))
+            self._train_pack(resumable, slots=slots, resumed=checkpoint)
+
     def take(self, arms: Sequence[Arm] | None = None) -> Assignment | None:
         """Returns the next trial to train, of the given arms or of all arms. None if no trial can train now."""
         names = None if arms is None else [arm.name for arm in arms]
@@ -142,24 +160,6 @@ class Worker:
         if self.test_metric not in record.test:
             raise RunError(str(record.answers["test"]["problem"]))
         return record
-
-    def _resume_pack(self) -> None:
-        """Resumes the pack of a killed or stopped process, with the same runs in the same slots at the same steps.
-
-        So the results are bit-identical to those without the interruption.
-        """
-        # Only the worker without a name can have a file of an earlier process. A dead worker on Ray is replaced by a
-        # worker with another name, and the controller hands out the trials of the dead worker one by one.
-        checkpoint = None if self.name else read_pack(self._pack_file)
-        if checkpoint is None:
-            return
-        assignments = [self.controller.take_by_folder(folder) for folder in checkpoint.runs]
-        resumable = [assignment for assignment in assignments if assignment is not None]
-        if len(resumable) < len(assignments):  # the process was killed when all trials of this stage had ended
-            self._pack_file.unlink()
-        else:
-            slots = max(self._choose_slots(resumable[0].arm) or 1, len(resumable))
-            self._train_pack(resumable, slots=slots, resumed=checkpoint)
 
     def _train_pack(
         self, first_trials: Sequence[Assignment], *, slots: int, resumed: PackCheckpoint | None = None

@@ -109,24 +109,6 @@ def read_conversations(config: ChatConfig) -> DataSource:
     )
 
 
-def recognise_conversations(table: GivenTable) -> Recognised | None:
-    """Returns the columns of conversations, which the user named or which have usual names; None without any."""
-    keys = (f"data.{key}" for key in ("prompt", "input", "completion", "messages"))
-    named = [table.settings[key] for key in keys if key in table.settings]
-    usual = next((known.split() for known in KNOWN_COLUMNS if set(known.split()) <= table.columns.keys()), [])
-    columns = [*(named or usual), TOOLS_COLUMN, table.settings.get("data.group")]
-    return Recognised(columns=columns, texts=columns[:1]) if named or usual else None
-
-
-def prompt_key(conversation: Conversation) -> int:
-    """Returns the content key of the messages before the assistant's first answer."""
-    return hash_messages(itertools.takewhile(lambda message: message.role != "assistant", conversation.messages))
-
-
-def hash_messages(messages: Iterable[Message]) -> int:
-    return content_key(text for message in messages for text in message.texts)
-
-
 def _choose_columns(config: ChatConfig, names: Sequence[str], source: str) -> list[str]:
     wanted = (
         ("messages", config.messages),
@@ -144,6 +126,24 @@ def _choose_columns(config: ChatConfig, names: Sequence[str], source: str) -> li
         f"{source} must have columns `prompt` and `completion`, or `messages`, but has {shorten(list(names), 400)}. "
         "Set `data.prompt` and `data.completion`, or `data.messages`, to its columns."
     )
+
+
+def recognise_conversations(table: GivenTable) -> Recognised | None:
+    """Returns the columns of conversations, which the user named or which have usual names; None without any."""
+    keys = (f"data.{key}" for key in ("prompt", "input", "completion", "messages"))
+    named = [table.settings[key] for key in keys if key in table.settings]
+    usual = next((known.split() for known in KNOWN_COLUMNS if set(known.split()) <= table.columns.keys()), [])
+    columns = [*(named or usual), TOOLS_COLUMN, table.settings.get("data.group")]
+    return Recognised(columns=columns, texts=columns[:1]) if named or usual else None
+
+
+def prompt_key(conversation: Conversation) -> int:
+    """Returns the content key of the messages before the assistant's first answer."""
+    return hash_messages(itertools.takewhile(lambda message: message.role != "assistant", conversation.messages))
+
+
+def hash_messages(messages: Iterable[Message]) -> int:
+    return content_key(text for message in messages for text in message.texts)
 
 
 def parse_chat(*values: Any, group: str | None, has_tools: bool, row: Mapping[str, Any] | None = None) -> Conversation:

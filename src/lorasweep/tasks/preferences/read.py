@@ -86,14 +86,6 @@ def read_preferences(config: PreferencesConfig) -> DataSource:
     )
 
 
-def recognise_pairs(table: GivenTable) -> Recognised | None:
-    """Returns the columns of pairs of answers; None if the table lacks those of the answers."""
-    answers = [table.settings.get(f"data.{key}", key) for key in ("chosen", "rejected")]
-    prompts = [table.settings["data.prompt"]] if "data.prompt" in table.settings else PROMPT_COLUMNS
-    columns = [*prompts, *answers, TOOLS_COLUMN, table.settings.get("data.group")]
-    return Recognised(columns=columns, texts=answers) if set(answers) <= table.columns.keys() else None
-
-
 def _choose_columns(config: PreferencesConfig, names: Sequence[str], source: str) -> list[str]:
     prompt = config.prompt or next((name for name in PROMPT_COLUMNS if name in names), None)
     tools = TOOLS_COLUMN if TOOLS_COLUMN in names else None
@@ -136,6 +128,14 @@ def _parse_pair(*values: Any, columns: Sequence[str], **of_row: Any) -> Preferen
     if messages == others:
         return "equal answers"
     return Preference(sides[0], sides[1], has_messages=any(isinstance(value, list) for value in (*prompt, chosen)))
+
+
+def recognise_pairs(table: GivenTable) -> Recognised | None:
+    """Returns the columns of pairs of answers; None if the table lacks those of the answers."""
+    answers = [table.settings.get(f"data.{key}", key) for key in ("chosen", "rejected")]
+    prompts = [table.settings["data.prompt"]] if "data.prompt" in table.settings else PROMPT_COLUMNS
+    columns = [*prompts, *answers, TOOLS_COLUMN, table.settings.get("data.group")]
+    return Recognised(columns=columns, texts=answers) if set(answers) <= table.columns.keys() else None
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[list[str], str, str]:
