@@ -34,7 +34,7 @@ from lorasweep.config.run import SEED_KEYS
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunFolder, RunRequest
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 from lorasweep.training.run_inputs import RunInputs
 
 SLOTS = 5
@@ -204,7 +204,7 @@ def score_base(settings: Mapping[str, Any]) -> tuple[float, int]:
     if metric.name in constant:
         return constant[metric.name], metric.sign
     with tempfile.TemporaryDirectory() as name:
-        return train_run(config, RunFolder(path=Path(name)), inputs=inputs).best[metric.name], metric.sign
+        return train_alone(config, RunFolder(path=Path(name)), inputs=inputs).best[metric.name], metric.sign
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def train(work: Mapping[str, Any], output: Path) -> None:
     from lorasweep.training.inputs import load_inputs  # noqa: PLC0415
     from lorasweep.training.open_run import RunFolder, RunRequest  # noqa: PLC0415
     from lorasweep.training.packs.pack import train_pack  # noqa: PLC0415
-    from lorasweep.training.run import train_run  # noqa: PLC0415
+    from lorasweep.training.run import train_alone  # noqa: PLC0415
 
     clock = getattr(time, work["clock"])
     started = clock()
@@ -214,7 +214,7 @@ def train(work: Mapping[str, Any], output: Path) -> None:
             )
         else:
             for request in requests:
-                train_run(request.config, request.run_folder, inputs=inputs, stop_requested=note_time)
+                train_alone(request.config, request.run_folder, inputs=inputs, stop_requested=note_time)
                 times.append([])
         seconds = clock() - started
         runs = []

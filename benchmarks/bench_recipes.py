@@ -154,12 +154,12 @@ def train(work: Mapping[str, Any]) -> list[float]:
     from lorasweep.record import read_steps  # noqa: PLC0415
     from lorasweep.training.inputs import load_inputs  # noqa: PLC0415
     from lorasweep.training.open_run import RunFolder  # noqa: PLC0415
-    from lorasweep.training.run import train_run  # noqa: PLC0415
+    from lorasweep.training.run import train_alone  # noqa: PLC0415
 
     config = build_run(work["config"])
     folder = Path(work["file"]).parent / "ours"
     inputs = load_inputs(config).prepare(config, folder=folder.parent)
-    train_run(config, RunFolder(path=folder), inputs=inputs, stop_requested=lambda: False)
+    train_alone(config, RunFolder(path=folder), inputs=inputs, stop_requested=lambda: False)
     return [row["loss"] for row in read_steps(folder, having='"loss"') if "validation" not in row]
 
 

@@ -30,7 +30,7 @@ from lorasweep.record import read_steps
 from lorasweep.training.finished_run import score_run
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunFolder
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 from lorasweep.training.run_inputs import RunInputs
 
 FOLDER = Path(__file__).parent / "answers"
@@ -135,7 +135,7 @@ def record(point: Mapping[str, Any], shared: Mapping[str, Any], *, inputs: RunIn
     metric = inputs.splits.metric
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        best_step = train_run(config, RunFolder(path=folder), inputs=inputs).best["step"]
+        best_step = train_alone(config, RunFolder(path=folder), inputs=inputs).best["step"]
         score_run(folder, inputs=inputs)
         curve = [(row["step"], row["validation"]) for row in read_steps(folder, having='"validation"')]
         with (folder / "test_scores.csv").open(newline="") as file:

@@ -8,9 +8,9 @@ import pytest
 from tests.small_runs import SMALL_RUN
 
 import lorasweep
-from lorasweep import api
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import read_sweep
+from lorasweep.sweep.session import Session
 
 SWEEP = {
     "name": "small",
@@ -81,12 +81,12 @@ def test_changes_are_in_the_record_before_anything_trains(result, monkeypatch, t
     """Because the controller of `worker=ray` is another process, which reads them from the record."""
     seen = []
 
-    def look(opened, inputs_cache, *, progress):
+    def look(self, opened, *, progress):
         opened.close()
         seen.append(read_sweep(opened.path))
-        return result
+        return False
 
-    monkeypatch.setattr(api, "run_opened_sweep", look)
+    monkeypatch.setattr(Session, "train", look)
     folder = Path(shutil.copytree(result.folder, tmp_path / "copy"))
     lorasweep.resume_sweep(folder, overrides={"confirm.seeds": 3, "arms.lora.trials": 3}, progress=None)
     (record,) = seen

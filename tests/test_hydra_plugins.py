@@ -58,7 +58,7 @@ def test_a_launcher_gives_each_job_a_folder_and_the_command_an_exit_code(here, s
 def test_the_exit_code_of_a_grid_is_that_of_the_first_job_that_did_not_end_well(here, monkeypatch, capsys, codes, code):
     codes = iter(codes)
     result = SimpleNamespace(record=SimpleNamespace(score=1.0, reason="why"))
-    monkeypatch.setattr("lorasweep.train_app._train", lambda *_, **__: result)
+    monkeypatch.setattr("lorasweep.api.train_run", lambda *_, **__: result)
     monkeypatch.setattr(commands, "_say_run", lambda *_: next(codes))
     assert run(["train", "-m", "seed=1,2,3"]) == code
     assert "Traceback" not in capsys.readouterr().err

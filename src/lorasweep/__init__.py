@@ -3,9 +3,8 @@
     result = lorasweep.run_sweep("quickstart", overrides=["trainer.max_steps=60"])
     result.best("lora").params, result.trials_dataframe(), result.study("lora")
 
-`run_sweep`, `resume_sweep` and `train_run` train; `load_sweep`, `load_run` and `inspect_run` read
-a folder. `TrainingModule` and
-`DataModule` are for your own Trainer. Each name is imported when it is first used, because torch is slow to import.
+Each command has a function. `TrainingModule` and `DataModule` are for your own Trainer. Each name is imported when it
+is first used, because torch is slow to import.
 """
 
 import logging
@@ -16,11 +15,25 @@ from typing import TYPE_CHECKING, Any
 from lorasweep.training.torch_variables import set_torch_variables
 
 if TYPE_CHECKING:
-    from lorasweep.api import resume_sweep, run_sweep, train_run
+    from lorasweep.api import (
+        export_recipe,
+        find_run,
+        list_examples,
+        new_sweep,
+        plan_sweep,
+        resume_sweep,
+        run_sweep,
+        train_run,
+    )
     from lorasweep.record import Trial
+    from lorasweep.report.comparison import compare_sweeps
     from lorasweep.report.judge import judge
+    from lorasweep.report.write import write_report
     from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
+    from lorasweep.runs.export import export_run
     from lorasweep.runs.inspect import inspect_run
+    from lorasweep.runs.reproduce import reproduce_run
+    from lorasweep.sweep.status import read_status
     from lorasweep.training.data_module import DataModule
     from lorasweep.training.module import TrainingModule
     from lorasweep.training.own_module import record_scores
@@ -31,14 +44,24 @@ __all__ = [
     "SweepResult",
     "TrainingModule",
     "Trial",
+    "compare_sweeps",
+    "export_recipe",
+    "export_run",
+    "find_run",
     "inspect_run",
     "judge",
+    "list_examples",
     "load_run",
     "load_sweep",
+    "new_sweep",
+    "plan_sweep",
+    "read_status",
     "record_scores",
+    "reproduce_run",
     "resume_sweep",
     "run_sweep",
     "train_run",
+    "write_report",
 ]
 
 set_torch_variables()  # here, because every entry (command, Python, Ray) imports this file before torch
@@ -46,17 +69,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # PEFT imports bitsandbytes if it is installed, which then warns that it has no fast code for processors
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-_MODULES = {
-    **dict.fromkeys(("resume_sweep", "run_sweep", "train_run"), "lorasweep.api"),
-    **dict.fromkeys(("RunResult", "SweepResult", "load_run", "load_sweep"), "lorasweep.results"),
-    "DataModule": "lorasweep.training.data_module",
-    "TrainingModule": "lorasweep.training.module",
-    "Trial": "lorasweep.record",
-    "record_scores": "lorasweep.training.own_module",
-    "inspect_run": "lorasweep.runs.inspect",
-    "judge": "lorasweep.report.judge",
+_NAMES = {
+    "api": "export_recipe find_run list_examples new_sweep plan_sweep resume_sweep run_sweep train_run",
+    "record": "Trial",
+    "report.comparison": "compare_sweeps",
+    "report.judge": "judge",
+    "report.write": "write_report",
+    "results": "RunResult SweepResult load_run load_sweep",
+    "runs.export": "export_run",
+    "runs.inspect": "inspect_run",
+    "runs.reproduce": "reproduce_run",
+    "sweep.status": "read_status",
+    "training.data_module": "DataModule",
+    "training.module": "TrainingModule",
+    "training.own_module": "record_scores",
 }
-"""The module of each public name."""
+"""The public names of each module."""
+_MODULES = {name: f"lorasweep.{module}" for module, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:

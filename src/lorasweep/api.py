@@ -1,42 +1,131 @@
-"""Sweeps and runs from Python. The command line prints the same results.
+"""Everything that the commands do, as functions that return what was found. The command line prints it.
 
 A wrong request raises `ConfigError`, a damaged file `RecordError`, any other failure another `LoraSweepError`.
 Ctrl-C ends a sweep or a run after the current step, with a checkpoint: its result has the status `interrupted` and can
 be resumed. A second Ctrl-C raises KeyboardInterrupt.
+
+What takes torch is imported when it is needed, after keys, files and columns were checked.
 """
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import compose_run, merge_settings
+from lorasweep.config.run import RunConfig
+from lorasweep.console import say
 from lorasweep.errors import ConfigError
-from lorasweep.record import write_record
-from lorasweep.report.recommend import read_recommended
+from lorasweep.recipes.read import read_recipe
+from lorasweep.recipes.write import Change, write_recipe
+from lorasweep.record import RUN_FILE, SWEEP_FILE, read_run, read_sweep
+from lorasweep.report.recommend import find_recommended_run, load_recommended, read_recommended
+from lorasweep.report.text import describe_evidence
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
-from lorasweep.sessions import Progress, run_config, run_definition, run_opened_sweep
-from lorasweep.sweep.assess import assess
-from lorasweep.sweep.checks import check_definition
-from lorasweep.sweep.controller.lifecycle import reopen_sweep
-from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.sweep_file import find_sweep_file
-from lorasweep.sweep.draft import draft_definition
-from lorasweep.sweep.fingerprints import compute_fingerprints
-from lorasweep.training.inputs import InputsCache
+from lorasweep.training.torch_variables import quick_imports
+from lorasweep.wording import format_range
 
-__all__ = ["load_run", "load_sweep", "resume_sweep", "run_sweep", "train_run"]
+if TYPE_CHECKING:
+    from lorasweep.sweep.controller.folder import SweepFolder
+    from lorasweep.sweep.definition.arms import Definition
+    from lorasweep.sweep.plan import SweepPlan
+    from lorasweep.sweep.session import NewSweep, OnNote, Progress, Session
+    from lorasweep.tasks.examples import Examples
 
-OverrideWords: TypeAlias = Sequence[str] | Mapping[str, Any]
+Overrides: TypeAlias = Sequence[str] | Mapping[str, Any]
 """Arguments of the command line (`["optim.lr=1e-3"]`), or dotted keys and values (`{"optim.lr": 1e-3}`)."""
+Sweep: TypeAlias = str | Path | Mapping[str, Any] | None
+"""Name of a sweep of lorasweep or of the folder `sweeps/`, a YAML file, or the content of a YAML file. None drafts a
+sweep for the data of the overrides."""
+
+
+def _ignore(note: str) -> None: ...
+
+
+def _say(note: str) -> None:
+    say(note, file=sys.stderr)
+
+
+def new_sweep(
+    file: str | Path,
+    overrides: Overrides = (),
+    *,
+    like: str | Path | None = None,
+    from_hub: str | None = None,
+    minutes: float | None = None,
+    on_note: OnNote = _ignore,
+) -> NewSweep:
+    """Reads a model and data, and writes a commented sweep file for them.
+
+    >>> new = lorasweep.new_sweep("mine.yaml", ["model=tiny", "data=stdlib_docs", "data.block_length=32"])
+    >>> [arm.name for arm in new.definition.arms]
+    ['frozen', 'full', 'lora']
+
+    Args:
+        file: The new file, with the suffix `.yaml`.
+        overrides: At least `data.train` or `data.path`, and `model.path` unless `like` has it.
+        like: A training file of axolotl, TRL or LLaMA-Factory to follow.
+        from_hub: A data set of the hub, of which all splits are read.
+        minutes: As in `run_sweep`.
+        on_note: Called with each sentence on what is done now.
+
+    Raises:
+        ConfigError: The request is wrong, or the sweep can't answer anything in this time; nothing was written.
+    """
+    began_s, path = time.monotonic(), Path(file)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"`FILE.yaml` must have the suffix .yaml, but got {str(path)!r}.")
+    if path.exists():
+        raise ConfigError(f"`FILE.yaml` must be a new file, but {str(path)!r} exists already. Name another one.")
+    from lorasweep.sweep.definition.typed import check_typed
+
+    settings, recipe = parse_overrides(overrides), None
+    check_typed(settings)
+    if like is not None:
+        has_data = from_hub is not None or not settings.keys().isdisjoint(("data", "data.path", "data.train"))
+        recipe = read_recipe(Path(like), has_data=has_data)
+    on_note("reads the model and the data; first loads torch, which takes seconds")
+    session = _start_session(began_s, on_note)
+    return session.write_draft(path, settings, recipe=recipe, from_hub=from_hub, minutes=minutes)
+
+
+def define_sweep(
+    sweep: Sweep = None, *, overrides: Overrides = (), minutes: float | None = None, on_note: OnNote = _ignore
+) -> Definition:
+    """Returns the settings of all arms of a sweep. Arguments and errors as in `plan_sweep`."""
+    session, definition, typed = _define(sweep, overrides, on_note=on_note)
+    return definition if minutes is None else session.plan(definition, minutes=minutes, typed=typed).definition
+
+
+def plan_sweep(
+    sweep: Sweep = None, *, overrides: Overrides = (), minutes: float | None = None, on_note: OnNote = _ignore
+) -> SweepPlan:
+    """Checks a sweep, measures a few steps of its trainings, and returns its cost. Arguments as in `run_sweep`.
+
+    `on_note` is called with each sentence on what is done now, and on what is given up for `minutes`. Leaves no file.
+
+    >>> lorasweep.plan_sweep("quickstart", overrides=["arms.full=null", "confirm.margin=0.01"]).as_json()["name"]
+    'quickstart'
+
+    Raises:
+        ConfigError: The sweep can't run as asked, or can't answer anything in this time.
+        RunError: A training failed, as it would in the sweep.
+    """
+    session, definition, typed = _define(sweep, overrides, on_note=on_note, measures=True)
+    return session.plan(definition, minutes=minutes, typed=typed)
 
 
 def run_sweep(
-    sweep: str | Path | Mapping[str, Any] | None = None,
+    sweep: Sweep = None,
     *,
-    overrides: OverrideWords = (),
+    overrides: Overrides = (),
+    minutes: float | None = None,
     output: str | Path | None = None,
     progress: Progress = "auto",
 ) -> SweepResult:
@@ -52,6 +141,7 @@ def run_sweep(
         sweep: Name of a sweep of lorasweep or of the folder `sweeps/`, a YAML file, or the content of a YAML file.
             None drafts a sweep for the data of the overrides.
         overrides: Settings that replace settings of the sweep.
+        minutes: The time that the sweep may take on this machine. A few steps are measured, and the sweep is cut.
         output: A new or empty folder; by default `outputs/NAME` with the next free number.
         progress: `auto` and `verbose` show the state of the sweep while it runs, a function receives it, None shows
             nothing.
@@ -60,20 +150,14 @@ def run_sweep(
         ConfigError: The request is wrong; nothing was written.
         LoraSweepError: The sweep can't continue. Call `resume_sweep` after you have removed the cause.
     """
-    inputs_cache = InputsCache()
-    if sweep is None:
-        definition = draft_definition(overrides, inputs_cache)
-    else:
-        definition = read_definition(sweep if isinstance(sweep, Mapping) else find_sweep_file(str(sweep)), overrides)
-    return run_definition(definition, inputs_cache, output=output, progress=progress)
+    on_note = _say if isinstance(progress, str) else _ignore
+    session, definition, typed = _define(sweep, overrides, on_note=on_note, measures=minutes is not None)
+    if minutes is not None:
+        definition = session.plan(definition, minutes=minutes, typed=typed).definition
+    return _train(session, session.open_new(definition, output=output), progress=progress)
 
 
-def resume_sweep(
-    folder: str | Path,
-    *,
-    overrides: OverrideWords = (),
-    progress: Progress = "auto",
-) -> SweepResult:
+def resume_sweep(folder: str | Path, *, overrides: Overrides = (), progress: Progress = "auto") -> SweepResult:
     """Continues a sweep to its number of trials, writes its report, and returns its result.
 
     The sweep may grow: more trials or confirm seeds. Trials that have begun stay as they are.
@@ -93,30 +177,18 @@ def resume_sweep(
         RecordError: The folder is not a sweep, is damaged, or another process runs it.
         LoraSweepError: The sweep can't continue.
     """
-    opened = reopen_sweep(Path(folder), changes=parse_overrides(overrides))
-    inputs_cache, definition, record = InputsCache(), opened.definition, opened.record
-    try:
-        metric, before = check_definition(definition, inputs_cache).name, record.search_metric.name
-        if metric != before:
-            raise ConfigError(f"`data.metric` must stay {before!r} for all arms, but got {metric!r}.")
-        record.fingerprints = compute_fingerprints(definition, inputs_cache, recorded=record.fingerprints)
-        assessment = assess(definition, inputs_cache)
-        record.warnings = [*assessment.warnings, *record.warnings]
-        if record.changes:
-            opened.note(assessment.others)
-        write_record(record, opened.path)  # now, because a controller in another process reads the changes from it
-    except BaseException:
-        opened.close()
-        raise
-    return run_opened_sweep(opened, inputs_cache, progress=progress)
+    read_sweep(Path(folder))  # without torch, so that a wrong folder is refused at once
+    session = _start_session(time.monotonic(), _ignore)
+    return _train(session, session.reopen(Path(folder), changes=parse_overrides(overrides)), progress=progress)
 
 
 def train_run(
-    overrides: OverrideWords = (),
+    overrides: Overrides | RunConfig = (),
     *,
     from_sweep: str | Path | None = None,
     output: str | Path | None = None,
     resume: bool = False,
+    origin: Mapping[str, Any] = MappingProxyType({}),
 ) -> RunResult:
     """Trains one run and returns its result. If several processes train a run together, each of them calls this.
 
@@ -125,16 +197,141 @@ def train_run(
     ('complete', 'bits_per_byte', 2)
 
     Args:
-        overrides: The settings that differ from the defaults, such as `["method.rank=8", "optim.lr=1e-3"]`.
+        overrides: The settings that differ from the defaults, such as `["method.rank=8", "optim.lr=1e-3"]`, or all
+            settings as a `RunConfig`.
         from_sweep: Folder of a complete sweep, whose recommended settings replace the defaults. `SWEEP/NAME` takes
             those of an arm, or of one of its confirmed values.
         output: A new or empty folder; by default the first free one of `outputs/train/0001`, `0002`, ...
         resume: Whether to continue the run in `output`.
+        origin: What the record says on where a `RunConfig` comes from.
 
     Raises:
         ConfigError: The request is wrong.
         RunError: The run diverged or does not fit in memory. Its record has the reason.
     """
-    settings, origin = read_recommended(Path(from_sweep)) if from_sweep is not None else ({}, {})
-    config = compose_run(merge_settings(settings, parse_overrides(overrides)))
-    return load_run(run_config(config, output=output, resume=resume, origin=origin).folder)
+    settings, found = read_recommended(Path(from_sweep)) if from_sweep is not None else ({}, {})
+    if isinstance(overrides, RunConfig):
+        config = overrides
+    else:
+        config = compose_run(merge_settings(settings, parse_overrides(overrides)))
+    with quick_imports():
+        from lorasweep.training.solo_run import train_solo_run
+
+    return load_run(train_solo_run(config, output=output, resume=resume, origin=origin or found))
+
+
+def list_examples(overrides: Overrides | RunConfig, *, number: int = 3) -> Examples:
+    """Returns the first training examples of a run, with the parts that are scored. Trains nothing.
+
+    >>> lorasweep.list_examples({"data.block_length": 16}, number=1).passages[0][-1][1]
+    True
+
+    Raises ConfigError if the request is wrong, or the data has no text.
+    """
+    config = overrides if isinstance(overrides, RunConfig) else compose_run(parse_overrides(overrides))
+    with quick_imports():
+        from lorasweep.tasks.examples import read_examples
+
+    return read_examples(config, number=number)
+
+
+def find_run(source: str | Path) -> tuple[Path, str]:
+    """Returns the folder and the name of a run: of `source` itself, or of the recommended run of SWEEP or SWEEP/ARM.
+
+    >>> lorasweep.find_run("outputs/tiny/lora")[0].parent.name
+    'runs'
+
+    Of several seeds it is the one with the best score on validation data. Raises ConfigError if the sweep has no such
+    arm, and RecordError if the folder is no run and no complete sweep, or nothing is shown to be learned in it.
+    """
+    source = Path(source)
+    if _is_run(source):
+        read_run(source)
+        return source, source.name
+    return find_recommended_run(source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeExport:
+    """The settings that were written into a training file of another tool."""
+
+    changes: list[Change]
+    notes: list[str]
+    """Sentences on differences between the file and the run that may move the best rate."""
+    evidence: str
+    """How well the settings are known, in a few words."""
+
+
+def export_recipe(source: str | Path, file: str | Path, *, tool: str, anyway: bool = False) -> RecipeExport:
+    """Writes the settings of SWEEP, SWEEP/ARM or a run into a training file of `axolotl`, `trl` or `llamafactory`.
+
+    Only the lines of the decided keys change, and each gets the evidence for it as a comment. With `anyway`, the rate
+    of a run that trained much shorter or longer than the file is written too.
+
+    Raises:
+        ConfigError: The file is of another tool, or trains in another way than the sweep. It stays as it is.
+        RecordError: The sweep or the run is not complete, or nothing is shown to be learned.
+    """
+    source, evidence, otherwise = Path(source), dict[str, str](), "one run, compared with no other"
+    if _is_run(source):
+        run, summary = read_run(source), otherwise
+    else:
+        data, one, setting = load_recommended(source, key="RUN", methods=("lora", "peft"))
+        assert setting.record is not None  # `find_recommended` refuses others
+        run, otherwise, summary = setting.record, "as in the run, not searched", describe_evidence(one, data)
+        arm = next(row for row in data.record.arms if row.name == one.arm)
+        for key in setting.params:
+            searched = f"searched in {format_range(arm.space[key])}, {arm.trials} trials"
+            evidence[key] = summary if key == arm.key else searched
+    changes, notes = write_recipe(Path(file), tool=tool, run=run, evidence=evidence, otherwise=otherwise, anyway=anyway)
+    return RecipeExport(changes=changes, notes=notes, evidence=summary)
+
+
+def _is_run(folder: Path) -> bool:
+    """Returns whether a folder must be a run, because it is neither SWEEP nor SWEEP/ARM."""
+    return (folder / RUN_FILE).is_file() or not any((one / SWEEP_FILE).is_file() for one in (folder, folder.parent))
+
+
+def _define(
+    sweep: Sweep, overrides: Overrides, *, on_note: OnNote, measures: bool = False
+) -> tuple[Session, Definition, Mapping[str, Any]]:
+    """Returns the sweep that is named, or drafted for the data of the overrides, with its session and what was typed.
+
+    Keys, files and columns are checked before torch is loaded.
+    """
+    from lorasweep.sweep.definition.arms import read_definition
+    from lorasweep.sweep.definition.sweep_file import find_sweep_file
+    from lorasweep.sweep.definition.typed import check_files, check_sources, check_typed
+
+    began_s, typed, named = time.monotonic(), parse_overrides(overrides), None
+    if sweep is None:
+        check_typed(typed)
+    else:
+        check_files(typed)
+        named = read_definition(sweep if isinstance(sweep, Mapping) else find_sweep_file(str(sweep)), overrides)
+        check_sources(named.arms[0].base, named.arms[0].settings)
+    if measures:
+        arms = "the drafted sweep" if named is None else f"{named.name} ({', '.join(arm.name for arm in named.arms)})"
+        on_note(f"measures a few steps of {arms}; first loads torch, the model and the data")
+    elif named is not None and sys.stderr.isatty():
+        on_note(f"{named.name}: loads torch, the model and the data")
+    session = _start_session(began_s, on_note)
+    return session, session.define(named, typed), typed
+
+
+def _start_session(began_s: float, on_note: OnNote) -> Session:
+    with quick_imports():
+        from lorasweep.sweep.session import Session
+
+    return Session(began_s=began_s, on_note=on_note)
+
+
+def _train(session: Session, opened: SweepFolder, *, progress: Progress) -> SweepResult:
+    folder = opened.path
+    is_complete = session.train(opened, progress=progress)
+    result = load_sweep(folder)
+    if is_complete:
+        from lorasweep.report.write import write_report
+
+        write_report(result.findings)
+    return result

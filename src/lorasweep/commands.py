@@ -1,4 +1,4 @@
-"""The commands of the command line. Each calls functions of the packages, prints, and returns its result."""
+"""The commands of the command line. Each calls a function of `api`, prints, and returns its result."""
 
 from __future__ import annotations
 
@@ -6,54 +6,59 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lorasweep.console import add_clock, say, say_error, show
-from lorasweep.errors import INTERRUPTED_EXIT_CODE, ConfigError, LoraSweepError
-from lorasweep.outcome import DONE, FAILED, Outcome, end_with_error, get_rank
+from lorasweep.console import EscapingConsole, say, say_error, show
+from lorasweep.errors import INTERRUPTED_EXIT_CODE, ConfigError
+from lorasweep.outcome import DONE, FAILED, Outcome, get_rank
 from lorasweep.training.torch_variables import quick_imports
 
 if TYPE_CHECKING:
+    from lorasweep.hydra_app import Job
     from lorasweep.results import RunResult, SweepResult
-    from lorasweep.sweep.cost import Rates
+    from lorasweep.sweep.assess import Note
     from lorasweep.sweep.definition.arms import Definition
-    from lorasweep.training.inputs import InputsCache
+    from lorasweep.tasks.examples import Examples
 
-END_S = 3.0
-"""Seconds of `--minutes` that are kept for the report at the end of a sweep."""
 RECIPE_FORMATS = ("axolotl", "trl", "llamafactory")
 """Formats of `export` that write settings into a training file of another tool."""
 Command = Callable[[argparse.Namespace], Outcome]
 
 
 def sweep(arguments: argparse.Namespace) -> Outcome:
+    from lorasweep import api
+
     progress: Literal["auto", "verbose"] = "verbose" if arguments.verbose else "auto"
-    if arguments.resume and (arguments.minutes or _has_name(arguments.overrides)):
-        given = "`--minutes`" if arguments.minutes else repr(arguments.overrides[0])
+    name, words = _split_name(arguments)
+    if arguments.resume and (arguments.minutes or name):
+        given = "`--minutes`" if arguments.minutes else repr(name)
         raise ConfigError(f"{given} must be left out with `--resume`, because the sweep already has these.")
+    if arguments.cfg and arguments.resume:
+        from lorasweep.sweep.controller.lifecycle import read_saved_definition
+
+        return _show_settings(read_saved_definition(arguments.resume))
+    if arguments.cfg:
+        return _show_settings(api.define_sweep(name, overrides=words, minutes=arguments.minutes, on_note=_note))
     if arguments.resume:
-        from lorasweep.record import read_sweep
-
-        read_sweep(arguments.resume)  # without torch, so that a wrong folder is refused at once
-        with quick_imports():
-            from lorasweep.api import resume_sweep
-            from lorasweep.sweep.controller.lifecycle import read_saved_definition
-        if arguments.cfg:
-            return _show_settings(read_saved_definition(arguments.resume))
-        result = resume_sweep(arguments.resume, overrides=arguments.overrides, progress=progress)
+        result = api.resume_sweep(arguments.resume, overrides=words, progress=progress)
     else:
-        definition, _, inputs_cache = _define(arguments, measures=arguments.minutes is not None)
-        if arguments.cfg:
-            return _show_settings(definition)
-        from lorasweep.sessions import run_definition
-
-        result = run_definition(definition, inputs_cache, progress=progress)
+        result = api.run_sweep(name, overrides=words, minutes=arguments.minutes, progress=progress)
     if result.status != "complete":
         return _say_how_to_resume(result)
     _show_report(result, verbose=arguments.verbose)
     return Outcome(result, _say_unconfirmed(result))
+
+
+def _split_name(arguments: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """Returns the name or the file of a sweep, if the words begin with one, and the overrides."""
+    words = arguments.overrides
+    return (words[0], words[1:]) if words and "=" not in words[0] else (None, words)
+
+
+def _note(note: str) -> None:
+    say(note, file=sys.stderr)
 
 
 def _say_unconfirmed(result: SweepResult) -> int:
@@ -82,139 +87,44 @@ def status(arguments: argparse.Namespace) -> Outcome:
 
 def new(arguments: argparse.Namespace) -> Outcome:
     """Reads the model and the data, and writes a sweep file for them."""
+    from lorasweep import api
+
     path = arguments.file
-    if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"`FILE.yaml` must have the suffix .yaml, but got {str(path)!r}.")
-    if path.exists():
-        raise ConfigError(f"`FILE.yaml` must be a new file, but {str(path)!r} exists already. Name another one.")
-    from lorasweep.config.command_line import parse_overrides
-    from lorasweep.config.run import RANK
-    from lorasweep.recipes.read import read_recipe
-    from lorasweep.sweep.definition.typed import check_typed
-
-    settings, recipe = parse_overrides(arguments.overrides), None
-    check_typed(settings)  # without torch, so that a typing error is named at once
-    if arguments.like is not None:  # read without torch, so that a refused key is named at once
-        has_data = arguments.source is not None or not settings.keys().isdisjoint(("data", "data.path", "data.train"))
-        recipe = read_recipe(arguments.like, has_data=has_data)
-    say("reads the model and the data; first loads torch, which takes seconds", file=sys.stderr)
-    with quick_imports():
-        from lorasweep.data.reading.hub import find_hub_settings
-        from lorasweep.disk import write_atomically
-        from lorasweep.sweep.cost import fit_minutes
-        from lorasweep.sweep.draft import draft_sweep
-        from lorasweep.training.inputs import InputsCache
-
-    began = time.monotonic()
-    inputs_cache = InputsCache()
-    if arguments.source is not None:
-        given = {name: settings.get(f"data.{name}") for name in ("subset", "revision")}
-        settings = find_hub_settings(arguments.source, **given) | settings
-    draft = draft_sweep(path, settings, inputs_cache, recipe=recipe)
-    if arguments.minutes is not None:
-        say("measures a few steps of the drafted sweep", file=sys.stderr)
-        definition, rates = _measure(draft.definition, inputs_cache)
-        spent_s = time.monotonic() - began + END_S
-        budget, given_up = fit_minutes(definition, rates, arguments.minutes, typed=settings, spent_s=spent_s)
-        say(given_up, file=sys.stderr)
-        changes = budget.find_settings(definition)
-        for ranks in budget.find_ranks(definition).values():  # a draft has one arm with several
-            changes[RANK] = ranks
-        draft = draft_sweep(path, {**settings, **changes}, inputs_cache, recipe=recipe)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, draft.text)
+    written = api.new_sweep(
+        path,
+        arguments.overrides,
+        like=arguments.like,
+        from_hub=arguments.source,
+        minutes=arguments.minutes,
+        on_note=_note,
+    )
     say(f"wrote {path}. Read it, then type:\n    lorasweep plan {path}\n    lorasweep sweep {path}")
-    notes = [*(recipe.describe() if recipe else ()), *draft.notes]
-    for sentence in notes:
+    for sentence in written.notes:
         say(f"• {sentence}")
-    _say_notes(draft.definition, inputs_cache)
+    _say_notes(written.assessment.shown)
     return Outcome()
 
 
 def plan(arguments: argparse.Namespace) -> Outcome:
     """Checks a sweep, measures a few steps of its trainings, and shows the cost of the sweep. Keeps no file."""
-    began = time.monotonic()
-    definition, rates, inputs_cache = _define(arguments, measures=True)
-    from lorasweep.sweep.plan import describe_group, render_plan
+    from lorasweep import api
     from lorasweep.wording import format_seconds
 
-    if definition.description:
-        say(definition.description)
-    show(render_plan(definition, rates))
-    notes = _say_notes(definition, inputs_cache)
-    say(f"this plan took {format_seconds(time.monotonic() - began)}", file=sys.stderr)
-    groups = [describe_group(definition, group) for group in rates]
-    return Outcome({"name": definition.name, "groups": groups, "notes": notes})
+    began, (name, words) = time.monotonic(), _split_name(arguments)
+    found = api.plan_sweep(name, overrides=words, minutes=arguments.minutes, on_note=_note)
+    from lorasweep.sweep.plan import render_plan
+
+    if found.definition.description:
+        say(found.definition.description)
+    show(render_plan(found.definition, found.rates))
+    _say_notes(found.assessment.shown)
+    _note(f"this plan took {format_seconds(time.monotonic() - began)}")
+    return Outcome(found)
 
 
-def _say_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
-    """Prints what to expect of a sweep, and returns the sentences."""
-    from lorasweep.sweep.assess import assess
-
-    notes = [note for note in assess(definition, inputs_cache).notes if note.kind != "data"]
+def _say_notes(notes: list[Note]) -> None:
     for note in notes:
         say(f"{'warning:' if note.kind == 'warning' else '•'} {note.text}")
-    return [note.text for note in notes]
-
-
-def _has_name(words: Sequence[str]) -> bool:
-    """Returns whether the words begin with the name or the file of a sweep."""
-    return bool(words) and "=" not in words[0]
-
-
-def _define(arguments: argparse.Namespace, *, measures: bool) -> tuple[Definition, list[Rates], InputsCache]:
-    """Returns the sweep that the arguments name, or one that is drafted for their data, and what was loaded for it.
-
-    If it `measures`, the sweep is checked, its trainings are measured, and `--minutes` cuts it.
-    """
-    from lorasweep.config.command_line import parse_overrides
-    from lorasweep.sweep.definition.arms import read_definition
-    from lorasweep.sweep.definition.sweep_file import find_sweep_file
-    from lorasweep.sweep.definition.typed import check_sources, check_typed
-
-    began, words, named = time.monotonic(), arguments.overrides, None
-    if _has_name(words):  # read without torch, whose import takes seconds, so that a wrong key is refused at once
-        named = read_definition(find_sweep_file(words[0]), words[1:])
-        check_sources(named.arms[0].base, named.arms[0].settings)
-    else:
-        check_typed(parse_overrides(words))
-    if measures:
-        arms = "the drafted sweep" if named is None else f"{named.name} ({', '.join(arm.name for arm in named.arms)})"
-        say(f"measures a few steps of {arms}; first loads torch, the model and the data", file=sys.stderr)
-    elif named is not None and not arguments.cfg and sys.stderr.isatty():
-        say(f"{named.name}: loads torch, the model and the data", file=sys.stderr)
-    with quick_imports():
-        from lorasweep.sweep.cost import cut_sweep, fit_minutes
-        from lorasweep.sweep.draft import draft_definition
-        from lorasweep.training.inputs import InputsCache
-
-    inputs_cache = InputsCache()
-    definition = named or draft_definition(words, inputs_cache)
-    if not measures:
-        return definition, [], inputs_cache
-    definition, rates = _measure(definition, inputs_cache)
-    if arguments.minutes is not None:
-        typed, spent_s = parse_overrides(words if named is None else words[1:]), time.monotonic() - began + END_S
-        budget, given_up = fit_minutes(definition, rates, arguments.minutes, typed=typed, spent_s=spent_s)
-        say(given_up, file=sys.stderr)
-        rates = [group.limit(budget, definition.find_arm(group.arms[0]).base) for group in rates]
-        rates = [group for group in rates if group.arms]
-        definition = cut_sweep(definition, budget)
-    return definition, rates, inputs_cache
-
-
-def _measure(definition: Definition, inputs_cache: InputsCache) -> tuple[Definition, list[Rates]]:
-    """Returns a checked sweep with its number of steps, and what its trainings take."""
-    from lorasweep.sweep.checks import check_definition
-    from lorasweep.sweep.draft import complete_definition
-    from lorasweep.sweep.measure import measure_sweep
-
-    def note(phrase: str) -> None:
-        say(add_clock(phrase), file=sys.stderr)
-
-    definition = complete_definition(definition, inputs_cache)
-    check_definition(definition, inputs_cache, new_folder=definition.sweep_config.sweep.output)
-    return definition, measure_sweep(definition, inputs_cache, on_progress=note)
 
 
 def compare(arguments: argparse.Namespace) -> Outcome:
@@ -234,6 +144,7 @@ def compare(arguments: argparse.Namespace) -> Outcome:
 
 
 def export(arguments: argparse.Namespace) -> Outcome:
+    from lorasweep import api
     from lorasweep.config.run import require_exportable
     from lorasweep.record import read_run, restore_config
 
@@ -242,8 +153,15 @@ def export(arguments: argparse.Namespace) -> Outcome:
         place = "--into" if arguments.into else "--out"
         raise ConfigError(f"`{place}` must come with `--format` {' or '.join(fitting)}, but got {arguments.format!r}.")
     if arguments.into:
-        return _export_into(arguments)
-    run = _choose_run(arguments.run, verb="exporting")
+        done = api.export_recipe(arguments.run, arguments.into, tool=arguments.format, anyway=arguments.anyway)
+        for change in done.changes:
+            say(f"{change.line} (was {change.old or 'missing'})")
+        for note in done.notes:
+            say(f"• {note}")
+        num = "1 line" if len(done.changes) == 1 else f"{len(done.changes) or 'no'} lines"
+        say(f"{arguments.into}: {num} changed; {done.evidence}")
+        return Outcome()
+    run = _find_run(arguments.run, verb="exporting")
     require_exportable(restore_config(read_run(run)))  # without torch, whose import takes seconds
     with quick_imports():
         from lorasweep.runs.export import export_run
@@ -256,46 +174,9 @@ def export(arguments: argparse.Namespace) -> Outcome:
     return Outcome()
 
 
-def _export_into(arguments: argparse.Namespace) -> Outcome:
-    """Writes the settings that a sweep decided into a training file of another tool, and says each change."""
-    from lorasweep.recipes.write import write_recipe
-    from lorasweep.record import read_run
-    from lorasweep.report.recommend import load_recommended
-    from lorasweep.report.text import describe_evidence
-    from lorasweep.wording import format_range
-
-    evidence: dict[str, str] = {}
-    if _is_run(arguments.run):
-        run, otherwise = read_run(arguments.run), "one run, compared with no other"
-        summary = otherwise
-    else:
-        data, one, setting = load_recommended(arguments.run, key="RUN", methods=("lora", "peft"))
-        assert setting.record is not None  # `find_recommended` refuses others
-        run, otherwise, summary = setting.record, "as in the run, not searched", describe_evidence(one, data)
-        arm = next(row for row in data.record.arms if row.name == one.arm)
-        for key in setting.params:
-            searched = f"searched in {format_range(arm.space[key])}, {arm.trials} trials"
-            evidence[key] = summary if key == arm.key else searched
-    changes, notes = write_recipe(
-        arguments.into,
-        tool=arguments.format,
-        run=run,
-        evidence=evidence,
-        otherwise=otherwise,
-        anyway=arguments.anyway,
-    )
-    for change in changes:
-        say(f"{change.line} (was {change.old or 'missing'})")
-    for note in notes:
-        say(f"• {note}")
-    num = "1 line" if len(changes) == 1 else f"{len(changes) or 'no'} lines"
-    say(f"{arguments.into}: {num} changed; {summary}")
-    return Outcome()
-
-
 def inspect(arguments: argparse.Namespace) -> Outcome:
     """Shows how the norm of a run's updates is shared among the kinds of layers, and how many directions they use."""
-    run = _choose_run(arguments.run, verb="inspecting")
+    run = _find_run(arguments.run, verb="inspecting")
     with quick_imports():
         from lorasweep.runs.inspect import inspect_run
 
@@ -310,58 +191,86 @@ def inspect(arguments: argparse.Namespace) -> Outcome:
     return Outcome()
 
 
-def _choose_run(folder: Path, *, verb: str) -> Path:
-    """Returns the folder if it is a run, or the recommended run of SWEEP or SWEEP/ARM.
+def _find_run(source: Path, *, verb: str) -> Path:
+    """Returns the folder of a run, and says which run of a sweep it is."""
+    from lorasweep.api import find_run
 
-    Reads the record without torch, whose import takes seconds, so that a wrong folder is refused at once.
-    """
-    from lorasweep.record import read_run
-    from lorasweep.report.recommend import find_recommended_run
-
-    if _is_run(folder):
-        read_run(folder)
-        return folder
-    run, described = find_recommended_run(folder)
-    say(f"{verb} {described}: {run}")
+    run, name = find_run(source)
+    if run != source:
+        say(f"{verb} {name}: {run}")
     return run
-
-
-def _is_run(folder: Path) -> bool:
-    """Returns whether a folder must be a run, because it is neither SWEEP nor SWEEP/ARM."""
-    from lorasweep.record import RUN_FILE, SWEEP_FILE
-
-    return (folder / RUN_FILE).is_file() or not any((one / SWEEP_FILE).is_file() for one in (folder, folder.parent))
 
 
 def reproduce(arguments: argparse.Namespace) -> Outcome:
     from lorasweep.record import read_run
 
-    run = arguments.run
-    read_run(run)  # a damaged record is refused at once, before torch is loaded
+    read_run(arguments.run)  # a damaged record is refused at once, before torch is loaded
     with quick_imports():
-        from lorasweep.sessions import reproduce
+        from lorasweep.runs.reproduce import reproduce_run
 
-    repeated = reproduce(run, output=arguments.output, tolerance=arguments.tolerance, steps=arguments.steps)
+    given = {name: getattr(arguments, name) for name in ("output", "tolerance", "steps")}
+    repeated = reproduce_run(arguments.run, **given)
     say(repeated.description)
     code = INTERRUPTED_EXIT_CODE if repeated.verdict == "interrupted" else DONE if repeated.holds else FAILED
     return Outcome(code=code)
 
 
 def train(arguments: argparse.Namespace) -> Outcome:
-    from lorasweep.train_app import run_train_app
+    """Trains the run, or each job of a grid, or only shows settings or examples."""
+    from lorasweep.hydra_app import run_hydra_app
+    from lorasweep.report.recommend import read_recommended
 
-    errors: list[LoraSweepError | OSError] = []
+    settings: dict[str, Any] = {}
+    origin: dict[str, Any] = {}
+    if arguments.source is not None:
+        settings, origin = read_recommended(Path(arguments.source))
 
-    def show_error(error: LoraSweepError | OSError, job: str) -> int:
-        if job:  # of a grid, perhaps in another process
-            return end_with_error(error, job).code
-        errors.append(error)
-        return FAILED
+    def run_job(job: Job) -> Outcome:
+        return _run_job(job, arguments, origin=origin)
 
-    code = run_train_app(arguments, show_result=_say_run, show_error=show_error)
-    if errors:
-        raise errors[0]
+    code = run_hydra_app(
+        arguments.overrides, run_job, settings=settings, is_grid=arguments.multirun, require_all=not arguments.cfg
+    )
     return Outcome(code=code)
+
+
+def _run_job(job: Job, arguments: argparse.Namespace, *, origin: dict[str, Any]) -> Outcome:
+    from omegaconf import OmegaConf
+
+    from lorasweep import api
+    from lorasweep.config.build import as_settings
+
+    if arguments.cfg:
+        say(OmegaConf.to_yaml(OmegaConf.create(as_settings(job.config))).removesuffix("\n"))
+        return Outcome()
+    from lorasweep.sweep.definition.typed import check_sources  # it loads Optuna
+
+    check_sources(job.config, job.typed)
+    if arguments.show_examples is not None:
+        _show_examples(api.list_examples(job.config, number=arguments.show_examples))
+        return Outcome()
+    trainer = job.config.trainer
+    if arguments.multirun and trainer.needs_process_group:
+        raise ConfigError(
+            "`trainer.devices` must be 1 and `trainer.strategy` auto with `-m`, but got "
+            f"{trainer.devices!r} and {trainer.strategy_name}. Use `lorasweep sweep` instead of a grid."
+        )
+    result = api.train_run(job.config, output=job.output, resume=job.resume, origin=origin)
+    return Outcome(result, _say_run(result, job.name))
+
+
+def _show_examples(examples: Examples) -> None:
+    """Prints training examples. What is scored is green on a terminal, elsewhere between brackets."""
+    from rich.text import Text
+
+    for note in examples.notes:
+        _note(f"• {note}")
+    console = EscapingConsole(highlight=False, soft_wrap=True)
+    before, after = ("", "") if console.is_terminal and not console.no_color else ("⟦", "⟧")
+    for number, passages in enumerate(examples.passages, start=1):
+        console.rule(f"example {number} of {examples.num_train}")
+        parts = [(f"{before}{text}{after}", "bold green") if is_scored else (text, "") for text, is_scored in passages]
+        console.print(Text.assemble(*parts))
 
 
 def _say_run(result: RunResult, job: str) -> int:

@@ -38,7 +38,7 @@ def test_what_the_caller_hands_over_is_the_same_object_and_wins():
 CALLABLES = ["torch.load", "torch.serialization.pickle.Unpickler", "optuna.create_study"]
 
 
-@pytest.mark.parametrize("target", [*CALLABLES, "lorasweep.sessions.StopSignal", "", "a..b", 3, None])
+@pytest.mark.parametrize("target", [*CALLABLES, "lorasweep.training.stop_signal.StopSignal", "", "a..b", 3, None])
 def test_what_is_no_class_of_the_type_is_refused(target):
     with pytest.raises(
         ConfigError, match=r"`sampler._target_` must be (a subclass of|the import path of a class|a cl)"

@@ -21,7 +21,7 @@ from lorasweep.runs.export import export_run
 from lorasweep.training.finished_run import restore_base, restore_model
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunFolder
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT
 
@@ -45,7 +45,7 @@ def trained(make_config, inputs, tmp_path_factory):
         key = json.dumps(settings or {}, sort_keys=True)
         if key not in folders:
             folders[key] = tmp_path_factory.mktemp("run") / "run"
-            train_run(make_config(settings), RunFolder(path=folders[key]), inputs=inputs)
+            train_alone(make_config(settings), RunFolder(path=folders[key]), inputs=inputs)
         return folders[key]
 
     return train
@@ -67,7 +67,7 @@ def train_classifier(make_config, tmp_path):
         data = {"data": "table", "data.train": str(tmp_path / "rows.jsonl")}
         common = {key: value for key, value in SMALL_RUN.items() if key.startswith("trainer.")}
         config = compose_run({**model, **data, **common, "trainer.progress": False, "optim.lr": 1e-2, **settings})
-        train_run(config, RunFolder(path=tmp_path / "run"), inputs=load_inputs(config))
+        train_alone(config, RunFolder(path=tmp_path / "run"), inputs=load_inputs(config))
         return tmp_path / "run"
 
     return train
@@ -270,7 +270,7 @@ def test_a_template_of_ones_own_is_exported_with_the_tokenizer(make_config, tmp_
     data = {"data": "chat", "data.train": str(tmp_path / "talks.jsonl"), "data.template": str(tmp_path / "mine.jinja")}
     trainer = {f"trainer.{key}": value for key, value in {"max_steps": 1, "batch_size": 2, "device": "cpu"}.items()}
     config = compose_run(data | trainer | {"trainer.progress": False, "method.rank": 2})
-    train_run(config, RunFolder(path=tmp_path / "run"), inputs=load_inputs(config))
+    train_alone(config, RunFolder(path=tmp_path / "run"), inputs=load_inputs(config))
     for form in ("peft", "merged"):
         written = export_run(tmp_path / "run", format=form, out=tmp_path / form)
         assert (written.folder / "chat_template.jinja").read_text() == TEMPLATE

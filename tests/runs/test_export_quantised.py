@@ -14,7 +14,7 @@ from lorasweep.record import read_run, restore_config
 from lorasweep.runs.export import export_run
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunFolder
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes, an optional extra, is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # what PEFT calls
@@ -28,7 +28,7 @@ def run(make_config, quantisable_model, tmp_path_factory):
     base = {"model": "causal_lm", "model.path": str(quantisable_model), "model.quantization": "nf4"}
     config = make_config({**base, "optim.lr": 0.1})
     folder = tmp_path_factory.mktemp("quantised") / "run"
-    train_run(config, RunFolder(path=folder), inputs=load_inputs(config))
+    train_alone(config, RunFolder(path=folder), inputs=load_inputs(config))
     return folder
 
 

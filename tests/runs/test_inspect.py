@@ -14,7 +14,7 @@ from lorasweep.errors import RecordError
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.runs.inspect import compute_singular_values, inspect_run, measure_updates
 from lorasweep.training.open_run import RunFolder
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 
 ADAPTER = "best/adapter_model.safetensors"
 
@@ -58,7 +58,7 @@ def test_a_run_is_inspected_and_nothing_is_written(run):
     [({"method": "intrinsic", "method.dim": 40}, 38), ({"method": "full", "method.parameters": ".*norm.*"}, 9)],
 )
 def test_other_methods_are_measured(settings, num_layers, tmp_path, make_config, inputs):
-    train_run(make_config(settings), RunFolder(path=tmp_path), inputs=inputs)
+    train_alone(make_config(settings), RunFolder(path=tmp_path), inputs=inputs)
     found = inspect_run(tmp_path)
     assert found["rank"].isna().all()
     assert len(found) == num_layers
@@ -66,7 +66,7 @@ def test_other_methods_are_measured(settings, num_layers, tmp_path, make_config,
 
 def test_an_adapter_of_peft_is_inspected_as_what_it_changes(inputs, make_config, tmp_path):
     vera = {"peft_type": "VERA", "r": 8, "d_initial": 1.0, "target_modules": ["q_proj"]}
-    train_run(make_config({"method": "peft", "method.config": vera}), RunFolder(path=tmp_path), inputs=inputs)
+    train_alone(make_config({"method": "peft", "method.config": vera}), RunFolder(path=tmp_path), inputs=inputs)
     found = inspect_run(tmp_path)
     assert set(found["layer"]) == {f"model.layers.{n}.self_attn.q_proj" for n in range(4)}
     assert found["directions"].between(1, 8).all()  # the update has VeRA's rank

@@ -17,7 +17,7 @@ from lorasweep.errors import ConfigError, Diverged, RecordError
 from lorasweep.record import RUN_FILE, STEPS_FILE, read_run, read_steps
 from lorasweep.runs.reproduce import PACK_TOLERANCE, reproduce_run, restore_solo_config
 from lorasweep.training.open_run import RunFolder
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 
 
 @pytest.fixture
@@ -107,8 +107,12 @@ def test_every_other_difference_of_the_records_is_listed(run, repeat):
     assert {*listed} == {*expected, "environment.OMP_NUM_THREADS", "packages.numpy", "code.commit"}
 
 
-def test_the_first_steps_are_those_of_the_whole_run_and_an_interrupted_repetition_says_nothing(repeat, tmp_path):
-    found = repeat(stop_requested=lambda: True)
+def test_the_first_steps_are_those_of_the_whole_run_and_an_interrupted_repetition_says_nothing(
+    repeat, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduce_file.StopSignal, "__call__", lambda self: True)
+        found = repeat()
     assert (found.verdict, found.holds) == ("interrupted", False)
     shutil.rmtree(tmp_path / "again")
     found = repeat(steps=3)
@@ -120,7 +124,7 @@ def test_a_run_that_diverged_diverges_again(make_config, inputs, tmp_path):
     run = tmp_path / "diverged"
     config = make_config({"optim.lr": 1e30, "optim.clip_norm": None})
     with pytest.raises(Diverged, match="NaN or infinite"):
-        train_run(config, RunFolder(path=run), inputs=inputs)
+        train_alone(config, RunFolder(path=run), inputs=inputs)
     found = reproduce_run(run, output=tmp_path / "again")
     assert found.verdict == "identical"
     assert read_run(found.folder).status == "failed"

@@ -86,7 +86,7 @@ class Killed(BaseException):
 
 @dataclass
 class MadeUpRuns:
-    """Replaces `train_run` and `score_run`.
+    """Replaces `train_alone` and `score_run`.
 
     A run is evaluated every `trainer.eval_every_steps` steps, the frozen base at step 0. A run is resumed from the step
     at which it was interrupted.
@@ -280,7 +280,7 @@ class MadeUpPacks:
 @pytest.fixture
 def runs(monkeypatch):
     made_up = MadeUpRuns()
-    monkeypatch.setattr(worker_file, "train_run", made_up)
+    monkeypatch.setattr(worker_file, "train_alone", made_up)
     monkeypatch.setattr(worker_file, "score_run", made_up.score_run)
     return made_up
 

@@ -15,7 +15,7 @@ from lorasweep.errors import ConfigError
 from lorasweep.models.load import find_model_folder
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunFolder
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 
 CALLBACK = "from lightning import Callback\nclass Mine(Callback):\n    pass\n"
 OWN = {
@@ -74,12 +74,12 @@ def test_a_sweep_goes_on_only_with_what_it_began_with(own, here):
 def test_a_run_goes_on_only_with_the_data_and_the_code_it_began_with(own, here):
     settings, code = own
     config = compose_run(SMALL_RUN | settings)
-    train_run(config, RunFolder(path=here / "run"), inputs=load_inputs(config), stop_requested=stop_after(1))
+    train_alone(config, RunFolder(path=here / "run"), inputs=load_inputs(config), stop_requested=stop_after(1))
     for name, key in (("train.txt", "data.*`, read from 'train.txt',"), (code, r"callbacks\.mine\._target_ .*\.py.`")):
         content = (here / name).read_bytes()
         change(here / name)
         with pytest.raises(ConfigError, match=f"`{key} must be as when the run began .*start a new run"):
-            train_run(config, RunFolder(path=here / "run"), inputs=load_inputs(config), resume=True)
+            train_alone(config, RunFolder(path=here / "run"), inputs=load_inputs(config), resume=True)
         (here / name).write_bytes(content)
-    record = train_run(config, RunFolder(path=here / "run"), inputs=load_inputs(config), resume=True)
+    record = train_alone(config, RunFolder(path=here / "run"), inputs=load_inputs(config), resume=True)
     assert record.status == "complete"

@@ -24,7 +24,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunFolder, RunRequest
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 
 CUDA = torch.device("cuda:0")
 PACKAGES = ("lorasweep", "transformers", "lightning", "bitsandbytes", "torchmetrics")
@@ -241,9 +241,9 @@ def run_case(gpu, folder, settings):
     asked = iter([False, True])  # stops after the first of several steps
     with gpu:
         run_folder = RunFolder(path=folder / "alone")
-        record = train_run(config, run_folder, inputs=inputs, stop_requested=lambda: next(asked, False))
+        record = train_alone(config, run_folder, inputs=inputs, stop_requested=lambda: next(asked, False))
         if record.status == "interrupted":
-            record = train_run(config, run_folder, inputs=inputs, resume=True)
+            record = train_alone(config, run_folder, inputs=inputs, resume=True)
     notes["alone"] = take_notes(gpu)
     return {"notes": notes, "steps": record.steps_done, "ended": sorted(ended)}
 

@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor
 import lorasweep.objectives.next_tokens as objective_file
 from lorasweep.config.compose import compose_run
 from lorasweep.models.load import fingerprint_weights
-from lorasweep.sessions import StopSignal
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.open_run import RunFolder
 from lorasweep.training.processes import join_processes
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
+from lorasweep.training.stop_signal import StopSignal
 
 SETTINGS = {
     "data.block_length": 32,
@@ -83,7 +83,7 @@ class Child:
     def attempt(self, name, hooks=None, **settings):
         config = config_of(trainer__devices=2, **settings)
         try:
-            record = train_run(
+            record = train_alone(
                 config, RunFolder(path=self.out / name), inputs=self.inputs_cache.load(config), **(hooks or {})
             )
             self.outcomes[name] = [record.status, record.steps_done]

@@ -9,7 +9,7 @@ import lorasweep.objectives.next_tokens as objective_file
 from lorasweep.record import read_run, read_steps
 from lorasweep.training.open_run import RunFolder, RunRequest
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -18,7 +18,7 @@ VERA = {"peft_type": "VERA", "r": 8, "d_initial": 0.1, "target_modules": ["q_pro
 
 
 def train(folder, config, *, inputs, **hooks):
-    return train_run(config, RunFolder(path=Path(folder)), inputs=inputs, **hooks)
+    return train_alone(config, RunFolder(path=Path(folder)), inputs=inputs, **hooks)
 
 
 def train_together(configs, *, inputs, checkpoint_file):

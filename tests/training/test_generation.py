@@ -18,7 +18,7 @@ from lorasweep.training.finished_run import restore_model, score_run, write_base
 from lorasweep.training.generation import build_score, check_answers, score_answers
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunFolder
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 
 ROUNDING = 1e-3
 """Bound of the difference of two logits of the tiny Llama in fp32, from batches of other shapes. Each of its 15
@@ -73,7 +73,7 @@ def trained(make, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     steps = {"trainer__max_steps": 60, "trainer__eval_every_steps": 60}
     config, inputs = make(method="full", data__answers__on_validation=True, **steps)
-    train_run(config, RunFolder(path=folder), inputs=inputs)
+    train_alone(config, RunFolder(path=folder), inputs=inputs)
     score_run(folder, inputs=inputs)
     return folder
 
@@ -127,7 +127,7 @@ def test_a_run_keeps_answers_of_test_data_and_of_validation_only_if_asked(make, 
     assert {"validation_answers.csv", "test_answers.csv", TEST_SCORES_FILE} <= record.files.keys()
     assert len(read_answers(trained, "validation")) == record.answers["validation"]["examples"] > 0
     config, inputs = make(method="frozen")
-    record = train_run(config, RunFolder(path=tmp_path), inputs=inputs)
+    record = train_alone(config, RunFolder(path=tmp_path), inputs=inputs)
     assert "exact_match" not in record.best
     assert score_run(tmp_path, inputs=inputs).answers.keys() == {"test"}
     write_base_answers(tmp_path, config, inputs=inputs)
@@ -145,7 +145,7 @@ def test_a_score_that_fails_is_a_sentence_before_the_sweep(make, function):
 def test_a_score_that_fails_later_loses_neither_weights_nor_answers_nor_the_other_score(make, tmp_path):
     config, inputs = make(method="frozen", data__answers__score={"_target_": "own_scores.fail_for_others"})
     check_answers(config, inputs.splits.test(), inputs=inputs)
-    train_run(config, RunFolder(path=tmp_path), inputs=inputs)
+    train_alone(config, RunFolder(path=tmp_path), inputs=inputs)
     record = score_run(tmp_path, inputs=inputs)
     assert record.test.keys() == {"bits_per_byte", "loss", "perplexity"}
     problem = record.answers["test"]["problem"]

@@ -17,7 +17,7 @@ from lorasweep.record import read_steps
 from lorasweep.training.inputs import SHARED_INPUTS
 from lorasweep.training.module import dropout_seed
 from lorasweep.training.open_run import RunFolder
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The `srun` command is available"),  # where Slurm is installed
@@ -72,7 +72,7 @@ def own_run(words, data, tmp_path_factory):
     """The same run as `lorasweep train` trains it."""
     folder = tmp_path_factory.mktemp("own") / "run"
     config = compose_run(parse_overrides(words))
-    train_run(config, RunFolder(path=folder), inputs=SHARED_INPUTS.load(config))
+    train_alone(config, RunFolder(path=folder), inputs=SHARED_INPUTS.load(config))
     return folder
 
 

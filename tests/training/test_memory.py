@@ -10,7 +10,7 @@ from lorasweep.record import read_run
 from lorasweep.training.inputs import check_batch_memory
 from lorasweep.training.memory import list_cgroup_free_bytes
 from lorasweep.training.open_run import RunFolder
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 
 GIB = 2**30
 
@@ -59,7 +59,7 @@ def test_the_attention_that_was_chosen_is_said_and_recorded(make_config, inputs,
     assert replace(inputs, attention=None).list_notes(config) == inputs.splits.notes
     chosen = replace(inputs, attention=AttentionChoice("eager", "short"))
     assert chosen.list_notes(config) == (*inputs.splits.notes, told)
-    train_run(config, RunFolder(path=tmp_path), inputs=chosen)
+    train_alone(config, RunFolder(path=tmp_path), inputs=chosen)
     assert told in read_run(tmp_path).notes
 
 

@@ -19,7 +19,7 @@ from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunFolder
 from lorasweep.training.own_module import SeededData
 from lorasweep.training.prepare import check_run
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 
 MODULES = "tests.training.own_modules"
 SHORT = {
@@ -50,7 +50,7 @@ def prepare(settings):
 
 def train(settings, folder, **arguments):
     config, inputs = prepare(settings)
-    return train_run(config, RunFolder(path=folder), inputs=inputs, **arguments), inputs
+    return train_alone(config, RunFolder(path=folder), inputs=inputs, **arguments), inputs
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "part"])
@@ -79,9 +79,9 @@ def test_a_stopped_run_resumes_with_the_same_losses(tmp_path, stop_at):
     whole, inputs = train(settings, tmp_path / "whole")
     arguments = {"inputs": inputs, "resume": True}
     config, folder = compose_run(settings), RunFolder(path=tmp_path / "parts")
-    assert train_run(config, folder, stop_requested=stop_after(stop_at), **arguments).status == "interrupted"
+    assert train_alone(config, folder, stop_requested=stop_after(stop_at), **arguments).status == "interrupted"
     assert 0 < read_run(folder.path).steps_done < 24
-    assert train_run(config, folder, **arguments).score == whole.score
+    assert train_alone(config, folder, **arguments).score == whole.score
     assert logged_rows(folder.path) == logged_rows(tmp_path / "whole")
 
 

@@ -17,7 +17,7 @@ from lorasweep.record import read_run, read_steps
 from lorasweep.runs.reproduce import restore_solo_config
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunFolder
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 CHILD = Path(__file__).parent / "processes_child.py"
@@ -67,7 +67,7 @@ def alone(tmp_path_factory):
     def train(name="lora-1", **settings):
         if not (folder / name).exists():
             config = compose_run(SETTINGS | {key.replace("__", "."): value for key, value in settings.items()})
-            train_run(config, RunFolder(path=folder / name), inputs=inputs)
+            train_alone(config, RunFolder(path=folder / name), inputs=inputs)
         return folder / name
 
     return train
@@ -148,7 +148,7 @@ def test_one_process_goes_on_with_what_two_began(trained, strategy):
     assert (record.status, record.steps_done) == ("interrupted", 3)
     assert (record.platform["processes"], record.platform["strategy"]) == (2, strategy)
     config = restore_solo_config(record)
-    record = train_run(config, RunFolder(path=folder), inputs=load_inputs(config), resume=True)
+    record = train_alone(config, RunFolder(path=folder), inputs=load_inputs(config), resume=True)
     assert (record.status, record.steps_done) == ("complete", 6)
     assert losses(folder) == pytest.approx(losses(trained / f"whole-{strategy}"), **ROUNDING)
 

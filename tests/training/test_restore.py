@@ -13,7 +13,7 @@ from lorasweep.record import read_run, restore_config
 from lorasweep.training.finished_run import check_kept_files, restore_base, restore_model
 from lorasweep.training.open_run import RunFolder
 from lorasweep.training.prepare import prepare_model
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 
 METHOD_SETTINGS = (
     {"method.dropout": 0.5},
@@ -28,7 +28,7 @@ TOKENS = torch.arange(24).reshape(2, 12)
 @pytest.mark.parametrize("settings", METHOD_SETTINGS, ids=lambda settings: settings.get("method", "lora"))
 def test_a_restored_model_is_the_trained_one_without_dropout(make_config, inputs, tmp_path, settings):
     config, before = make_config(settings), fingerprint_weights(inputs.base.model)
-    train_run(config, RunFolder(path=tmp_path), inputs=inputs)
+    train_alone(config, RunFolder(path=tmp_path), inputs=inputs)
     assert restore_config(read_run(tmp_path)) == config
     for part in ("best", "last"):
         restored = restore_model(config, inputs.base, folder=tmp_path / part)

@@ -19,7 +19,7 @@ from lorasweep.training.finished_run import restore_model, score_run
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunFolder
 from lorasweep.training.prepare import prepare_model
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 
 NUMBERS = ("row", "score", "weight")
 PERPLEXITY = ScoreMetric(name="perplexity", direction="minimize")
@@ -31,7 +31,7 @@ def trained(make_config, inputs, tmp_path):
 
     def train(settings=None):
         folder = tmp_path / "run"
-        train_run(make_config(settings), RunFolder(path=folder, arm="lora", trial=0), inputs=inputs)
+        train_alone(make_config(settings), RunFolder(path=folder, arm="lora", trial=0), inputs=inputs)
         return folder
 
     return train
@@ -61,7 +61,7 @@ def test_the_scores_are_those_of_the_best_weights_and_not_of_the_last(make_confi
     # so high that the first steps of a trained model are the best
     config = make_config({"model": "tiny", "optim.lr": 0.5, "trainer.eval_every_steps": 1})
     inputs, folder = load_inputs(config), tmp_path
-    train_run(config, RunFolder(path=folder), inputs=inputs)
+    train_alone(config, RunFolder(path=folder), inputs=inputs)
     record = read_run(folder)
     assert record.best["step"] < record.last["step"]
     scored = score_run(folder, inputs=inputs)
@@ -108,7 +108,7 @@ def test_an_evaluation_draws_nothing_and_returns_examples_in_the_order_of_the_sp
 def test_rows_of_perplexity_are_losses_of_which_it_is_the_exponential(make_config, inputs, tmp_path):
     by_perplexity = dataclasses.replace(inputs, splits=dataclasses.replace(inputs.splits, score_metric=PERPLEXITY))
     config = make_config({"data.metric": "perplexity"})
-    train_run(config, RunFolder(path=tmp_path), inputs=by_perplexity)
+    train_alone(config, RunFolder(path=tmp_path), inputs=by_perplexity)
     record = score_run(tmp_path, inputs=by_perplexity)
     assert record.metric == "perplexity"
     rows = read_rows(tmp_path)
@@ -126,7 +126,7 @@ def test_a_metric_by_its_class_scores_a_slot_as_a_run_alone_and_no_single_exampl
     inputs, alone = load_inputs(configs[0]), tmp_path / "alone"
     packed = {tmp_path / f"packed-{n}": config for n, config in enumerate(configs)}
     train_together(packed, inputs=inputs, checkpoint_file=tmp_path / "pack.ckpt")
-    train_run(configs[0], RunFolder(path=alone), inputs=inputs)
+    train_alone(configs[0], RunFolder(path=alone), inputs=inputs)
     one, slot = read_run(alone), read_run(tmp_path / "packed-0")
     assert (one.metric, one.direction) == (slot.metric, slot.direction) == (name, "maximize")
     # one of 128 tokens may be predicted otherwise, because kernels of other shapes round otherwise
@@ -166,10 +166,10 @@ def test_a_base_with_a_new_head_gives_the_most_frequent_label_on_every_seed(tmp_
     words |= {"data.label": "label", "data.train": str(tmp_path / "topics.csv"), "method": "frozen"}
     config, other = (compose_run({**words, "seed": seed}) for seed in (0, 1))
     inputs = load_inputs(config)
-    train_run(config, RunFolder(path=tmp_path / "a-0", arm="a", trial=0), inputs=inputs)
+    train_alone(config, RunFolder(path=tmp_path / "a-0", arm="a", trial=0), inputs=inputs)
     record = score_run(tmp_path / "a-0", inputs=inputs)
     expected = inputs.splits.score_constant_answer(inputs.splits.test())
     assert record.test == pytest.approx(expected, rel=1e-2)  # the base computes in bf16
     assert record.test["accuracy"] == expected["accuracy"] > 0.5
-    train_run(other, RunFolder(path=tmp_path / "a-1", arm="a", trial=1), inputs=inputs)
+    train_alone(other, RunFolder(path=tmp_path / "a-1", arm="a", trial=1), inputs=inputs)
     assert score_run(tmp_path / "a-1", inputs=inputs).test == record.test

@@ -9,7 +9,7 @@ import pytest
 import lorasweep.training.telemetry as telemetry_file
 from lorasweep.training.memory import process_peak_bytes
 from lorasweep.training.open_run import RunFolder
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 from lorasweep.training.telemetry import Telemetry
 
 PHASES = ("training_s", "evaluating_s", "saving_s")
@@ -48,12 +48,12 @@ def test_each_second_belongs_to_one_phase_or_to_none(clock):
 
 def test_the_tokens_of_a_run_that_goes_on_are_counted_once(make_config, fresh, tmp_path):
     asked = iter(range(100))
-    stopped = train_run(
+    stopped = train_alone(
         make_config(), RunFolder(path=tmp_path / "run"), inputs=fresh, stop_requested=lambda: next(asked) >= 3
     )
     assert stopped.status == "interrupted"
     before = fresh.telemetry.sample()["trained_tokens"]
-    record = train_run(make_config(), RunFolder(path=tmp_path / "run"), inputs=fresh, resume=True)
+    record = train_alone(make_config(), RunFolder(path=tmp_path / "run"), inputs=fresh, resume=True)
     assert 0 < before < record.tokens_trained
     usage = fresh.telemetry.sample()
     assert usage["trained_tokens"] == record.tokens_trained
@@ -65,6 +65,6 @@ def test_the_peak_stays_when_runs_measure_theirs_anew(make_config, fresh, tmp_pa
     block = np.ones(2**26)  # 512 MiB
     peak = process_peak_bytes()
     del block
-    train_run(make_config(), RunFolder(path=tmp_path / "run"), inputs=fresh)
+    train_alone(make_config(), RunFolder(path=tmp_path / "run"), inputs=fresh)
     assert fresh.telemetry.sample()["peak_memory_bytes"] == pytest.approx(peak, rel=0.01)
     assert process_peak_bytes() < peak - 2**28

@@ -65,15 +65,18 @@ class Comparison:
     """The compared quantity: `SHARE`, or the name of the metric."""
 
 
-def compare_sweeps(folders: Sequence[Path]) -> Comparison:
+def compare_sweeps(folders: Sequence[str | Path]) -> Comparison:
     """Reads sweeps and returns their comparison.
+
+    >>> lorasweep.compare_sweeps(["outputs/tiny"]).quantity
+    'bits per byte on validation data'
 
     Raises:
         ConfigError: A sweep is given twice or is not complete, or the sweeps have different metrics.
         RecordError: A folder is not a sweep, or its record is damaged.
     """
-    found = [load_sweep_data(folder) for folder in folders]
-    if len({folder.resolve() for folder in folders}) < len(folders):
+    found = [load_sweep_data(Path(folder)) for folder in folders]
+    if len({data.folder.resolve() for data in found}) < len(folders):
         raise ConfigError(f"each sweep must be given once, but got {', '.join(map(str, folders))}.")
     for data in found:
         if data.record.status != "complete":

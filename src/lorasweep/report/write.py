@@ -55,6 +55,8 @@ COST_METRICS = ("trainable_params", "peak_memory_bytes", "wall_s")
 def write_report(findings: Findings) -> None:
     """Writes a sweep's report into `report/` in its folder, each file whole or not at all.
 
+    >>> lorasweep.write_report(lorasweep.load_sweep("outputs/tiny").findings)
+
     Raises:
         RecordError: `report/` has links. Nothing is written then.
     """

@@ -59,8 +59,11 @@ class Export:
     """Facts for a server about an adapter: its highest rank, and the scale of an rsLoRA. Empty for a model."""
 
 
-def export_run(run: Path, *, format: ExportFormat, out: Path, trust: bool = False) -> Export:
+def export_run(run: str | Path, *, format: ExportFormat, out: str | Path, trust: bool = False) -> Export:
     """Writes the best weights of a run for PEFT or transformers, with a model card.
+
+    >>> lorasweep.export_run("outputs/tiny/runs/lora-0000", format="peft", out="adapter").dtype
+    'fp32'
 
     If the run's chat template is a file of the user, the tokenizer is written with this template in both formats.
 
@@ -75,6 +78,7 @@ def export_run(run: Path, *, format: ExportFormat, out: Path, trust: bool = Fals
         RecordError: The folder has no run, its weights are missing or damaged, or the base model has changed.
         RunError: The files can't be written, or transformers loads different weights from them.
     """
+    run, out = Path(run), Path(out)
     record = read_run(run)
     config = restore_config(record)
     _check_request(config, format=format, out=out)

@@ -15,6 +15,7 @@ import torch
 from lorasweep.config.build import flatten
 from lorasweep.config.redaction import HIDDEN
 from lorasweep.config.run import RunConfig
+from lorasweep.disk import claim_folder, numbered_folders
 from lorasweep.errors import ConfigError, Diverged, RecordError
 from lorasweep.models.attention import IMPLEMENTATIONS
 from lorasweep.record import (
@@ -27,7 +28,9 @@ from lorasweep.record import (
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunFolder
 from lorasweep.training.prepare import check_run
-from lorasweep.training.run import never_stop, train_run
+from lorasweep.training.run import train_alone
+from lorasweep.training.run_inputs import RunInputs
+from lorasweep.training.stop_signal import StopSignal
 from lorasweep.wording import ABSENT, shorten
 
 PACK_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
@@ -55,22 +58,23 @@ class Reproduction:
 
 
 def reproduce_run(
-    run: Path,
+    run: str | Path,
     *,
-    output: Path,
+    output: str | Path | None = None,
     tolerance: float | None = None,
     steps: int | None = None,
-    stop_requested: Callable[[], bool] = never_stop,
 ) -> Reproduction:
     """Trains a run again, alone in one process, and compares both runs step by step.
 
+    >>> lorasweep.reproduce_run("outputs/tiny/runs/lora-0000", tolerance=0.1).holds
+    True
+
     Args:
         run: The run's folder.
-        output: A new folder for the repetition.
+        output: A new folder for the repetition, by default the next free `outputs/reproduce/NAME`.
         tolerance: Largest relative difference that counts as the same. None means `PACK_TOLERANCE` for a run that was
             trained in a pack or by several processes, and 0 for any other. With 0 the saved weights must be equal too.
         steps: Number of steps to train and compare; None means all. The schedule is still that of the whole run.
-        stop_requested: Called before the first and after every step; returns whether to stop.
 
     Raises:
         RecordError: The run is missing, logged no step, held a secret in its settings, or has a damaged record.
@@ -81,6 +85,7 @@ def reproduce_run(
         raise ConfigError(f"`0 <= --tolerance < 1` must hold, but got {tolerance!r}.")
     if steps is not None and steps < 1:
         raise ConfigError(f"`--steps >= 1` must hold, but got {steps!r}.")
+    run, wanted = Path(run), None if output is None else Path(output)
     record = read_run(run)
     config, platform = restore_solo_config(record), record.platform
     last_step = min(steps or record.steps_planned, _find_last_step(record, run))
@@ -92,27 +97,18 @@ def reproduce_run(
         torch.set_num_threads(threads)  # the order of sums depends on it
     inputs = load_inputs(config)
     check_run(config, inputs.base)
-    inputs = inputs.prepare(config, folder=output)
-    failure, step = "", itertools.count()
-
-    def is_done() -> bool:  # called before the first step and after every step
-        # `trainer.max_steps` stays, because the schedule depends on it
-        is_limit = next(step) >= last_step and last_step < config.num_steps
-        return is_limit or stop_requested()
-
-    try:
-        train_run(config, RunFolder(path=output), inputs=inputs, stop_requested=is_done)
-    except Diverged as error:
-        failure = f"; it ended because {error}".rstrip(".")
-    repeated = read_run(output)
+    folders = numbered_folders(Path("outputs") / "reproduce" / run.resolve().name)
+    with StopSignal() as stop, claim_folder(wanted, otherwise=folders, key="--output") as folder:
+        failure = _train_again(config, folder, inputs, last_step=last_step, stop_requested=stop)
+    repeated = read_run(folder)
     if repeated.status == "interrupted" and repeated.steps_done < last_step:
-        description = f"interrupted: {output} has the steps so far"
-        return Reproduction(folder=output, verdict="interrupted", description=description)
-    before, after = _read_values(run, up_to=last_step), _read_values(output)
+        description = f"interrupted: {folder} has the steps so far"
+        return Reproduction(folder=folder, verdict="interrupted", description=description)
+    before, after = _read_values(run, up_to=last_step), _read_values(folder)
     if last_step == record.steps_planned and not tolerance:
         before, after = before | _list_weights(record), after | _list_weights(repeated)
     comparison = _compare(
-        before, after, folder=output, what=f"{last_step} steps of {run} and {output}", tolerance=tolerance
+        before, after, folder=folder, what=f"{last_step} steps of {run} and {folder}", tolerance=tolerance
     )
     if comparison.holds:
         return comparison
@@ -124,6 +120,25 @@ def reproduce_run(
     ]
     lead = "the records differ in:" if differences else "no recorded hardware, software or data differs"
     return replace(comparison, description="\n".join([f"{comparison.description}{failure}", lead, *differences]))
+
+
+def _train_again(
+    config: RunConfig, folder: Path, inputs: RunInputs, *, last_step: int, stop_requested: Callable[[], bool]
+) -> str:
+    """Trains up to a step, and returns a clause on the error if the run diverged."""
+    step = itertools.count()
+
+    def is_done() -> bool:  # called before the first step and after every step
+        # `trainer.max_steps` stays, because the schedule depends on it
+        is_limit = next(step) >= last_step and last_step < config.num_steps
+        return is_limit or stop_requested()
+
+    try:
+        prepared = inputs.prepare(config, folder=folder)
+        train_alone(config, RunFolder(path=folder), inputs=prepared, stop_requested=is_done)
+    except Diverged as error:
+        return f"; it ended because {error}".rstrip(".")
+    return ""
 
 
 def restore_solo_config(record: RunRecord) -> RunConfig:

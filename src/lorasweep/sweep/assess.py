@@ -36,6 +36,11 @@ class Assessment:
         return [note.text for note in self.notes if note.kind == "warning"]
 
     @property
+    def shown(self) -> list[Note]:
+        """The warnings and the notes on the sweep, without those on the data."""
+        return [note for note in self.notes if note.kind != "data"]
+
+    @property
     def others(self) -> list[str]:
         """The notes that are no warnings."""
         return [note.text for note in self.notes if note.kind != "warning"]

@@ -11,7 +11,7 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,7 +28,6 @@ from lorasweep.config.data import DataSettings, RowSettings, SplitSettings
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import ALPHA, LR, RANK, STEPS_KEY
 from lorasweep.config.sweep import DEFAULT_MARGIN
-from lorasweep.console import say
 from lorasweep.data.reading.files import find_files, find_suffix, open_text
 from lorasweep.data.reading.local import DEFAULT_DIALECTS, TABLE_SUFFIXES
 from lorasweep.data.reading.tables import load_tables
@@ -86,8 +85,16 @@ class Draft:
     """Sentences on the columns of the data."""
 
 
-def draft_definition(overrides: Sequence[str] | Mapping[str, Any], inputs_cache: InputsCache) -> Definition:
-    """Returns the sweep that `lorasweep new` would write for these overrides. Errors as in `draft_sweep`."""
+def draft_definition(
+    overrides: Sequence[str] | Mapping[str, Any],
+    inputs_cache: InputsCache,
+    *,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> Definition:
+    """Returns the sweep that `lorasweep new` would write for these overrides. Errors as in `draft_sweep`.
+
+    `on_note` is called with each sentence on the columns of the data.
+    """
     typed = Overrides.parse(parse_overrides(overrides))
     values = {key: value for key, value in typed.common.items() if not isinstance(value, Range)}
     settings = {key: value for key, value in values.items() if re.match(r"(model|data|trainer)\b", key)}
@@ -95,7 +102,7 @@ def draft_definition(overrides: Sequence[str] | Mapping[str, Any], inputs_cache:
     name = re.sub(r"\W+", "-", Path(source).name.split(".")[0])[:MAX_NAME_CHARACTERS].strip("-")
     draft = draft_sweep(Path(f"{name or 'sweep'}.yaml"), settings, inputs_cache)
     for note in draft.notes:  # there is no file that has them as comments
-        say(f"• {note}", file=sys.stderr)
+        on_note(f"• {note}")
     return draft.definition.with_overrides({key: value for key, value in typed.raw.items() if key not in settings})
 
 

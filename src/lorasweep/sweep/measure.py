@@ -36,7 +36,7 @@ from lorasweep.training.open_run import RunFolder, RunRequest
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.size import PackSize
 from lorasweep.training.prepare import prepare_model
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.telemetry import Telemetry
 
@@ -205,7 +205,7 @@ def train_briefly(config: RunConfig, inputs: RunInputs, *, slots: int, is_pack: 
                 stop_requested=note_step,
             )
         else:
-            train_run(config, runs[0], inputs=inputs, stop_requested=note_step)
+            train_alone(config, runs[0], inputs=inputs, stop_requested=note_step)
         record = read_run(runs[0].path)
     if record.status not in ("complete", "interrupted"):
         raise RunError(record.reason or record.status)

@@ -1,8 +1,9 @@
-"""Renders the plan of a sweep: its runs, tokens, trained parameters, memory, disk and time, and its warnings."""
+"""The plan of a sweep: its runs, tokens, trained parameters, memory, disk and time, and its warnings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.record import describe_confirmation
+from lorasweep.sweep.assess import Assessment
 from lorasweep.sweep.cost import Rates, count_workers, estimate_cost
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.definition.confirm import count_confirm_runs
@@ -20,6 +22,31 @@ LONG_PLAN_S = 3600
 """A longer sweep gets the hint that `--minutes` cuts it."""
 MAX_NAME_WIDTH = 16
 """Longest name of an arm that never wraps in 80 columns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPlan:
+    """What a sweep costs, and what to expect of it."""
+
+    definition: Definition
+    """The sweep, cut if it must fit a time."""
+    rates: tuple[Rates, ...]
+    """Measured time and memory of the trainings, for each group of arms that share packs."""
+    assessment: Assessment
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns what `lorasweep plan --json` prints."""
+        groups = [_describe_group(self.definition, group) for group in self.rates]
+        return {"name": self.definition.name, "groups": groups, "notes": [note.text for note in self.assessment.shown]}
+
+
+def _describe_group(definition: Definition, rates: Rates) -> dict[str, Any]:
+    config, cost = definition.find_arm(rates.arms[0]).base, estimate_cost(definition, [rates])
+    return {
+        **vars(rates),
+        "run_s": rates.estimate_run_s(config.num_steps, config.trainer.eval_every_steps),
+        "search_s": [cost.search_low_s, cost.search_high_s],
+    }
 
 
 def render_plan(definition: Definition, rates: Sequence[Rates]) -> RenderableType:
@@ -73,13 +100,3 @@ def _list_notes(definition: Definition, rates: Sequence[Rates]) -> Iterator[str]
         yield "`--minutes N` cuts a sweep to a time of your choice, and says what that gives up."
     if longest.confirm_s > cost.confirm_s:
         yield f"If every question stays open to the last look: {format_seconds_range(longest.low_s, longest.high_s)}."
-
-
-def describe_group(definition: Definition, rates: Rates) -> dict[str, Any]:
-    """Returns a group of arms in what `lorasweep plan --json` prints."""
-    config, cost = definition.find_arm(rates.arms[0]).base, estimate_cost(definition, [rates])
-    return {
-        **vars(rates),
-        "run_s": rates.estimate_run_s(config.num_steps, config.trainer.eval_every_steps),
-        "search_s": [cost.search_low_s, cost.search_high_s],
-    }

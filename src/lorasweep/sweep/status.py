@@ -131,8 +131,13 @@ class SweepStatus:
         }
 
 
-def read_status(folder: Path) -> SweepStatus:
-    """Reads the state of a sweep. Raises `RecordError` if the folder has no sweep, or if its record is damaged."""
+def read_status(folder: str | Path) -> SweepStatus:
+    """Reads the state of a sweep. Raises `RecordError` if the folder has no sweep, or if its record is damaged.
+
+    >>> lorasweep.read_status("outputs/tiny").is_running
+    False
+    """
+    folder = Path(folder)
     record = read_sweep(folder)
     arms = []
     for row in record.arms:

@@ -57,7 +57,7 @@ def never_stop() -> bool:
     return False
 
 
-def train_run(
+def train_alone(
     config: RunConfig,
     run_folder: RunFolder,
     *,

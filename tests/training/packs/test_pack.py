@@ -20,7 +20,7 @@ from lorasweep.record import read_run, read_steps
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunFolder, RunRequest
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 
 ADAPTER = "adapter_model.safetensors"
 MIXED = (
@@ -84,7 +84,7 @@ def check_packed_equals_alone(configs, folder, *, inputs, rel=LOSS_TOLERANCE, st
     """Trains runs alone and in a pack of two slots, which others take over. One run may be stopped at step 2."""
     for n, config in enumerate(configs):
         is_stopped = n == stopped
-        train_run(
+        train_alone(
             config,
             RunFolder(path=folder / f"alone{n}"),
             inputs=inputs,
@@ -153,7 +153,7 @@ def test_a_base_that_drops_is_packed_with_a_stream_for_each_slot(make_config, tm
     check_packed_equals_alone(configs, tmp_path, inputs=inputs)
     assert not any(read_run(tmp_path / f"pack{n}").pack["shared_draws"] for n in range(len(configs)))
     undropped = dataclasses.replace(configs[1], seeds=dataclasses.replace(configs[1].seeds, dropout=8))
-    train_run(undropped, RunFolder(path=tmp_path / "other"), inputs=inputs)
+    train_alone(undropped, RunFolder(path=tmp_path / "other"), inputs=inputs)
     assert rows(tmp_path / "other")[0][1] != pytest.approx(rows(tmp_path / "alone1")[0][1], rel=LOSS_TOLERANCE)
 
 
@@ -221,7 +221,7 @@ def test_packed_rows_of_different_lengths_train_as_alone(make_rows_config, tmp_p
 def test_a_classifier_learns_and_its_score_is_accuracy(make_rows_config, tmp_path):
     config = make_rows_config("table", {"trainer.max_steps": 90, "trainer.eval_every_steps": 30, "model.dropout": 0.0})
     inputs = load_inputs(config)
-    record = train_run(config, RunFolder(path=tmp_path / "lora"), inputs=inputs)
+    record = train_alone(config, RunFolder(path=tmp_path / "lora"), inputs=inputs)
     assert (record.metric, record.direction) == ("accuracy", "maximize")
     losses = [row["loss"] for row in read_steps(tmp_path / "lora") if "loss" in row]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])  # with the seeds 0 to 3, the last are 0.08 to 0.52 of the first
@@ -296,7 +296,7 @@ def test_a_slot_that_gets_no_better_ends_early_as_alone(make_config, inputs, tmp
     jobs = [make_job(tmp_path / "stuck", stuck), make_job(tmp_path / "better", better)]
     # the answer makes no difference: the run has nothing left to do
     train(jobs, tmp_path, inputs=inputs, on_evaluation=stop_at(jobs[0], 4))
-    alone = train_run(stuck, RunFolder(path=tmp_path / "alone"), inputs=inputs)
+    alone = train_alone(stuck, RunFolder(path=tmp_path / "alone"), inputs=inputs)
     packed = read_run(tmp_path / "stuck")
     assert (packed.status, packed.steps_done, packed.reason) == ("complete", alone.steps_done, alone.reason)
     assert read_run(tmp_path / "better").steps_done == 8
@@ -319,5 +319,5 @@ def test_a_pack_that_shrank_grows_again_and_its_runs_equal_runs_alone(make_confi
     assert ended == {"pack0": "stopped", "pack1": "complete", "pack2": "complete", "pack3": "complete"}
     for n in (1, 2, 3):
         run_folder = RunFolder(path=tmp_path / f"alone{n}")
-        train_run(configs[n], run_folder, inputs=inputs)
+        train_alone(configs[n], run_folder, inputs=inputs)
         assert_same_losses(run_folder.path, tmp_path / f"pack{n}", rel=LOSS_TOLERANCE)

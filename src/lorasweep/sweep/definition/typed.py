@@ -47,6 +47,13 @@ def check_typed(settings: Mapping[str, Any]) -> None:
         check_sources(compose_run({"data": ROW_DATA, **model, **of_rows}, require_all=False), typed)
 
 
+def check_files(settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a file of data does not exist. A name without a dot may be a split of a hub's data set."""
+    for key in ("data.train", "data.validation", "data.test") if "data.path" not in settings else ():
+        if isinstance(value := settings.get(key), str) and "." in value:
+            find_files(value, key=key)
+
+
 def check_sources(config: RunConfig, given: Mapping[str, Any]) -> None:
     """Raises ConfigError if the folder of the model, a file, or a column that was `given` does not exist."""
     data = config.data

@@ -40,7 +40,7 @@ from lorasweep.sweep.workers.worker import Worker
 from lorasweep.training.environment import describe_packages, name_device
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.open_run import RunFolder
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 
 CHECK_INTERVAL_S = 1.0
 """Seconds between two checks for a stop request and for new nodes. The end of a worker is noticed immediately."""
@@ -188,7 +188,7 @@ class WorkerActor:
         os.environ.update(ranks)
         self._inputs_cache.folder = self._context.sweep_path
         try:
-            train_run(config, run_folder, inputs=self._inputs_cache.load(config), resume=resume)
+            train_alone(config, run_folder, inputs=self._inputs_cache.load(config), resume=resume)
         except OutOfMemory:  # `_train_with_peers` tells the controller
             raise
         except BaseException as error:
@@ -218,7 +218,7 @@ class WorkerActor:
         os.environ.update(_rank_variables(0, size, *rendezvous))
         try:
             try:
-                record = train_run(config, run_folder, resume=resume, **options)
+                record = train_alone(config, run_folder, resume=resume, **options)
             except RanksLost:
                 _get_results(calls, timeout_s=PEER_TIMEOUT_S)  # raises `OutOfMemory` of another rank
                 raise

@@ -26,7 +26,7 @@ from lorasweep.training.finished_run import score_run, write_base_answers
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.size import PackSize, choose_pack_size
-from lorasweep.training.run import train_run
+from lorasweep.training.run import train_alone
 
 ASK_INTERVAL_S = 2.0
 """Seconds until a worker asks again after it got no trial, while other workers train."""
@@ -53,7 +53,7 @@ class Worker:
     num_workers: int = 1
     """Number of workers that share the trials. More workers mean smaller packs."""
     train_alone: Callable[..., RunRecord] | None = None
-    """Replaces `train_run` for runs outside of packs, for example to train with several processes."""
+    """Replaces `train_alone` for runs outside of packs, for example to train with several processes."""
 
     def __post_init__(self) -> None:
         self.inputs_cache.folder = self.path
@@ -134,7 +134,7 @@ class Worker:
     def _train_alone(self, assignment: Assignment) -> RunRecord:
         config, folder = assignment.config, assignment.run_folder
         inputs = self.inputs_cache.load(config)
-        return (self.train_alone or train_run)(
+        return (self.train_alone or train_alone)(
             config,
             folder,
             inputs=inputs,
@@ -218,8 +218,8 @@ class Worker:
     def _choose_slots(self, arm: Arm) -> int | None:
         """Returns how many trials of an arm train together: `worker.pack_size`, or the result of `choose_pack_size`.
 
-        None means that each trial trains alone, by `train_run`. A pack with one slot is different: only it can resume a
-        run that began in a pack.
+        None means that each trial trains alone, by `train_alone`. A pack with one slot is different: only it can resume
+        a run that began in a pack.
         """
         key, wanted = self._plans[arm.name].key, arm.sweep_config.worker.pack_size
         if key is None or wanted == 1:

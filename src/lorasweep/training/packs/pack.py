@@ -1,6 +1,6 @@
 """Trains several runs together on one frozen base model. When a run ends, another run gets its slot.
 
-A run in a slot equals its solo run with `run.train_run`: data order, initial values, dropout stream, schedule and
+A run in a slot equals its solo run with `run.train_alone`: data order, initial values, dropout stream, schedule and
 metrics are the same. There are two differences. Sums are rounded differently, because kernels depend on the shape. And
 some random numbers have no stream per slot, such as those of dropout inside a fused attention kernel. The record then
 says so (`pack.shared_draws`).

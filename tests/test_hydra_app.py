@@ -10,11 +10,11 @@ import yaml
 from tests.files import list_names
 from tests.word_chats import make_word_chats
 
-from lorasweep import sessions
 from lorasweep.cli import run
 from lorasweep.errors import INTERRUPTED_EXIT_CODE
 from lorasweep.outcome import DONE, FAILED, WRONG_REQUEST
 from lorasweep.record import read_run
+from lorasweep.training import solo_run
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -203,13 +203,13 @@ def test_a_run_that_diverges_is_one_line_and_exit_code_1(here, short_words, caps
 
 
 def test_an_interrupted_run_ends_with_130_and_says_where_it_is(here, short_words, capsys, monkeypatch):
-    true_run = sessions.train_run
+    true_run = solo_run.train_alone
 
     def interrupted(*arguments, stop_requested, **others):
         os.kill(os.getpid(), signal.SIGINT)
         return true_run(*arguments, stop_requested=stop_requested, **others)
 
-    monkeypatch.setattr(sessions, "train_run", interrupted)
+    monkeypatch.setattr(solo_run, "train_alone", interrupted)
     assert run(["train", *short_words]) == INTERRUPTED_EXIT_CODE == 130
     assert read_run(here / "outputs" / "train" / "0001").status == "interrupted"
     assert "outputs/train/0001" in capsys.readouterr().err
