@@ -255,7 +255,7 @@ def _run_job(job: Job, arguments: argparse.Namespace, *, origin: dict[str, Any])
             "`trainer.devices` must be 1 and `trainer.strategy` auto with `-m`, but got "
             f"{trainer.devices!r} and {trainer.strategy_name}. Use `lorasweep sweep` instead of a grid."
         )
-    result = api.train_run(job.config, output=job.output, resume=job.resume, origin=origin)
+    result = api.train_run(job.config, output=job.values["output"], resume=bool(job.values["resume"]), origin=origin)
     return Outcome(result, _say_run(result, job.name))
 
 

@@ -12,17 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import env_override
 from omegaconf import DictConfig
 
+from lorasweep.config import compose
 from lorasweep.config.command_line import add_double_plus, describe_job, parse_overrides
-from lorasweep.config.compose import (
-    apply_settings,
-    build_run,
-    choose_options,
-    merge_settings,
-    one_line_errors,
-    packaged_folder,
-    refuse_secrets,
-    register_search_path,
-)
 from lorasweep.config.redaction import redact
 from lorasweep.config.run import RunConfig
 from lorasweep.console import say_error
@@ -31,15 +22,12 @@ from lorasweep.outcome import DONE, Outcome, end_with_error
 
 
 class Job(NamedTuple):
-    """A run that Hydra composed."""
+    """A composed run. `name` has its overrides in a grid, and is empty for a single run."""
 
-    config: RunConfig
-    typed: Mapping[str, Any]
-    """Dotted keys and values that were typed, or that a sweep recommends."""
-    output: str | None
-    resume: bool
     name: str
-    """The overrides that differ from those of other jobs of a grid; empty for a single run."""
+    config: RunConfig
+    typed: Mapping[str, Any]  # dotted keys with values that were typed, or that a sweep recommends
+    values: Mapping[str, Any]  # all settings, with `output` and `resume`
 
 
 class JobError(Exception):
@@ -60,8 +48,8 @@ def run_hydra_app(
     Raises ConfigError if a word is no override or Hydra refuses one, and the error of a single run.
     """
     typed = parse_overrides(words)
-    refuse_secrets(typed)  # because Hydra prints the overrides of a job that fails
-    options = choose_options("train", merge_settings(settings, typed))
+    compose.refuse_secrets(typed)  # because Hydra prints the overrides of a job that fails
+    options = compose.choose_options("train", compose.merge_settings(settings, typed))
     all_words = [option for option in options if option.partition("=")[0] not in typed] + add_double_plus(words)
     argv, codes, errors = sys.argv, [DONE], list[Exception]()
 
@@ -70,9 +58,9 @@ def run_hydra_app(
         own = HydraConfig.get().overrides.task
         name = redact(describe_job(own, all_words)) if is_grid else ""
         try:
-            layers = merge_settings(settings, parse_overrides(own))
-            values = apply_settings("train", composed, layers, require_all=require_all)
-            outcome = run_job(Job(build_run(values), layers, values["output"], bool(values["resume"]), name))
+            layers = compose.merge_settings(settings, parse_overrides(own))
+            values = compose.apply_settings("train", composed, layers, require_all=require_all)
+            outcome = run_job(Job(name, compose.build_run(values), layers, values))
             reason = outcome.content.record.reason if outcome.content else None
         except (LoraSweepError, OSError) as error:
             if not is_grid:
@@ -87,17 +75,17 @@ def run_hydra_app(
         is_scored = outcome.content and not outcome.code
         return outcome.content.record.score if is_scored else None  # an optimizing sweeper reads it
 
-    register_search_path()
-    app = hydra.main(version_base="1.3", config_path=str(packaged_folder("conf").resolve()), config_name="train")
+    compose.register_search_path()
+    conf = str(compose.packaged_folder("conf").resolve())
+    app = hydra.main(version_base="1.3", config_path=conf, config_name="train")(run)
     sys.argv = ["lorasweep train", *(["--multirun"] if is_grid else []), *all_words]
-    try:
-        with one_line_errors(), env_override({"HYDRA_FULL_ERROR": "1"}):  # Hydra raises errors instead of printing them
-            app(run)()
+    try:  # with this variable Hydra raises errors instead of printing them
+        with compose.one_line_errors(), env_override({"HYDRA_FULL_ERROR": "1"}):
+            app()
     except JobError as error:
-        code, reason, process = error.args
-        if process != os.getpid():  # the job's process printed the error, perhaps into a file
-            say_error(f"a job failed: {reason}")
-        return int(code)
+        if error.args[2] != os.getpid():  # the job's process printed the error, perhaps into a file
+            say_error(f"a job failed: {error.args[1]}")
+        codes.append(error.args[0])
     finally:
         sys.argv = argv
     if errors:
