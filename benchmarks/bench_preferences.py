@@ -135,7 +135,11 @@ def prepare_work(arguments: argparse.Namespace, folder: Path, *, method: str, nu
         return tokens[: first + 1], targets[first:]
 
     sampler = StepBatchSampler(
-        split, batch_size=arguments.batch_size, num_steps=num_steps, seed=config.seeds.data_order
+        split,
+        batch_size=arguments.batch_size,
+        num_steps=num_steps,
+        seed=config.seeds.data_order,
+        group_by_length=True,
     )
     rows = []
     for pair in (pair for step in range(num_steps) for pair in sampler.get_step_indices(step)):

@@ -132,7 +132,9 @@ def prepare(file: Path, *, command: str) -> dict[str, Any]:
     inputs = cache.load(config)
     train = inputs.data.train
     assert len(train) == NUM_STEPS * BATCH_SIZE, len(train)
-    sampler = StepBatchSampler(train, batch_size=BATCH_SIZE, num_steps=NUM_STEPS, seed=config.seeds.data_order)
+    sampler = StepBatchSampler(
+        train, batch_size=BATCH_SIZE, num_steps=NUM_STEPS, seed=config.seeds.data_order, group_by_length=True
+    )
     model = prepare_model(config, inputs.base)
     bind(config.method).save(model, file.parent / "adapter", base=inputs.base)
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_a")}

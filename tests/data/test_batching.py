@@ -32,9 +32,11 @@ class LengthsOnly:
 
 
 def sample(num_examples=10, *, batch_size=4, num_steps=12, seed=0, **rest):
-    return StepBatchSampler(
-        LengthsOnly([7] * num_examples), batch_size=batch_size, num_steps=num_steps, seed=seed, **rest
-    )
+    return make_sampler([7] * num_examples, batch_size=batch_size, num_steps=num_steps, seed=seed, **rest)
+
+
+def make_sampler(lengths, **settings):
+    return StepBatchSampler(LengthsOnly(lengths), group_by_length=True, **settings)
 
 
 def indices(sampler):
@@ -71,10 +73,10 @@ def test_order_is_the_stored_one():
 
 
 def test_a_step_has_the_examples_that_the_seed_drew_however_it_is_cut():
-    split = LengthsOnly([3, 9, 1, 7, 5, 2, 8, 6])
-    whole = StepBatchSampler(split, batch_size=4, num_steps=6, seed=1)
+    lengths = [3, 9, 1, 7, 5, 2, 8, 6]
+    whole = make_sampler(lengths, batch_size=4, num_steps=6, seed=1)
     for accumulate in (2, 4):
-        cut = StepBatchSampler(split, batch_size=4, num_steps=6, seed=1, accumulate=accumulate)
+        cut = make_sampler(lengths, batch_size=4, num_steps=6, seed=1, accumulate=accumulate)
         for step in range(6):
             drawn = [index for micro in cut.get_step(step) for index in micro.indices]
             assert sorted(drawn) == sorted(whole.get_step_indices(step))
@@ -115,7 +117,7 @@ def test_rows_of_one_length_and_small_data_keep_their_order(lengths, group):
 
 def test_an_epoch_of_steps_uses_each_example_once_whatever_the_seed():
     for seed in (0, 1):
-        sampler = StepBatchSampler(LengthsOnly(LENGTHS), batch_size=8, num_steps=1000, seed=seed)
+        sampler = make_sampler(LENGTHS, batch_size=8, num_steps=1000, seed=seed)
         stream = [sampler.get_step_indices(step) for step in range(1000)]
         for epoch in range(8):
             first, end = (number * len(LENGTHS) // 8 for number in (epoch, epoch + 1))
@@ -127,7 +129,7 @@ def test_an_epoch_of_steps_uses_each_example_once_whatever_the_seed():
 
 
 def test_the_seed_chooses_the_rows_of_a_step_and_not_its_length():
-    first, other = (StepBatchSampler(LengthsOnly(LENGTHS), batch_size=8, num_steps=300, seed=seed) for seed in (0, 1))
+    first, other = (make_sampler(LENGTHS, batch_size=8, num_steps=300, seed=seed) for seed in (0, 1))
     steps = [(first.get_step(step), other.get_step(step)) for step in range(300)]
     assert all(one[0].length == two[0].length for one, two in steps)
     assert sum(one[0].indices == two[0].indices for one, two in steps) < 3
@@ -138,7 +140,7 @@ def test_the_seed_chooses_the_rows_of_a_step_and_not_its_length():
 
 
 def test_micro_batches_of_a_step_have_one_length():
-    sampler = StepBatchSampler(LengthsOnly(LENGTHS), batch_size=8, num_steps=40, seed=0, accumulate=3)
+    sampler = make_sampler(LENGTHS, batch_size=8, num_steps=40, seed=0, accumulate=3)
     for step in range(40):
         micros = sampler.get_step(step)
         assert [len(micro.indices) for micro in micros] == [3, 3, 2]

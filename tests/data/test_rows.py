@@ -58,7 +58,8 @@ def step_gradient(model, split, objective, *, accumulate):
     """Loss and gradient of one optimizer step, whose examples are cut into so many micro-batches."""
     model.zero_grad()
     loss = torch.zeros(())
-    for micro in StepBatchSampler(split, batch_size=4, num_steps=1, seed=0, accumulate=accumulate):
+    sampler = StepBatchSampler(split, batch_size=4, num_steps=1, seed=0, group_by_length=True, accumulate=accumulate)
+    for micro in sampler:
         share = objective.losses(model, split.batch(micro.indices)).double().sum() / micro.step_weight
         share.backward()
         loss = loss + share.detach()

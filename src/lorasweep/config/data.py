@@ -110,6 +110,8 @@ class DataSettings(Settings):
     """Settings that limit the number of scored examples: of validation, then of test."""
     cuts_examples: ClassVar[bool] = False
     """Whether the examples have lengths of their own, which `data.max_length` cuts."""
+    is_built_in: ClassVar[bool] = False
+    """Whether every installation has the data, so that a run needs no whole epoch of them."""
     row_keys: ClassVar[tuple[str, ...]] = ("metric",)
     """Settings that apply to examples after they were read and assigned to splits."""
 

@@ -252,6 +252,9 @@ SEED_KEYS = ("seed", *(f"seeds.{f.name}" for f in fields(SeedsConfig)))
 STEPS_KEY = "trainer.max_steps"
 LR, RANK, ALPHA, SCALING = "optim.lr", "method.rank", "method.alpha", "method.scaling"
 """Dotted keys of the settings of LoRA that a sweep is about."""
+MIN_STEPS = 60
+"""Runs of fewer steps are short, because a learning rate has no time to show whether it is good: the search stops none
+of them, `sweep.epochs` sets no fewer, and a longer run is advised before more trials and seeds."""
 
 
 def follows_rate_law(method: str, optimizer: str) -> bool:

@@ -169,7 +169,7 @@ class StepBatchSampler(MicroBatchSampler):
         batch_size: int,
         num_steps: int,
         seed: int,
-        group_by_length: bool = True,
+        group_by_length: bool,
         start_step: int = 0,
         accumulate: int = 1,
         share: ProcessShare = SINGLE_PROCESS,

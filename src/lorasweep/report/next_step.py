@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.config.command_line import format_override
-from lorasweep.config.run import STEPS_KEY
+from lorasweep.config.run import MIN_STEPS, STEPS_KEY
 from lorasweep.config.sweep import MINUTES_KEY
 from lorasweep.record import ArmRow
 from lorasweep.report.caveats import Learning
@@ -27,8 +27,6 @@ MAX_COST_RATIO = 2.0
 """A step is affordable if it takes at most this many times as long as the sweep."""
 MIN_USEFUL_SEEDS = 3
 """Number of seeds that is advised where one seed was used. Fewer give a warning."""
-SHORT_RUN_STEPS = 60
-"""Runs with fewer steps are short: longer ones come before more trials and seeds."""
 MAX_STEPS_RATIO = 10
 """The longer run has at most this many times the steps."""
 LATE_SHARE = 0.75
@@ -98,7 +96,7 @@ def _train_longer(data: SweepData, learning: Learning) -> NextStep | None:
         ratio = max(ratio, 1 / run.epochs)
     elif STEPS_KEY in overrides and not _is_short(data) and not _improves_late(data, learning):
         return None
-    steps = max(SHORT_RUN_STEPS, math.ceil(run.steps_planned * min(ratio, MAX_STEPS_RATIO)))
+    steps = max(MIN_STEPS, math.ceil(run.steps_planned * min(ratio, MAX_STEPS_RATIO)))
     command = None
     if record.source:
         kept = {key: value for key, value in overrides.items() if not key.endswith(STEPS_KEY)}
@@ -112,7 +110,7 @@ def _train_longer(data: SweepData, learning: Learning) -> NextStep | None:
 
 
 def _is_short(data: SweepData) -> bool:
-    return data.longest_run is not None and 0 < data.longest_run.steps_planned < SHORT_RUN_STEPS
+    return data.longest_run is not None and 0 < data.longest_run.steps_planned < MIN_STEPS
 
 
 def _improves_late(data: SweepData, learning: Learning) -> bool:

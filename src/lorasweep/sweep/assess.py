@@ -75,7 +75,7 @@ def _list_notes(definition: Definition, inputs_cache: InputsCache) -> Iterator[N
 def _describe_steps(definition: Definition, inputs_cache: InputsCache) -> Iterator[Note]:
     """Yields a note on steps that are less than an epoch: a warning if labels may not be learned."""
     config = next((arm.base for arm in definition.arms if arm.base.num_steps), None)
-    if config is None or config.data.name.startswith("stdlib"):
+    if config is None or config.data.is_built_in:
         return
     splits, batch_size = inputs_cache.load(config).splits, config.trainer.batch_size
     num_examples, most_frequent = len(splits.train), score_constant_answer(definition, inputs_cache).get("accuracy")

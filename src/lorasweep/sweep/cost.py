@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from lorasweep.config.compose import choose_evaluation_interval
-from lorasweep.config.run import STEPS_KEY, RunConfig
+from lorasweep.config.run import MIN_STEPS, STEPS_KEY, RunConfig
 from lorasweep.config.sweep import DEFAULT_MARGIN, MINUTES_KEY, RayWorkers, parse_margin
 from lorasweep.errors import ConfigError
 from lorasweep.record import QuestionName
 from lorasweep.sweep.controller.proposals import find_batch_start
-from lorasweep.sweep.controller.stopping import MIN_STEPS
 from lorasweep.sweep.definition.arms import Arm, Definition, searches_one_key
 from lorasweep.sweep.definition.confirm import count_confirm_runs, list_questions
 from lorasweep.sweep.definition.ranges import Range

@@ -26,7 +26,7 @@ from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import SWEEP_GROUPS, compose_run, merge_settings
 from lorasweep.config.data import DataSettings, RowSettings, SplitSettings
 from lorasweep.config.method import LoraConfig
-from lorasweep.config.run import ALPHA, LR, RANK, STEPS_KEY
+from lorasweep.config.run import ALPHA, LR, MIN_STEPS, RANK, STEPS_KEY
 from lorasweep.config.sweep import DEFAULT_MARGIN
 from lorasweep.data.reading.files import find_files, find_suffix, open_text
 from lorasweep.data.reading.local import DEFAULT_DIALECTS, TABLE_SUFFIXES
@@ -36,7 +36,6 @@ from lorasweep.errors import ConfigError
 from lorasweep.recipes.read import Recipe
 from lorasweep.recipes.write import NullRepresenter
 from lorasweep.sweep.checks import check_rows
-from lorasweep.sweep.controller.stopping import MIN_STEPS
 from lorasweep.sweep.definition.arms import Definition, read_definition
 from lorasweep.sweep.definition.confirm import MAX_LAW_FACTOR
 from lorasweep.sweep.definition.overrides import Overrides

@@ -36,8 +36,6 @@ from lorasweep.wording import UNKNOWN, format_seconds, format_settings
 
 MAX_SHOWN_RUNS = 16
 """Maximum number of running trials that are listed below the table."""
-MAX_LATENESS = 0.15
-"""A sweep is called late if it is likely to take longer than `sweep.minutes` by more than this fraction."""
 MIN_DONE_SHARE = 0.05
 """The time left is estimated after this share of the optimizer steps."""
 BAR_WIDTH = 30
@@ -102,15 +100,6 @@ class SweepStatus:
         done, total = self.count_steps()
         return None if done <= MIN_DONE_SHARE * total else self.record.makespan_s * (total - done) / done
 
-    @property
-    def seconds_late(self) -> float:
-        """Seconds by which the sweep is likely to exceed `sweep.minutes`; 0 if it is in time, or grew at a resume."""
-        minutes, has_grown = self.record.minutes, any(change.grows for change in self.record.changes)
-        expected_s = self.record.makespan_s + (self.seconds_left or 0.0)
-        if minutes is None or has_grown or expected_s <= (1 + MAX_LATENESS) * 60 * minutes:
-            return 0.0
-        return expected_s - 60 * minutes
-
     def as_json(self) -> dict[str, Any]:
         """Returns what `lorasweep status --json` prints."""
         record = self.record
@@ -125,7 +114,6 @@ class SweepStatus:
             "looks_done": [look.seeds for look in record.looks_done],
             "is_running": self.is_running,
             "seconds_left": self.seconds_left,
-            "seconds_late": self.seconds_late,
             "arms": [arm.as_json(record) for arm in self.arms],
             "running": [{name: getattr(run, name) for name in fields} for run in running],
         }
@@ -168,7 +156,9 @@ def render_status(status: SweepStatus) -> RenderableType:
     title = f"{record.name}: {record.search_metric.name} ({record.search_metric.direction}), {state}"
     notes: list[str] = []
     if status.is_running and not is_over:
-        notes += [*_list_running_trials(record), describe_time(status)]
+        left = describe_time_left(status)
+        time = f"{format_seconds(record.makespan_s)} so far{f', {left}' if left else ''}"
+        notes += [*_list_running_trials(record), time]
     elif is_over:
         notes.append(f"• Type `lorasweep compare {status.folder}` for the answers and the test scores.")
     else:
@@ -187,15 +177,6 @@ def _build_bar(status: SweepStatus) -> RenderableType:
     grid = Table.grid(padding=(0, 1))
     grid.add_row(text, ProgressBar(total=max(total, 1), completed=done, width=BAR_WIDTH))
     return grid
-
-
-def describe_time(status: SweepStatus) -> str:
-    """Returns a clause on the time so far, the time left, and how much later than `sweep.minutes` the end will be."""
-    text, left = f"{format_seconds(status.record.makespan_s)} so far", describe_time_left(status)
-    text += f", {left}" if left else ""
-    if status.seconds_late:
-        text += f"; about {format_seconds(status.seconds_late)} later than `--minutes` asked for"
-    return text
 
 
 def describe_time_left(status: SweepStatus) -> str:
@@ -296,8 +277,6 @@ def show_progress(folder: Path, console: Console, *, verbose: bool = False) -> I
         if (status.seconds_left or 0) >= 1 and not console.is_terminal:  # once for each look
             answers = describe_next_answers(record)
             say(f"{answers} in about {format_seconds(status.seconds_left)}", key=f"{len(record.confirm) > 0} {answers}")
-        if status.seconds_late:
-            say(f"warning: {describe_time(status)}; other work slows this machine down, or speeds differ", key="late")
         activity.what = describe_time_left(status)  # the line that shows it has the time so far
 
     def render() -> RenderableType:

@@ -147,6 +147,10 @@ def set_alike(pack, solos):
                 parameter.data, packed[name].data = values.clone(), values.clone().view_as(packed[name])
 
 
+def sample_step(split, *, seed=0, **settings):
+    return StepBatchSampler(split, num_steps=1, seed=seed, group_by_length=True, **settings).get_step(0)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_slots_with_other_betas_have_the_losses_and_gradients_of_runs_alone(checkpointing, exact_norms):
     settings = {"trainer.activation_checkpointing": checkpointing, "trainer.accumulate": 2}
@@ -157,7 +161,7 @@ def test_slots_with_other_betas_have_the_losses_and_gradients_of_runs_alone(chec
     solos = [prepare_model(config, inputs.base).double() for config in configs]
     set_alike(pack, solos)
     split = inputs.data.train
-    steps = [StepBatchSampler(split, batch_size=6, num_steps=1, seed=seed, accumulate=2).get_step(0) for seed in (0, 1)]
+    steps = [sample_step(split, batch_size=6, seed=seed, accumulate=2) for seed in (0, 1)]
     for micros in zip(*steps, strict=True):
         batch = move_batch(build_pack_batch(split, micros), torch.device("cpu"))
         found = compute_losses(pack, batch, inputs=inputs, configs=configs, slots=find_slots(pack))
@@ -177,7 +181,7 @@ def test_slots_with_other_betas_have_the_losses_and_gradients_of_runs_alone(chec
 
 def test_processes_and_micro_batches_share_pairs_and_never_part_them():
     split, config = make_pairs("train", number=11, seed=3), make_config()
-    [micro] = StepBatchSampler(split, batch_size=7, num_steps=1, seed=0).get_step(0)
+    [micro] = sample_step(split, batch_size=7)
     shares = [ProcessShare(rank, 2).select(micro) for rank in range(2)]
     assert sorted(index for share in shares for index in share.indices) == sorted(micro.indices)
     inputs = make_inputs(config)
@@ -187,7 +191,7 @@ def test_processes_and_micro_batches_share_pairs_and_never_part_them():
         batch = move_batch(build_pack_batch(inputs.data.train, [micro]), device)
         return compute_losses(model, batch, inputs=inputs, configs=[config]).item()
 
-    cut = StepBatchSampler(inputs.data.train, batch_size=7, num_steps=1, seed=0, accumulate=3).get_step(0)
+    cut = sample_step(inputs.data.train, batch_size=7, accumulate=3)
     whole = compute(micro)
     assert sum(map(compute, shares)) == pytest.approx(whole, rel=1e-5)
     assert sum(map(compute, cut)) == pytest.approx(whole, rel=1e-5)

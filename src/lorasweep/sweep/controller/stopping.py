@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lorasweep.config.data import ScoreMetric
-from lorasweep.config.run import RunConfig
+from lorasweep.config.run import MIN_STEPS, RunConfig
 from lorasweep.wording import format_metric, format_score
 
 LOSS_METRIC = "loss"
 """Metric that every task reports, also if another metric is its score. A module of the user may not log it."""
-MIN_STEPS = 60
-"""Runs of fewer steps are never stopped, because a learning rate has no time to show whether it is good. It is also the
-lower bound of the steps that `sweep.epochs` sets."""
 SCORE_ROUNDING = 1e-6
 """Relative difference up to which a score equals that of the untrained answer.
 

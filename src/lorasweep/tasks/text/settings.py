@@ -42,6 +42,7 @@ class BlockSettings(DataSettings):
 class StdlibConfig(BlockSettings):
     """Text that every Python installation has: `stdlib_docs` and `stdlib_code`."""
 
+    is_built_in = True
     name: Literal["stdlib_docs", "stdlib_code"]
 
 
