@@ -87,7 +87,7 @@ def test_verdicts_are_about_the_chosen_metric_and_the_page_shows_both_and_the_an
     (row,) = [row for answer in summary["answers"] for row in answer["rows"] if row["name"] == "as_good_as_full"]
     assert -1 <= row["value"] <= 1
     with (folder / "report" / "confirmed.csv").open() as file:
-        assert {"exact_match", "bits_per_byte"} <= next(csv.DictReader(file)).keys()
+        assert {"test/exact_match", "test/bits_per_byte"} <= next(csv.DictReader(file)).keys()
     examples = list_generated_examples(data)
     assert len(examples) == 5
     # no arm is frozen, so the base answered once

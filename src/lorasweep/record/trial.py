@@ -162,20 +162,20 @@ def build_frame(runs: Iterable[Trial], *, metric: str, keys: Sequence[str] = ())
     """Returns a table with a row per run of one stage and its settings as columns with dotted keys.
 
     A trial of the search has its number as `trial` and the best score on validation data as `METRIC`. A confirm run has
-    its `seed`, and its score on test data as `test/METRIC`. Runs with a record also have its costs (`COST_FIELDS`),
+    its `seed`, and its scores on test data as `test/NAME`. Runs with a record also have its costs (`COST_FIELDS`),
     `best_step`, and the values of `keys`, swept or not.
     """
     import pandas  # noqa: PLC0415 (slow to import)
 
     rows = []
     for run in runs:
-        is_search = run.stage == "search"
+        is_search, tested = run.stage == "search", {metric: None, **run.test_scores}
         row = {
             "arm": run.arm,
             "subject": run.subject,
             **({"trial": run.number} if is_search else {"seed": run.seed}),
             "state": run.state,
-            **({metric: run.search_score} if is_search else {f"test/{metric}": run.test_scores.get(metric)}),
+            **({metric: run.search_score} if is_search else {f"test/{name}": tested[name] for name in tested}),
             **run.params,
             **{key: run.setting(key) for key in keys},
         }

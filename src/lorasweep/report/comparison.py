@@ -95,7 +95,7 @@ def compare_sweeps(folders: Sequence[str | Path]) -> Comparison:
     names = [format_setting(value).rsplit("/", 1)[-1] for value in values]
     labels = names if len(differences) == 1 and len({*names}) == len(found) else [str(data.folder) for data in found]
     subjects = dict.fromkeys(one.name for data in found for one in data.subjects if not one.row.is_base)
-    has_shares = all(data.evidence.gain or (data.search_gain and not data.evidence.means) for data in found)
+    has_shares = all(data.gain for data in found)
     arms = [row.name for row in found[0].record.arms if row.key]
     return Comparison(
         sweeps={label: data.folder for label, data in zip(labels, found, strict=True)},

@@ -127,7 +127,9 @@ def _answer_setting(data: SweepData, learning: Learning) -> Answer:
         if learning.has_failed:
             missing = "not learned"
         return Answer(name="setting", arm=choice.subject.name if choice else "", missing=missing)
-    regret, gain, is_small = choice.setting.regret, data.regret_gain, data.has_small_regret(choice.setting)
+    regret, margin = choice.setting.regret, data.search_margin  # both in the unit of the search's metric
+    gain = data.gain if data.record.verdict_metric == data.record.search_metric else data.search_gain
+    is_small = regret is not None and margin is not None and regret <= margin
     row = AnswerRow(
         name="setting",
         arm=choice.subject.arm,

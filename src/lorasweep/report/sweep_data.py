@@ -231,10 +231,9 @@ class SweepData:
         return gain if gain > 0 and (self.evidence.gain or not self.evidence.means) else None
 
     @property
-    def regret_gain(self) -> float | None:
-        """The gain of which a regret is a share: on test data if that has the same metric, else in the search."""
-        is_same = self.record.verdict_metric == self.record.search_metric
-        return (self.evidence.gain if is_same else None) or self.search_gain
+    def gain(self) -> float | None:
+        """Full fine-tuning's gain by `shown_metric`: on test data if anything is confirmed, else in the search."""
+        return self.evidence.gain if self.evidence.means else self.search_gain
 
     @property
     def search_margin(self) -> float | None:
@@ -243,11 +242,6 @@ class SweepData:
             return self.evidence.margin
         margin = self.evidence.scale.margin
         return self.evidence.scale.find_margin(self.search_gain) if margin.is_share_of_gain else None
-
-    def has_small_regret(self, setting: Setting) -> bool:
-        """Returns whether an untried setting is known to be better by no more than the margin."""
-        regret, margin = setting.regret, self.search_margin
-        return regret is not None and margin is not None and regret <= margin
 
     def find_share(self, one: SubjectResult) -> tuple[float | None, Interval | None]:
         """Returns a subject's share of full fine-tuning's gain with its interval: on test data if it is confirmed."""

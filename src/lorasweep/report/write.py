@@ -45,8 +45,6 @@ EVENT_FILE_SUFFIX = ".lorasweep"
 """Suffix of our event files. A later call finds and replaces the files with this suffix."""
 ARM_TAG = "best trial of each arm"
 """The group of the arms' curves. All arms have the same tag, so that TensorBoard draws them in one chart."""
-RUN_COLUMNS = ("arm", "subject", "seed", "state", "run")
-"""Fields of a confirm run that are columns of `confirmed.csv`."""
 COST_METRICS = ("trainable_params", "peak_memory_bytes", "wall_s")
 """Fields of a run's record that are metrics of its row."""
 
@@ -137,7 +135,7 @@ def _build_answer(answer: Answer, data: SweepData) -> dict[str, Any]:
 def build_tables(findings: Findings) -> dict[str, pandas.DataFrame]:
     """Returns the content of each CSV file: trials, their curves, and after a confirm stage its runs."""
     data, record = findings.data, findings.data.record
-    metric, verdict = record.search_metric.name, record.verdict_metric.name
+    metric = record.search_metric.name
     keys = tuple(dict.fromkeys([*data.swept_keys, RANK, ALPHA, LR]))
     trials = build_frame(data.trials, metric=metric, keys=keys).drop(columns="step", errors="ignore")
     trials = trials.assign(
@@ -152,9 +150,7 @@ def build_tables(findings: Findings) -> dict[str, pandas.DataFrame]:
     entries = [{"arm": arm, **text.build_entry(row), **end} for (arm, row), end in zip(found, ends, strict=True)]
     tables["answers.csv"] = pandas.DataFrame(entries).drop(columns="interval", errors="ignore")
     if data.confirm_runs:
-        columns = ["arm", "subject", "seed", verdict, "state", "run", *(one.name for one in record.test_metrics[1:])]
-        rows = [{**run.test_scores, **{name: getattr(run, name) for name in RUN_COLUMNS}} for run in data.confirm_runs]
-        tables["confirmed.csv"] = pandas.DataFrame(rows, columns=list(dict.fromkeys(columns)))
+        tables["confirmed.csv"] = build_frame(data.confirm_runs, metric=record.verdict_metric.name)
     return tables
 
 
