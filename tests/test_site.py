@@ -160,6 +160,10 @@ def test_every_setting_and_command_and_public_name_is_in_the_reference():
     text = load_hook().describe_commands()
     commands = next(action.choices for action in build_parser()._actions if isinstance(action.choices, dict))
     assert set(re.findall(r"^## (\w+)$", text, flags=re.MULTILINE)) == set(commands)
+    hook, page = load_hook(), (DOCS / "reference" / "json.md").read_text(encoding="utf-8")
+    for place, classes in hook.JSON_CLASSES.items():
+        assert f"<!-- {place} -->" in page
+        assert len(hook.describe_fields(classes).splitlines()) > len(classes) + 2
     shown = set(re.findall(r"^::: ([\w.]+)$", (DOCS / "reference" / "api.md").read_text(encoding="utf-8"), flags=re.M))
     for package in (lorasweep, lorasweep.lora):
         public = {f"{getattr(package, name).__module__}.{name}" for name in package.__all__}

@@ -1,4 +1,4 @@
-"""Writes the parts of the site that come from the code: the settings, the commands, and files of the root folder.
+"""Writes the parts of the site that come from the code: settings, commands, keys of JSON, and files of the root folder.
 
 MkDocs calls `on_files` and `on_page_markdown` (mkdocs.yml, `hooks`). The other functions need only lorasweep.
 """
@@ -8,18 +8,23 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from lorasweep.cli import build_parser
 from lorasweep.config.compose import Primary, default_options
-from lorasweep.config.reference import list_settings
+from lorasweep.config.reference import list_settings, read_docstrings
+from lorasweep.report.comparison import Cell, Comparison
+from lorasweep.sweep.cost import Rates
 
 ROOT = Path(__file__).parents[2]
 ROOT_PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
 """Files of the root folder that are also pages of the site."""
 PRIMARIES: Mapping[Primary, str] = {"train": "run", "sweep": "sweep"}
+JSON_CLASSES = {"comparison": {"": Comparison, "cells.": Cell}, "groups": {"groups.": Rates}}
+"""By the place in `reference/json.md`, the classes whose fields are keys there, each by the start of its keys."""
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -36,7 +41,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Inserts generated text, and changes what GitHub and MkDocs read differently."""
-    for name, describe in {"settings": describe_settings, "commands": describe_commands}.items():
+    of_json = {name: partial(describe_fields, classes) for name, classes in JSON_CLASSES.items()}
+    for name, describe in {"settings": describe_settings, "commands": describe_commands, **of_json}.items():
         before, mark, after = markdown.partition(f"<!-- {name} -->")
         if mark:  # the rest of its line tells readers of the file where the list is
             markdown = before + describe() + re.sub(".*", "", after, count=1)
@@ -74,6 +80,12 @@ def describe_commands() -> str:
     return "\n\n".join(
         f"## {name}\n\n```text\n{sub.format_help().rstrip()}\n```" for name, sub in subcommands.choices.items()
     )
+
+
+def describe_fields(classes: Mapping[str, type]) -> str:
+    """Returns a table of the fields of dataclasses, with their docstrings."""
+    found = [(start + name, text) for start, kind in classes.items() for name, text in read_docstrings(kind).items()]
+    return "\n".join(["| key | content |", "|---|---|", *(f"| `{key}` | {_escape(text)} |" for key, text in found)])
 
 
 def describe_settings() -> str:

@@ -44,7 +44,7 @@ def list_settings(primary: Primary) -> Iterator[SettingEntry]:
     """Yields all settings of a run or of a sweep. Those of several classes or options are several settings."""
     config: type = RunConfig if primary == "train" else SweepConfig
     file, groups = packaged_folder("conf") / f"{primary}.yaml", default_options(primary)
-    content, meanings, hints = _read_yaml(file), _read_docstrings(config), get_type_hints(config, include_extras=True)
+    content, meanings, hints = _read_yaml(file), read_docstrings(config), get_type_hints(config, include_extras=True)
     for group, hint in hints.items():
         files = sorted((packaged_folder("conf") / group).glob("*.yaml"))
         options, known = {path.stem: _read_option(path) for path in files}, {"defaults", "name", TARGET}
@@ -71,7 +71,7 @@ def _read_option(path: Path) -> dict[str, Any]:
 
 def list_fields(kind: type, group: str, options: Mapping[str, Mapping[str, Any]]) -> Iterator[SettingEntry]:
     """Yields the fields of a class of settings; `options` are those of the group that it belongs to."""
-    hints, meanings = get_type_hints(kind, include_extras=True), _read_docstrings(kind)
+    hints, meanings = get_type_hints(kind, include_extras=True), read_docstrings(kind)
     about = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
     skipped = ("arguments",) if "" in options else ("arguments", "name")  # an option's name chooses the class
     for field in (f.name for f in fields(kind) if f.name not in skipped):
@@ -132,7 +132,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
 
 
-def _read_docstrings(kind: type) -> dict[str, str]:
+def read_docstrings(kind: type) -> dict[str, str]:
     """Returns the docstring below each field of a class, also of inherited fields; an empty text if it has none."""
     found = {f.name: "" for f in fields(kind)}
     for parent in reversed([parent for parent in kind.__mro__ if is_dataclass(parent)]):
