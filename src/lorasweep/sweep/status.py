@@ -175,7 +175,7 @@ def _build_bar(status: SweepStatus) -> RenderableType:
     text = f"{done / max(total, 1):.0%} of {total:,} steps"
     text += f", best so far: {best.arm} {best.search_score:.4f}" if best else ""
     grid = Table.grid(padding=(0, 1))
-    grid.add_row(text, ProgressBar(total=max(total, 1), completed=done, width=BAR_WIDTH))
+    grid.add_row(text, ProgressBar(total=max(total, 1), completed=done, width=BAR_WIDTH, complete_style="cyan"))
     return grid
 
 
