@@ -4,7 +4,7 @@ A wrong request raises `ConfigError`, a damaged file `RecordError`, any other fa
 Ctrl-C ends a sweep or a run after the current step, with a checkpoint: its result has the status `interrupted` and can
 be resumed. A second Ctrl-C raises KeyboardInterrupt.
 
-What takes torch is imported when it is needed, after keys, files and columns were checked.
+torch, SciPy and what needs them are imported when they are needed, after keys, files and columns were checked.
 """
 
 from __future__ import annotations
@@ -23,15 +23,13 @@ from lorasweep.config.run import RunConfig
 from lorasweep.console import say
 from lorasweep.errors import ConfigError
 from lorasweep.recipes.read import read_recipe
-from lorasweep.recipes.write import Change, write_recipe
 from lorasweep.record import RUN_FILE, SWEEP_FILE, read_run, read_sweep
-from lorasweep.report.recommend import find_recommended_run, load_recommended, read_recommended
-from lorasweep.report.text import describe_evidence
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
 from lorasweep.training.torch_variables import quick_imports
 from lorasweep.wording import format_range
 
 if TYPE_CHECKING:
+    from lorasweep.recipes.write import Change
     from lorasweep.sweep.controller.folder import SweepFolder
     from lorasweep.sweep.definition.arms import Definition
     from lorasweep.sweep.plan import SweepPlan
@@ -209,7 +207,11 @@ def train_run(
         ConfigError: The request is wrong.
         RunError: The run diverged or does not fit in memory. Its record has the reason.
     """
-    settings, found = read_recommended(Path(from_sweep)) if from_sweep is not None else ({}, {})
+    settings: Mapping[str, Any] = {}
+    if from_sweep is not None:
+        from lorasweep.report.recommend import read_recommended
+
+        settings, origin = read_recommended(Path(from_sweep))
     if isinstance(overrides, RunConfig):
         config = overrides
     else:
@@ -217,7 +219,7 @@ def train_run(
     with quick_imports():
         from lorasweep.training.solo_run import train_solo_run
 
-    return load_run(train_solo_run(config, output=output, resume=resume, origin=origin or found))
+    return load_run(train_solo_run(config, output=output, resume=resume, origin=origin))
 
 
 def list_examples(overrides: Overrides | RunConfig, *, number: int = 3) -> Examples:
@@ -248,6 +250,8 @@ def find_run(source: str | Path) -> tuple[Path, str]:
     if _is_run(source):
         read_run(source)
         return source, source.name
+    from lorasweep.report.recommend import find_recommended_run
+
     return find_recommended_run(source)
 
 
@@ -272,6 +276,10 @@ def export_recipe(source: str | Path, file: str | Path, *, tool: str, anyway: bo
         ConfigError: The file is of another tool, or trains in another way than the sweep. It stays as it is.
         RecordError: The sweep or the run is not complete, or nothing is shown to be learned.
     """
+    from lorasweep.recipes.write import write_recipe
+    from lorasweep.report.recommend import load_recommended
+    from lorasweep.report.text import describe_evidence
+
     source, evidence, otherwise = Path(source), dict[str, str](), "one run, compared with no other"
     if _is_run(source):
         run, summary = read_run(source), otherwise

@@ -218,11 +218,12 @@ def reproduce(arguments: argparse.Namespace) -> Outcome:
 def train(arguments: argparse.Namespace) -> Outcome:
     """Trains the run, or each job of a grid, or only shows settings or examples."""
     from lorasweep.hydra_app import run_hydra_app
-    from lorasweep.report.recommend import read_recommended
 
     settings: dict[str, Any] = {}
     origin: dict[str, Any] = {}
     if arguments.source is not None:
+        from lorasweep.report.recommend import read_recommended
+
         settings, origin = read_recommended(Path(arguments.source))
 
     def run_job(job: Job) -> Outcome:
