@@ -95,7 +95,9 @@ def test_a_sweep_whose_head_or_controller_died_is_resumed(start, tmp_path, victi
     sweep = start("worker.num=2", "sweep.output=out", f"trainer.max_steps={steps}", "trainer.eval_every_steps=20")
     wait_for(lambda: count_evaluations(folder), sweep)
     kill_head(sweep, victim)
-    assert re.search(r"`lorasweep sweep --resume (\S*/)?out`", sweep.wait(code=1))
+    said = sweep.wait(code=1)
+    if victim != "gcs_server":  # without it, Ray ends the process in 15 s, with a sentence of its own
+        assert re.search(r"`lorasweep sweep --resume (\S*/)?out`", said)
     start("--resume", "out").wait()
     check_whole(folder, steps=steps)
 

@@ -9,20 +9,15 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import socket
 import tempfile
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from lorasweep.config.components import require_package
-from lorasweep.console import say_error
 from lorasweep.errors import ConfigError, first_line
 
 OBJECT_STORE_BYTES = 100 * 2**20
@@ -30,10 +25,6 @@ OBJECT_STORE_BYTES = 100 * 2**20
 SOCKETS_FOLDER = "/tmp"
 """Folder for Ray's temporary files. It is short, because Ray appends about 70 characters to the paths of its sockets,
 and Linux allows 107."""
-HEAD_PROCESSES = ("gcs_server", "raylet")
-"""Names of the processes without which a Ray head does not work."""
-HEAD_CHECK_INTERVAL_S = 0.5
-"""Seconds between two checks whether the head's processes run."""
 CONNECT_TIMEOUT_S = 10.0
 """Timeout of a connection to a Ray head."""
 HEALTH_CHECK_SETTINGS = {
@@ -57,17 +48,17 @@ class WorkerNeeds:
 
 
 @contextmanager
-def start_local_cluster(sweep: Path) -> Iterator[None]:
-    """Starts a cluster on this machine for a sweep's folder, and ends it after the block."""
+def start_local_cluster() -> Iterator[None]:
+    """Starts a cluster on this machine, and ends it after the block."""
     # This variable tells Ray that the cluster has one node. Otherwise Ray would not only listen on 127.0.0.1.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    with _start_head(sweep, _node_ip_address="127.0.0.1"):
+    with _start_head(_node_ip_address="127.0.0.1"):
         yield
 
 
 @contextmanager
-def start_head_for_nodes(sweep: Path, *, ip: str | None, token_file: Path) -> Iterator[str]:
+def start_head_for_nodes(*, ip: str | None, token_file: Path) -> Iterator[str]:
     """Starts the head of a Ray cluster that other machines join, and ends it after the block. Yields its `HOST:PORT`.
 
     The head trains nothing. The other machines reach it at `ip`, or at the address that Ray finds, and join with the
@@ -79,7 +70,7 @@ def start_head_for_nodes(sweep: Path, *, ip: str | None, token_file: Path) -> It
     for name in ("RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):  # Ray would prefer these to our options
         os.environ.pop(name, None)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
-    with _start_head(sweep, num_cpus=0, num_gpus=0, _node_ip_address=ip):
+    with _start_head(num_cpus=0, num_gpus=0, _node_ip_address=ip):
         import ray  # noqa: PLC0415
 
         yield ray.get_runtime_context().gcs_address
@@ -105,7 +96,7 @@ def is_listening(address: str) -> bool:
 
 
 @contextmanager
-def _start_head(sweep: Path, **options: Any) -> Iterator[None]:
+def _start_head(**options: Any) -> Iterator[None]:
     """Starts a Ray head that requires a token and has no dashboard."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     with (
@@ -119,32 +110,7 @@ def _start_head(sweep: Path, **options: Any) -> Iterator[None]:
             **options,
         ),
     ):
-        ended = threading.Event()
-        threading.Thread(target=_exit_when_head_is_gone, args=(sweep, Path(temporary), ended), daemon=True).start()
-        try:
-            yield
-        finally:
-            ended.set()
-
-
-def _exit_when_head_is_gone(sweep: Path, temporary: Path, ended: threading.Event) -> None:
-    """Ends this process and all of its Ray processes if one of the head's processes is gone.
-
-    Ray's own code would end this process later, without a message, and its agents would look for the head for a minute.
-    """
-    this = psutil.Process()
-    head = [child for child in this.children() if child.name() in HEAD_PROCESSES]
-    started: set[psutil.Process] = set()
-    while not ended.wait(HEAD_CHECK_INTERVAL_S):
-        started.update(this.children(recursive=True))  # a process whose parent died is no longer found later
-        if all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in head):
-            continue
-        say_error(f"Ray's head must run as long as the sweep, but it ended. Type `lorasweep sweep --resume {sweep}`.")
-        for process in started:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        shutil.rmtree(temporary, ignore_errors=True)
-        os._exit(1)
+        yield
 
 
 @contextmanager

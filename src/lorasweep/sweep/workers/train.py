@@ -78,7 +78,7 @@ def _train(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested: Cal
         if isinstance(config, SlurmWorkers):
             return _train_on_slurm(sweep.path, config, needs, stop_requested=stop_requested)
         address = config.address
-        with start_local_cluster(sweep.path) if address is None else join_cluster(address):
+        with start_local_cluster() if address is None else join_cluster(address):
             from lorasweep.sweep.workers.ray_workers import WorkerPool  # noqa: PLC0415 (needs Ray)
 
             check_capacity(needs)
@@ -118,7 +118,7 @@ def _train_on_slurm(
                 f"Type `lorasweep sweep --resume {path}` to submit other jobs."
             )
 
-    with start_head_for_nodes(path, ip=config.head_ip, token_file=path / slurm.TOKEN_FILE) as address:
+    with start_head_for_nodes(ip=config.head_ip, token_file=path / slurm.TOKEN_FILE) as address:
         from lorasweep.sweep.workers.ray_workers import WorkerPool  # noqa: PLC0415 (Ray must be imported after the head has started)
 
         # The address is written after the token, because a job that reads the address joins at once.
