@@ -99,7 +99,7 @@ def _list_answers(data: SweepData, learning: Learning) -> Iterator[Answer]:
     shown = {(row.name, row.arm) for answer in first for row in answer.rows}
     for question in record.questions:
         is_other = (question.name, question.arm) not in shown and question.arm not in data.fixed_arms
-        if is_other and (answer := evidence.answer(question)).rows:
+        if is_other and (answer := evidence.find_answer(question.name, question.arm)).rows:
             yield answer
     for fixed, searched in pair_fixed_settings(data) if not learning.has_failed else ():
         yield _answer_present(fixed, searched, data)

@@ -64,7 +64,7 @@ def _settle(answer: Answer, blocking: AnswerRow, data: SweepData) -> NextStep | 
     """Returns further seeds if they probably settle a question, else trials if the search has the largest error."""
     record, present = data.record, data.evidence
     trained = present.list_trained()
-    line = [question for question in record.questions if present.answer(question).rows == answer.rows]
+    line = [question for question in record.questions if (question.name, question.arm) == (answer.name, answer.arm)]
     step = None
     if not _had_more_seeds(data):
         step = find_step(

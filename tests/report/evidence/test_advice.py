@@ -87,16 +87,3 @@ def test_a_sweep_that_gave_up_before_its_last_look_gets_no_fewer_seeds_than_plan
     now = build(draw(0.0, seeds=3, rng=np.random.default_rng(3)))
     step = find_step(QUESTIONS, replace(now, looks=(3, 12)))
     assert step.seeds >= 12
-
-
-def test_two_questions_on_one_arm_have_their_own_outcomes():
-    pairs = [
-        Question(name="pair", arm="lora", key=None, subjects=["lora"], reference=reference)
-        for reference in ("vera", "full")
-    ]
-    values = draw(0.0, seeds=3, rng=np.random.default_rng(3))
-    values |= {"vera": {seed: row + 50 for seed, row in values["full"].items()}}
-    scores = build(values).scores
-    answers = answer_questions(pairs, scores, SCALE, looks=(3,))
-    current = Evidence(questions=pairs, answers=answers, scores=scores, scale=SCALE, looks=(3,), looks_done=(3,))
-    assert [current.answer(pair).state for pair in pairs] == ["settled", "open"]

@@ -64,8 +64,8 @@ def find_step(
     Returns:
         None if an open answer has fewer than two seeds, or if the affordable seeds have no chance of `MIN_CHANCE`.
     """
-    answers = map(present.answer, line)
-    if any(row.num_seeds < 2 for answer in answers for row in answer.rows if not row.is_settled):
+    rows = [row for question in line for row in present.find_answer(question.name, question.arm).rows]
+    if any(row.num_seeds < 2 for row in rows if not row.is_settled):
         return None
     present = replace(present, scores=_merge_groups(present.scores))
     last, most = max(present.looks_done, default=len(present.seeds)), max(present.looks)
@@ -100,7 +100,7 @@ def compute_chance(line: Sequence[Question], present: Evidence, num_seeds: int) 
     rng = np.random.default_rng(0)
     looks = sorted({*(look for look in present.looks_done if look < num_seeds), num_seeds})
     level = compute_level(present.questions, looks)
-    answers = [(question, present.answer(question)) for question in present.questions]
+    answers = [(one, present.find_answer(one.name, one.arm)) for one in present.questions]
     needed = [(question, found) for question, found in answers if question in line or found.state == "settled"]
     settled = 0
     for _ in range(NUM_DRAWS):

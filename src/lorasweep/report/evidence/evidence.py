@@ -107,13 +107,8 @@ class Evidence:
     def mean(self, subject: str | None) -> Estimate | None:
         return self.means.get(subject) if subject else None
 
-    def answer(self, question: Question) -> Answer:
-        """Returns the rows of a question. Within an arm, the smallest value is first."""
-        rows = tuple(row for row in self.answers if row.answers(question))
-        return Answer(name=question.name, arm=question.arm, rows=rows)
-
     def find_answer(self, name: QuestionName, arm: str) -> Answer:
-        """Returns the answer to a question on an arm; `not asked` if the sweep does not ask it."""
+        """Returns the answer about an arm, smallest value first; `not asked` if the sweep does not ask the question."""
         rows = tuple(row for row in self.answers if (row.name, row.arm) == (name, arm))
         return Answer(name=name, arm=arm, rows=rows)
 

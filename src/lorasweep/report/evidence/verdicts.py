@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lorasweep.record import Question, QuestionName
+from lorasweep.record import QuestionName
 from lorasweep.report.evidence.estimates import Interval
 
 Verdict = Literal["better", "equivalent", "not worse", "worse", "sufficient", "insufficient", "open"]
@@ -90,11 +90,6 @@ class AnswerRow:
     @property
     def is_settled(self) -> bool:
         return self.verdict != "open"
-
-    def answers(self, question: Question) -> bool:
-        """Returns whether this is the answer on a subject of a question."""
-        is_reference = question.reference in (None, self.reference)
-        return (self.name, self.arm) == (question.name, question.arm) and is_reference
 
 
 @dataclass(frozen=True, kw_only=True)
