@@ -12,7 +12,6 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -280,9 +279,6 @@ class Estimate:
         # 1 % wider, because the ends are not exact if a part is nearly 0
         low, high = 0.99 * min(ends), 1.01 * max(ends)
         return float(brentq(lambda deviation: self._compute_tail(deviation) - level, low, high, xtol=1e-9))
-
-    def as_json(self) -> dict[str, Any]:
-        return {"mean": self.value, "std": self.std, "interval": self.find_interval(), "seeds": len(self.seeds)}
 
     @property
     def std(self) -> float | None:

@@ -287,7 +287,6 @@ def _answer_chain(
             interval=interval,
             is_share=is_share,
             num_seeds=len(worst.advantage.seeds) if worst else 0,
-            has_groups=scores.num_groups < scores.num_examples,
         )
         if answer.is_settled:
             answers.append(answer)

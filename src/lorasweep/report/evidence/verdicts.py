@@ -78,8 +78,6 @@ class AnswerRow:
     """The interval that the tests of this look use. A verdict never contradicts it."""
     is_share: bool = False
     num_seeds: int = 0
-    has_groups: bool = False
-    """Whether several test examples form a group, such as a document."""
     blocker: Blocker | None = None
     """None if it is settled."""
     may_settle: bool = False
