@@ -27,9 +27,9 @@ class Activity:
     total: int = 0
     """Number of steps or examples; 0 if it is not known."""
     first: int = 0
-    """Number that was done before, in a resumed run."""
+    """Number of steps or examples that were done before this run was resumed."""
     done: int = 0
-    """Number that is done, including `first`."""
+    """Number of steps or examples that are done, including `first`."""
     began_s: float = field(default_factory=time.monotonic)
 
     def advance(self, number: int = 1) -> None:
@@ -63,7 +63,7 @@ def doing(what: str, *, unit: str = "step", total: int = 0, first: int = 0) -> I
 
 
 def end_inner(activity: Activity) -> None:
-    """Ends what began inside an activity, such as an iteration that nobody exhausts."""
+    """Ends the activities that began inside this one, such as an iteration that was left early."""
     if activity in _STACK:
         del _STACK[_STACK.index(activity) + 1 :]
 
@@ -77,7 +77,7 @@ def describe_activity() -> str:
 
 @contextmanager
 def repeat_every(seconds: float, call: Callable[[], None], *, also_at_end: bool = False) -> Iterator[None]:
-    """Calls a function in a thread every few seconds, while the block runs, and perhaps once after it."""
+    """Calls a function in a thread every `seconds` while the block runs, and with `also_at_end` once after it."""
     stop = threading.Event()
 
     def repeat() -> None:

@@ -1,4 +1,4 @@
-"""Everything that the commands do, as functions that return what was found. The command line prints it.
+"""What `new`, `plan`, `sweep`, `train` and `export --into` do, as functions; the other commands call other modules.
 
 A wrong request raises `ConfigError`, a damaged file `RecordError`, any other failure another `LoraSweepError`.
 Ctrl-C ends a sweep or a run after the current step, with a checkpoint: its result has the status `interrupted` and can
@@ -67,8 +67,8 @@ def new_sweep(
 
     Args:
         file: The new file, with the suffix `.yaml`.
-        overrides: At least `data.train` or `data.path`, and `model.path` unless `like` has it.
-        like: A training file of axolotl, TRL or LLaMA-Factory to follow.
+        overrides: At least the data and the model, unless `from_hub` or `like` names them.
+        like: A training file of axolotl, TRL or LLaMA-Factory, whose settings are followed.
         from_hub: A data set of the hub, of which all splits are read.
         minutes: As in `run_sweep`.
         on_note: Called with each sentence on what is done now.
@@ -140,7 +140,7 @@ def run_sweep(
             None drafts a sweep for the data of the overrides.
         overrides: Settings that replace settings of the sweep.
         minutes: The time that the sweep may take on this machine. A few steps are measured, and the sweep is cut.
-        output: A new or empty folder; by default `outputs/NAME` with the next free number.
+        output: A new or empty folder; by default `sweep.output`, or `outputs/NAME` with the next free number.
         progress: `auto` and `verbose` show the state of the sweep while it runs, a function receives it, None shows
             nothing.
 
@@ -170,8 +170,7 @@ def resume_sweep(folder: str | Path, *, overrides: Overrides = (), progress: Pro
         progress: As in `run_sweep`.
 
     Raises:
-        ConfigError: A trial that has begun would change, or the data, the model or the user's code has; nothing was
-            written.
+        ConfigError: A trial that has begun would change; or the data, the model or the user's code has changed.
         RecordError: The folder is not a sweep, is damaged, or another process runs it.
         LoraSweepError: The sweep can't continue.
     """
@@ -201,7 +200,7 @@ def train_run(
             those of an arm, or of one of its confirmed values.
         output: A new or empty folder; by default the first free one of `outputs/train/0001`, `0002`, ...
         resume: Whether to continue the run in `output`.
-        origin: What the record says on where a `RunConfig` comes from.
+        origin: The `origin` in the run's record, if `overrides` is a `RunConfig`.
 
     Raises:
         ConfigError: The request is wrong.

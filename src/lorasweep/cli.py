@@ -12,16 +12,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from lorasweep import commands
 from lorasweep.commands import Command
 from lorasweep.errors import ConfigError
 from lorasweep.outcome import Outcome, end
-
-if TYPE_CHECKING:
-    pass
-
 
 JSON_COMMANDS = ("sweep", "plan", "status", "compare")
 """Commands whose result `--json` prints."""
@@ -45,11 +41,11 @@ def _run_command(arguments: Sequence[str]) -> Outcome:
     parser = build_parser()
     parsed, others = parser.parse_known_args(arguments)
     if hasattr(parsed, "overrides") and not any(other.startswith("-") for other in others):
-        parsed.overrides = [*parsed.overrides, *others]  # also overrides after a flag
+        parsed.overrides = [*parsed.overrides, *others]  # argparse does not take overrides after a flag
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if parsed.command is commands.sweep and parsed.json and parsed.cfg:
-        raise ConfigError("`--json` must be missing with `--cfg`, which has no result.")
+        raise ConfigError("`--json` must be left out with `--cfg`, which has no result.")
     command: Command = parsed.command
     return command(parsed)
 

@@ -1,4 +1,4 @@
-"""The commands of the command line. Each calls a function of `api`, prints, and returns its result."""
+"""The commands of the command line. Each calls a function of the Python API, prints, and returns an `Outcome`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sweep(arguments: argparse.Namespace) -> Outcome:
     name, words = _split_name(arguments)
     if arguments.resume and (arguments.minutes or name):
         given = "`--minutes`" if arguments.minutes else repr(name)
-        raise ConfigError(f"{given} must be left out with `--resume`, because the sweep already has these.")
+        raise ConfigError(f"{given} must be left out with `--resume`, because the folder's sweep is already defined.")
     if arguments.cfg and arguments.resume:
         from lorasweep.sweep.controller.lifecycle import read_saved_definition
 
@@ -261,7 +261,7 @@ def _run_job(job: Job, arguments: argparse.Namespace, *, origin: dict[str, Any])
 
 
 def _show_examples(examples: Examples) -> None:
-    """Prints training examples. What is scored is green on a terminal, elsewhere between brackets."""
+    """Prints training examples. The scored parts are green on a terminal, and between brackets elsewhere."""
     from rich.text import Text
 
     for note in examples.notes:

@@ -26,7 +26,7 @@ class Job(NamedTuple):
 
     name: str
     config: RunConfig
-    typed: Mapping[str, Any]  # dotted keys with values that were typed, or that a sweep recommends
+    typed: Mapping[str, Any]  # values by dotted key that were typed, or that a sweep recommends
     values: Mapping[str, Any]  # all settings, with `output` and `resume`
 
 
@@ -45,7 +45,7 @@ def run_hydra_app(
     """Calls `run_job` for the run, or for each job of a grid, perhaps in other processes. Returns the exit code.
 
     `settings` replace defaults, and `words` win over them. The content of an outcome is a `RunResult` or None.
-    Raises ConfigError if a word is no override or Hydra refuses one, and the error of a single run.
+    Raises ConfigError if a word is no override or Hydra refuses it. The error of a single run is raised too.
     """
     typed = parse_overrides(words)
     compose.refuse_secrets(typed)  # because Hydra prints the overrides of a job that fails

@@ -19,7 +19,7 @@ from lorasweep.errors import ConfigError
 from lorasweep.wording import shorten
 
 MAX_RANGE_VALUES = 100_000
-"""Maximum number of values of `range(...)`, of which a grid makes a list."""
+"""Maximum number of values of `range(...)`, because a grid lists all of them."""
 
 
 def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, A
     such as `+experiment=low_memory` and `~logger`, become keys.
 
     Raises:
-        ConfigError: A word is not of the form `key=value`.
+        ConfigError: A word is not of the form `key=value`, or its value is not allowed.
     """
     return dict(overrides) if isinstance(overrides, Mapping) else dict(map(_read_override, _parse(overrides)))
 
@@ -65,7 +65,7 @@ def _read_override(override: Override) -> tuple[str, Any]:
         if not 0 < len(values) <= MAX_RANGE_VALUES:
             raise ConfigError(
                 f"`{key}` must be a range of 1 to {MAX_RANGE_VALUES:,} values, but got {override.input_line!r}. "
-                "`interval(LOW,HIGH)` has all values between two."
+                "`interval(LOW,HIGH)` allows every value between two numbers."
             )
         return key, {"low": value.start, "high": values[-1], "step": value.step}
     if isinstance(value, IntervalSweep):
@@ -90,7 +90,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 
 
 def format_override(key: str, value: Any) -> str:
-    """Returns the word of a shell for which `parse_overrides` returns this key and value."""
+    """Returns an override, quoted for a shell, that `parse_overrides` turns back into this key and value."""
     return shlex.quote(f"{key}={_format_value(value)}")
 
 
@@ -132,7 +132,7 @@ def add_double_plus(overrides: Sequence[str]) -> list[str]:
 
 
 def describe_groups() -> str:
-    """Returns a line with the options of each group of settings, and of each group that `+GROUP=` adds."""
+    """Returns one line for each group of settings, and for each group that `+GROUP=` adds, with its options."""
     groups = {group: group for group in (*default_options("train"), *default_options("sweep"))}
     groups |= {f"+{group}": group for group in _list_added_groups()}
     lines = [f"  {shown}={'|'.join(_list_options(group))}" for shown, group in groups.items()]

@@ -1,8 +1,8 @@
 """The examples of a data set: checked and assigned to splits, but not yet tokenised.
 
 Nothing is drawn at random. A split without a file of its own gets the examples of the training file whose content, or
-group, has a hash in its range. So an example stays in its split when other examples are added or reordered. Only few
-documents are cut at their ends instead, and limits such as `data.max_train_examples` keep evenly spaced examples.
+group, has a hash in its range. So an example stays in its split when other examples are added or reordered. If there
+are only a few documents, each one is cut instead. Limits such as `data.max_train_examples` keep evenly spaced examples.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class AnyExample(Protocol):
 
 Example = TypeVar("Example", bound=AnyExample)
 FIRST_BUCKETS: Mapping[str, int] = {"validation": 0, "test": 10}
-"""The first of the hash buckets, out of 100, whose examples go to a split that the data set lacks. A larger share for
-test leaves validation as it is."""
+"""The first of the hash buckets (0 to 99) of a split without a file of its own. Test comes last, so a larger test split
+leaves validation as it is."""
 
 ReadExamples = tuple[list[Example], list[str]]
 """The usable examples of a split, and notes for the user about them."""
@@ -60,7 +60,7 @@ class Examples(Generic[Example]):
         return len(self.items)
 
     def take(self, limit: int | None) -> Examples[Example]:
-        """Returns this number of examples, evenly spaced; None or too many return all. Twice as many contain these."""
+        """Returns `limit` evenly spaced examples, or all for None or a larger limit. `2 * limit` contains them too."""
         if limit is None or limit >= len(self):
             return self
         return collect_examples(self.name, [self.items[n * len(self) // limit] for n in range(limit)], self.notes)
@@ -131,7 +131,7 @@ def build_source(
 
     def count_duplicates(name: str, items: list[Example], *, others: Iterable[str]) -> Iterator[str]:
         for other in others:
-            # splits that are taken from one file by content key have none
+            # splits that are taken from one file have no duplicates of each other
             duplicates = 0 if {name, other} <= {"train", *missing} else sum(key(item) in keys[other] for item in items)
             if duplicates:
                 yield f"{duplicates} of {len(items)} examples of {name}: their {shared} is in {other} too."

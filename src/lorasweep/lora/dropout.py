@@ -27,7 +27,7 @@ class Dropout(nn.Dropout):
 
 
 class FunctionalDropout(TorchFunctionMode):
-    """Inside this context, `torch.nn.functional.dropout` returns `drop(input, rate)`.
+    """Inside this context, `torch.nn.functional.dropout` returns `drop(input, rate)` in training.
 
     Models call it for attention probabilities. Kernels that drop inside, such as sdpa's, stay as they are. Activation
     checkpointing must compute a part of the model again inside such a context, or it draws other masks.
@@ -72,7 +72,7 @@ def draw_keep_mask(
     uniform = words.view(torch.int16)[:size].view(shape)
     if limit == 2 ** (BITS - 1):
         return torch.ones_like(uniform, dtype=torch.bool)
-    # in place, 0 or 1 in 16 bits: on a CPU twice as fast as a comparison that makes booleans
+    # `lt_` writes 0 or 1 into the 16 bits in place: on a CPU twice as fast as `lt`, which makes booleans
     return uniform.lt_(limit).to(torch.int8).view(torch.bool)
 
 
@@ -92,9 +92,9 @@ def drop(x: Tensor, keep: Bool[Tensor, "*shape"], *, rate: float) -> Tensor:
 
 
 def apply_keep_mask(x: Tensor, keep: Bool[Tensor, "*shape"]) -> Tensor:
-    """Returns x where `keep` is True, and 0 elsewhere (in 16 bits on a CPU: NaN where x is not finite)."""
+    """Returns x where `keep` is True, else 0. On a CPU in 16 bits, an infinite x that is dropped becomes NaN."""
     if x.device.type == "cpu" and x.element_size() == 2:
-        # a product of numbers is several times as fast as `torch.where` with a condition of another width
+        # multiplying is several times as fast as `torch.where`, whose condition has another width than x
         return x * keep.view(torch.int8).to(x.dtype)
     return torch.where(keep, x, 0.0)
 

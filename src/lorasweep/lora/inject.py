@@ -24,10 +24,10 @@ def inject_lora(
     Modules that `config.modules_to_save` names train too. The base's tensors keep their values, so several models that
     share them can be adapted.
 
-    A and B are drawn in the order of the layers from the CPU stream `generator`, or torch's default stream.
+    Each A is drawn, layer by layer, from the CPU stream `generator`, or torch's default stream; B is 0.
 
     Raises:
-        ValueError: The model has LoRA layers already, or `find_targets` raises it. The model is then unchanged.
+        ValueError: The model has LoRA layers already, or `config` does not fit it. The model is then unchanged.
     """
     check_not_injected(model)
     coverage = find_targets(model, config)
@@ -44,7 +44,7 @@ def inject_lora(
 
 
 def disable_encoder_fast_path(model: nn.Module) -> None:
-    """Makes torch's encoder layers call their layers. Their fast path would compute with the base's weights."""
+    """Makes torch's encoder call its linear layers. Its fast path would use the base's weights without LoRA."""
     for module in model.modules():  # the fast path is not taken if these attributes have these values
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False

@@ -1,4 +1,4 @@
-"""Chooses the implementation of attention of a base model, and registers one for bf16 on a CPU."""
+"""Chooses the attention implementation of a base model, and registers one for bf16 on a CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.masking_utils import sdpa_mask
 from lorasweep.models.pretrained import quiet_transformers
 
 SDPA_FP32 = "sdpa_fp32"
-"""Name of sdpa that computes in fp32, whatever the model's dtype is."""
+"""Name of sdpa that computes in fp32 or wider, also for a model in 16 bits."""
 IMPLEMENTATIONS = ("sdpa", SDPA_FP32, "eager")
 """The implementations that `choose_attention` may choose."""
 
@@ -21,9 +21,9 @@ IMPLEMENTATIONS = ("sdpa", SDPA_FP32, "eager")
 MAX_EAGER_TOKENS = 256
 """Maximum number of tokens of a row at which eager attention computes in bf16 on a CPU.
 
-It keeps the probabilities of all pairs of tokens. Where the processor multiplies bf16, forward and backward take 0.3 to
-1.1 of the time of sdpa in fp32 up to this length (an EPYC and a Xeon, benchmarks/MEASURED.md); at 512 tokens it depends
-on the processor."""
+Eager attention keeps the probabilities of all pairs of tokens. Where the processor multiplies bf16, forward and
+backward take 0.3 to 1.1 of the time of sdpa in fp32 up to this length (an EPYC and a Xeon, benchmarks/MEASURED.md); at
+512 tokens it depends on the processor."""
 
 
 class AttentionChoice(NamedTuple):
@@ -43,9 +43,9 @@ def choose_attention(
     Nothing is measured, so the same model, data and kind of device always get the same implementation.
 
     Args:
-        model: A model of transformers; others keep the implementation that they have.
+        model: A model of transformers.
         device: Where it trains.
-        dtype: That of the model's products.
+        dtype: The dtype in which the model multiplies.
         max_tokens: Number of tokens of the longest row of the data.
         has_cpu_bf16: Whether the processor multiplies bf16 in hardware.
     """
@@ -87,7 +87,7 @@ def _set_attention(model: PreTrainedModel, name: str) -> bool:
 def _attend_in_fp32(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Computes transformers' sdpa attention in fp32, or in float64 if the model does. Returns the model's dtype."""
+    """Computes transformers' sdpa attention in fp32, or in fp64 for an fp64 model. Returns it in the model's dtype."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.to(dtype)  # a mask that is added has the dtype of the scores

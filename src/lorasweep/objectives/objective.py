@@ -36,7 +36,7 @@ class ExampleScores:
     target: Tensor | None = None
     """The right answer, in the shape of `prediction`. None for text and pairs."""
     details: Tensor | None = None
-    """Further numbers of each example, (examples, numbers), of which an objective computes metrics."""
+    """Further numbers of each example, (examples, numbers), from which an objective computes metrics."""
     metric_input: Tensor | None = None
     """Predictions for the metric of `data.metric._target_`, (examples, ...); for text (scored tokens,)."""
     metric_target: Tensor | None = None
@@ -49,15 +49,15 @@ class ExampleScores:
 
     def select_slot(self, slot: int, *, slots: int) -> ExampleScores:
         """Returns the scores of one slot, if the examples are stored slot after slot."""
-        return self.map(lambda values: values.chunk(slots)[slot])  # all slots have the same number of scored tokens
+        return self.map(lambda values: values.chunk(slots)[slot])  # all slots score the same examples
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OwnMetric:
     """A metric that each evaluation computes once, from all examples.
 
-    It gets probabilities of classes (of the second of two classes if it is binary), predicted numbers, the σ of a
-    pair's margin, or the predicted token of each scored position. All probabilities of text would fill the memory.
+    It gets probabilities of classes (a binary metric: of the second class), predicted numbers, the sigmoid of a pair's
+    margin, or the predicted token of each scored position, because all probabilities of text would fill the memory.
     """
 
     score: ScoreMetric
@@ -174,19 +174,19 @@ class Objective(ABC):
     def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
         """Returns a value and a weight for each example, whose weighted mean is the metric (see `from_mean`).
 
-        Verdicts need them. Returns None for a metric that is not a mean over examples.
+        Verdicts need them. Returns None for a metric without such a mean.
         """
 
     def from_mean(self, metric: str, mean: Tensor) -> Tensor:
-        """Returns the metric whose values have this mean."""
+        """Returns the metric from the weighted mean of the values of `per_example`."""
         return mean
 
     def fit_constant(self, train: Rows) -> Tensor | None:
-        """Returns the model outputs of the best answer that is the same for all examples; None if there is none."""
+        """Returns the model output that is the best one answer for all examples; None if there is none."""
         return None
 
     def score_constant(self, train: Rows, split: Rows, indices: Sequence[int]) -> ExampleScores | None:
-        """Returns the scores of examples of a split if nothing is trained; None if only the base can tell."""
+        """Returns a split's scores if all examples get the answer of `fit_constant`; None without such an answer."""
         return None
 
     def describe_constant(self, train: Rows) -> str:
@@ -230,6 +230,6 @@ class Evaluation(Metric):
 
 
 def read_metrics(evaluations: Sequence[Mapping[str, Tensor]]) -> list[dict[str, float]]:
-    """Returns the metrics of several evaluations as numbers. One read for all, because each waits for the GPU."""
+    """Returns the metrics of several evaluations as numbers. Reads all at once, because each read waits for the GPU."""
     values = iter(torch.stack([x.double() for metrics in evaluations for x in metrics.values()]).cpu().tolist())
     return [{name: next(values) for name in metrics} for metrics in evaluations]

@@ -2,7 +2,7 @@
 
 The decoder computes the hidden states of a batch once. Then the model's own forward pass computes the logits of one
 chunk of scored tokens after another, while its decoder returns the hidden states of the chunk. So a soft cap, a scale,
-a bias and an adapter of the head are the model's own. Logits are not kept for the backward pass.
+a bias and an adapter of the head are the model's own. At most one chunk of logits is kept for backward.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorasweep.data.rows import IGNORED, Batch, select_model_inputs
 
 MAX_CHUNK_BYTES: Mapping[str, int] = {"cpu": 2**26, "cuda": 2**29}
 """Maximum size of a chunk's logits in fp32, by device. A chunk takes three times as much for a moment: logits,
-their log-softmax and the gradient. GPU: larger, because small products leave it idle; not measured."""
+their log-softmax and the gradient. It is larger on a GPU, which small products leave idle (not measured)."""
 Project = Callable[[Tensor], Tensor]
 """Returns the logits (rows, length, vocabulary) of hidden states (rows, length, size)."""
 
@@ -48,7 +48,7 @@ def score_tokens(
     # calling the decoder alone would skip the compiled code, and FSDP would not gather the weights of the head
     must_call_whole = getattr(model, "_compiled_call_impl", None) is not None or isinstance(model, FSDPModule)
     head = _list_head(model) if by_chunk else []
-    # a mask must have the shape of the batch: the number of scored tokens is another one in each slot
+    # a dropout mask must have the shape of the batch, because slots differ in their number of scored tokens
     drops = model.training and any(_get_dropout(module) for module in head)
     if not by_chunk or must_call_whole or drops:
         logits = compute_logits(model, batch)
@@ -102,8 +102,8 @@ def _get_dropout(module: nn.Module) -> float:
 def can_score_by_chunk(model: nn.Module) -> bool:
     """Returns whether the model computes the logits of a token from the token's last hidden state alone.
 
-    It computes the logits of a few tokens in both ways. They must be equal in half of the digits, because products of
-    other shapes are rounded differently.
+    It computes the logits of a few tokens by `_compute_states` and by the whole model. They must be equal in half of
+    the digits, because products of other shapes are rounded differently.
     """
     try:
         tokens = torch.arange(6).view(2, 3) % _get_vocabulary_size(model)
@@ -157,14 +157,14 @@ def _compute_losses(logits: Float[Tensor, "rows length vocabulary"], targets: Te
 
 
 class _ScoreFrozen(torch.autograd.Function):
-    """Losses of a head without trained parameters. Forward also computes the gradient, so it needs no second product.
+    """Losses of a head without trained parameters. Forward also computes the gradient, so backward has no product.
 
-    Each loss depends on its own hidden state alone, so backward multiplies the gradient of the sum of all losses.
+    Each loss depends on its own hidden state alone, so backward scales the stored gradient of the sum of the losses.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, project: Project) -> Tensor:
-        # hooks that do nothing, so that those of `count_saved_bytes` do not count what is freed at once
+        # hooks that do nothing hide these tensors, freed at once, from the hooks of `benchmarks/saved_bytes.py`
         no_hooks = torch.autograd.graph.saved_tensors_hooks(nn.Identity(), nn.Identity())
         with torch.enable_grad(), no_hooks:
             leaf = hidden.detach().requires_grad_()

@@ -1,7 +1,7 @@
-"""Records on disk: one class each for a run, a trial and a sweep. No other package reads or writes these files.
+"""Records on disk: one class each for a run, a trial and a sweep, with which other packages read and write them.
 
-`run.json` is the record of a run and `steps.jsonl` the log of its steps. `sweep.json` is the record of a sweep with all
-of its trials.
+`run.json` is the record of a run and `steps.jsonl` the log of its steps, to which `training/open_run.py` appends.
+`sweep.json` is the record of a sweep with all of its trials.
 """
 
 from lorasweep.record.json_file import MAX_NUMBER, dump_row, is_number, write_record

@@ -22,9 +22,9 @@ RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
 TEST_SCORES_FILE = "test_scores.csv"
 ANSWERS_FILE = "{}_answers.csv"
-"""Generated answers with their scores, of the split whose name replaces `{}`; `base` in a sweep's folder."""
+"""Generated answers with their scores. `{}` is the name of the split, or `base` in a sweep's folder."""
 RETAINED_SCORES_FILE = "retained-{}.csv"
-"""As `TEST_SCORES_FILE`, for a retained data set, whose name replaces `{}`."""
+"""As `TEST_SCORES_FILE`, for the retained data set whose name replaces `{}`."""
 
 RunStatus = Literal["running", "complete", "stopped", "failed", "infeasible", "interrupted"]
 """`stopped`: the sweep ended the run at an evaluation. `infeasible`: the run does not fit in memory."""
@@ -43,7 +43,7 @@ class RunRecord:
     """The resolved `RunConfig`, nested."""
     arm: str | None = None
     trial: Count | None = None
-    """Number of the trial in its arm, also if the run trains that trial again; null for a single run."""
+    """Number of the trial in its arm; a run that trains the trial again has the same. Null for a single run."""
     origin: dict[str, Any] = field(default_factory=dict)
     """Where the settings of a single run come from (`lorasweep train --from`): `sweep` (its folder), `name`, `arm` and
     `trial`. Empty if they were typed. `command` has what was typed."""
@@ -64,16 +64,16 @@ class RunRecord:
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables that can change results (`training.environment.NUMERIC_VARIABLES`)."""
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By split (`train`, `validation`, `test`): `fingerprint`, `bytes`, and `documents` and `blocks`, or `examples`.
-    Validation and test data with labels have `constant_answer`: every metric of the answer that needs no training
-    (`DataSplits.score_constant_answer`)."""
+    """By split (`train`, `validation`, `test`, `retained-NAME`): `fingerprint`, `bytes`, and `documents` and
+    `blocks`, or `examples`. Scored splits with labels have `constant_answer`: every metric of the answer that needs no
+    training (`DataSplits.score_constant_answer`)."""
     notes: list[str] = field(default_factory=list)
-    """Sentences on the data: splits, duplicates, the majority class."""
+    """Sentences on the data (splits, duplicates), the attention and the adapted layers."""
     batching: dict[str, Any] = field(default_factory=dict)
-    """`micro_batches` per optimizer step, `padding_fraction` of training and validation batches, the `attention` that
-    `model.attention=auto` chose (`name`, `reason`), and `too_large`: micro-batches that ran out of memory."""
+    """`micro_batches` per optimizer step, those that ran out of memory (`too_large`), `bucket_lengths`,
+    `padding_fraction` of training and validation batches, and the automatic choice of `attention`."""
     base: dict[str, Any] = field(default_factory=dict)
-    """`path`, `fingerprint`, `parameters`."""
+    """`path`, `fingerprint`, `parameters`, `kind`, `head`, `labels`."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Digests of what the run read, by setting (`RunInputs.fingerprints`). They must be the same when it resumes."""
     started_at: str = ""
@@ -104,7 +104,7 @@ class RunRecord:
     """Generated answers by split (`test`, `validation`): the number of `examples`, how many answers were `cut_off`, how
     many examples were `left_out`, and the `problem` if they have no score. Their mean is in `test` and `best`."""
     retained: dict[str, dict[str, Number]] = field(default_factory=dict)
-    """The same on the test split of each data set of `retain.data`, by its name."""
+    """Every metric on the test split of each data set of `retain.data`, by its name."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`bytes` and `sha256` of each kept file, by its path in the run's folder."""
 
@@ -151,10 +151,10 @@ def restore_config(record: RunRecord) -> RunConfig:
 
 
 def read_steps(folder: Path, *, having: str = "") -> Iterator[dict[str, Any]]:
-    """Yields the rows of `steps.jsonl`: `{"step", "loss", "lr"}` and `{"step", "validation": {..}}`.
+    """Yields the rows of `steps.jsonl`: `{"step", "loss", "lr", "tokens_per_s"}` and `{"step", "validation": {..}}`.
 
     It stops at the first damaged line, because a killed process may leave an incomplete last line. Lines without the
-    text `having` are skipped without parsing, which is much faster. Missing numbers are None.
+    text `having` are skipped without parsing, which is much faster. Numbers that were not finite are None.
     """
     path = folder / STEPS_FILE
     if not path.is_file():

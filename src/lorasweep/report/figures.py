@@ -1,6 +1,6 @@
 """The page's figures (plotly): test scores by value, and score against rate.
 
-Each function takes a `SweepData` and returns a `Panel`.
+`draw_panels` returns all of them as `Panel`s.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ METHOD_COLOURS = {"frozen": "#868e96", "full": "#d9622b", "lora": "#3578c6"}
 """Colours that are readable on a light and on a dark page."""
 OTHER_COLOURS = ("#159588", "#9a63c4", "#b8901f", "#c94f7c", "#5f9e3f", "#2fa3c4", "#a8714a", "#7a7fd0")
 RAMPS = (("#2fb5c4", "#7d3fc8"), ("#a3ad28", "#1c7a80"))
-"""The first and the last colour of the values of an arm's key, smallest value first: one pair for each such arm."""
+"""The first and the last colour of an arm with `confirm_each`, for its smallest and its largest value."""
 MAX_DISTANCE = 3
-"""An outlier is inside an axis if its distance is at most this multiple of the range of all other scores."""
+"""The axis includes an outlier if its distance from the other scores is at most this multiple of their range."""
 REFERENCE_WIDTH_PX = 128
-"""The room beside a figure for the name of a method with its score."""
+"""Width of the space at the right of a figure, for the name of a method with its score."""
 MAX_OTHER_ARMS = 6
 """Maximum number of arms without `confirm_each` that are shown beside the values of an arm."""
 LARGE = {"size": 16, "line": {"width": 2}}
-"""A mark around a point."""
+"""The style of a mark around a point."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def draw_panels(data: SweepData) -> list[Panel]:
 
 
 def draw_scores_by_value(data: SweepData) -> Panel:
-    """Returns a figure for each arm with `confirm_each`: means with intervals, the band of full, the frozen base.
+    """Returns a panel: for each arm with `confirm_each` means with intervals, the band of full, the frozen base.
 
     If no arm has `confirm_each`, one figure shows all arms.
     """
@@ -68,7 +68,7 @@ def draw_scores_by_value(data: SweepData) -> Panel:
     keys = dict.fromkeys(short_key(values[0].subject.key or "") for values in groups)
     title = f"Test score by {' and by '.join(keys)}" if keys else "Test score by arm"
     if not shown:
-        text = "Nothing was confirmed: every score is one seed on validation data. `confirm.seeds=[3,6,10]` adds this."
+        text = "Nothing was confirmed: every score is one seed on validation data. `confirm.seeds=[3,6,10]` adds seeds."
         return Panel(key="confirmed", title=title, text=text)
     beside = others if len(others) <= MAX_OTHER_ARMS else []
     figures = [_draw_scores(values, beside, data) for values in groups]
@@ -131,7 +131,7 @@ def _find_interval(name: str, data: SweepData) -> Interval | None:
 
 
 def draw_score_by_lr(data: SweepData) -> Panel:
-    """Returns score against learning rate: a figure for each arm with `confirm_each`, one for all others."""
+    """Returns a panel of scores against rates: a figure for each arm with `confirm_each`, one for all others."""
     title = "Score against learning rate"
     groups: dict[str, list[SubjectResult]] = {}
     for row in data.record.arms:
@@ -186,7 +186,7 @@ def _draw_rates(subjects: Sequence[SubjectResult], data: SweepData) -> go.Figure
 def choose_colours(data: SweepData) -> dict[str, str]:
     """Returns the colour of each arm, and of each value of a `confirm_each` key.
 
-    An arm has its method's colour, or a free colour if another arm has that already. Values are shades of a ramp.
+    An arm has its method's colour, or a free one if there is none or another arm has it. Values are shades of a ramp.
     """
     colours: dict[str, str] = {}
     free, ramps = itertools.cycle(OTHER_COLOURS), itertools.cycle(RAMPS)
@@ -251,7 +251,7 @@ def set_score_axis(
         figure.layout.xaxis.title.text += f"<br>{num_outside} outside the range"
     ranked = sorted(known, key=known.__getitem__)
     for method, score in known.items():
-        # names of close or equal lines are apart: the highest is above its line, the other below
+        # so that the names of two close lines do not overlap: the higher is above its line, the other below
         colour, side = METHOD_COLOURS[method], "bottom" if method == ranked[-1] else "top"
         name = {"text": f"{method} {format_score(score)}", "font": {"color": colour, "size": 12}}
         place = {"x": 1, "xanchor": "left", "yanchor": side}

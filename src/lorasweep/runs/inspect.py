@@ -1,4 +1,4 @@
-"""Measures the weight updates ΔW of a finished run: their share of the norm, and how much of their rank was used."""
+"""Measures each weight update ΔW of a finished run: its share of the norm, and how much of its rank it uses."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def inspect_run(folder: str | Path, *, trust: bool = False) -> pandas.DataFrame:
 
     Raises:
         RecordError: The folder has no run, its weights or its base are missing or changed, or nothing was trained.
-        ConfigError: The base model can't be loaded, or PEFT can't merge the adapter.
+        ConfigError: The base can't be loaded, PEFT can't merge the adapter, or settings name code without `trust`.
     """
     folder = Path(folder)
     record = read_run(folder)

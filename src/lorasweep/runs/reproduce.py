@@ -50,7 +50,7 @@ class Reproduction:
     """Folder of the repetition."""
     verdict: Match
     description: str
-    """The first line names the compared values and their first difference. Others name differences of the records."""
+    """The first line names the compared values, and their first or largest difference. Others compare the records."""
 
     @property
     def holds(self) -> bool:
@@ -73,7 +73,7 @@ def reproduce_run(
         run: The run's folder.
         output: A new folder for the repetition, by default the next free `outputs/reproduce/NAME`.
         tolerance: Largest relative difference that counts as the same. None means `PACK_TOLERANCE` for a run that was
-            trained in a pack or by several processes, and 0 for any other. With 0 the saved weights must be equal too.
+            trained in a pack or by several processes, else 0. With 0 and all steps, the weights must be equal too.
         steps: Number of steps to train and compare; None means all. The schedule is still that of the whole run.
 
     Raises:
@@ -125,7 +125,7 @@ def reproduce_run(
 def _train_again(
     config: RunConfig, folder: Path, inputs: RunInputs, *, last_step: int, stop_requested: Callable[[], bool]
 ) -> str:
-    """Trains up to a step, and returns a clause on the error if the run diverged."""
+    """Trains up to `last_step`. Returns a clause on the error if the run diverged, else an empty text."""
     step = itertools.count()
 
     def is_done() -> bool:  # called before the first step and after every step

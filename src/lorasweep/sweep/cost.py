@@ -26,7 +26,7 @@ from lorasweep.wording import join_words
 MIN_SEEDS = 3
 """Minimum number of confirm seeds that `--minutes` leaves. Fewer seeds leave nearly every question open."""
 MIN_TRIALS = 6
-"""Minimum number of trials that `--minutes` leaves. Fewer are too few to search two decades of learning rates."""
+"""Minimum number of trials that `--minutes` leaves to the arm with most. Fewer can't search two decades of rates."""
 MIN_EXAMPLES = 200
 """Minimum number of examples or blocks on which `--minutes` lets a run be scored. If two settings differ on a quarter
 of them, 10 points of accuracy are found with a probability of 80 %: 196 = (1.96 + 0.84)² · 0.25 / 0.1²."""
@@ -35,7 +35,7 @@ ANSWERED: Mapping[QuestionName, str] = {
     "smallest": "which `{one.key}` is enough",
     "pair": "whether `{one.arm}` is better than `{one.reference}`",
 }
-"""Each question as an indirect question, for a sentence on what a sweep would answer."""
+"""What a sweep would answer, for each kind of question: a clause for a sentence."""
 MINUTES_TOLERANCE = 0.15
 """The smallest budget may exceed `--minutes` by this fraction, because two measurements differ by as much."""
 
@@ -66,7 +66,7 @@ class Budget:
         return {f"{arm.name}.{arm.confirm_each}": [one.value for one in limited[arm.name].subjects] for arm in cut}
 
     def find_settings(self, definition: Definition) -> dict[str, Any]:
-        """Returns the settings of a sweep file that cut a sweep to this budget; arms may have numbers of their own."""
+        """Returns the settings that cut a sweep to this budget, but for `confirm_each` and numbers that one arm has."""
         confirm, data = definition.sweep_config.confirm, definition.arms[0].base.data
         settings: dict[str, Any] = {MINUTES_KEY: self.minutes, STEPS_KEY: self.steps, "sweep.trials": self.trials}
         if self.looks is not None:
@@ -84,7 +84,7 @@ class Budget:
         return dict.fromkeys(f"arms.{name}" for name in self.without) | changes
 
     def limit(self, arm: Arm) -> Arm:
-        """Returns an arm with at most this number of trials, and of values of `confirm_each`, evenly spaced."""
+        """Returns an arm with at most the budget's trials and values of `confirm_each`, which are evenly spaced."""
         trials, key = arm.trials, arm.confirm_each
         if self.trials is not None:
             trials = min(trials, math.ceil(self.trials / 2) if searches_one_key(arm.space) else self.trials)
@@ -167,7 +167,7 @@ def _share(limit: int | None, number: float | None) -> float:
 
 
 class Cost(NamedTuple):
-    """Seconds of the stages of a sweep. The lower end is for packs in which empty slots make a step shorter."""
+    """Seconds of the stages of a sweep. The lower end counts empty slots of packs as free, the upper as used."""
 
     search_low_s: float
     search_high_s: float
@@ -186,7 +186,7 @@ class Cost(NamedTuple):
 def estimate_cost(definition: Definition, rates: Sequence[Rates], *, budget: Budget = WHOLE, look: int = 0) -> Cost:
     """Returns the cost of the arms that were measured, in a sweep that is cut to a budget.
 
-    It goes up to the look with this index, and assumes that no run stops early.
+    The confirm stage goes up to the look with the index `look`. No run is assumed to stop early.
     """
     looks = definition.sweep_config.confirm.list_looks() if budget.looks is None else budget.looks
     seeds = looks[look] if looks else 0
@@ -215,7 +215,7 @@ def count_workers(definition: Definition) -> int:
 
 
 def find_empty_cost(config: RunConfig) -> float:
-    """Returns the assumed cost of an empty slot of a pack, over that of a slot with a run."""
+    """Returns the assumed cost of an empty slot of a pack, as a fraction of the cost of a slot with a run."""
     return 1.0 if get_device(config.trainer).type == "cuda" else 0.25
 
 
@@ -236,11 +236,11 @@ def fit_minutes(
 ) -> tuple[Budget, str]:
     """Returns the best budget with which a command ends within the minutes, and a sentence on what is given up.
 
-    The cuts of `list_cuts` are made one after another. Then each field gets back what still fits, the last one first.
+    The cuts of `list_cuts` are made one after another. Then the fields, the last one first, grow again if that fits.
     The estimate assumes that no run stops early and all seeds are needed. `typed` are the keys that the user typed,
     whose values stay. `spent_s` is the time that loading and measuring have taken.
 
-    Raises ConfigError if the smallest budget takes longer, with the minutes that it needs.
+    Raises ConfigError, with the minutes that it needs, if the smallest budget takes over `MINUTES_TOLERANCE` longer.
     """
     cuts, available_s = list_cuts(definition, rates, typed=typed), 60 * minutes - spent_s
     budgets = [Budget(minutes=minutes)]
@@ -261,13 +261,13 @@ def fit_minutes(
         fitting = (replace(budget, **{name: value}) for value in larger)
         budget = next((each for each in fitting if estimate(each) <= available_s), budget)
     seconds, lost = estimate(budget), "; ".join(describe_cuts(definition, rates, budget)) or "nothing is given up"
-    # with room, because an earlier measurement may have named these minutes
+    # with a tolerance, because this message may have named these minutes after an earlier measurement
     if seconds + spent_s > (1 + MINUTES_TOLERANCE) * 60 * minutes:
         asked = list_questions(cut_sweep(definition, budget))
         answers = join_words([ANSWERED[one.name].format(one=one) for one in asked]) or "which settings are best"
         raise ConfigError(
             f"`--minutes` must be at least {math.ceil((seconds + spent_s) / 60)} for this sweep on this machine, but "
-            f"got {minutes:g}. They would answer {answers}, and give up: {lost}. "
+            f"got {minutes:g}. That time would answer {answers}, and give up: {lost}. "
             f"Shorter examples (`data.max_length`) or a smaller model take less."
         )
     about = "about " if seconds > available_s else ""
@@ -338,13 +338,13 @@ def describe_cuts(definition: Definition, rates: Sequence[Rates], budget: Budget
 
 
 def cut_sweep(definition: Definition, budget: Budget) -> Definition:
-    """Returns a sweep whose arms have at most the numbers of a budget."""
+    """Returns a sweep in which no arm has larger numbers than the budget."""
     changes = budget.find_settings(definition)
     changes |= {f"arms.{key}": values for key, values in budget.find_ranks(definition).items()}
     if budget.steps is not None:
         changes["trainer.eval_every_steps"] = choose_evaluation_interval(budget.steps)
     cut = definition.with_overrides(changes)
-    # the settings may raise the numbers of an arm that has smaller ones, and leave those that are typed for one arm
+    # these settings may raise the smaller numbers of an arm, and do not change numbers that are set for one arm
     corrections: dict[str, int] = {}
     for after in cut.arms:
         before = definition.find_arm(after.name)

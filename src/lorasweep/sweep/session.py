@@ -1,4 +1,4 @@
-"""A sweep in this process, from what was asked for to its end: new sweeps, resumed ones, drafts and plans alike."""
+"""A sweep in this process, from the request to its end: new and resumed sweeps, drafts and plans."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OnNote: TypeAlias = Callable[[str], None]
 """Called with a sentence on what is done now, or on what was found."""
 Progress: TypeAlias = Callable[[SweepStatus], None] | Literal["auto", "verbose"] | None
 """Called with the state of a sweep about once a second, from a thread. `auto` shows a live table in a terminal, and
-plain lines in a notebook or a pipe; `verbose` also prints the notes on data and packs first."""
+plain lines in a notebook or a pipe; `verbose` also prints the sweep's notes first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Session:
     def plan(self, definition: Definition, *, minutes: float | None, typed: Mapping[str, Any]) -> SweepPlan:
         """Checks a sweep, measures a few steps of its trainings, and cuts it to `minutes`; `typed` keys stay.
 
-        Raises ConfigError if the sweep can't run as asked, or not in this time.
+        Raises ConfigError if the sweep can't run as asked or in this time, and RunError if a training fails.
         """
         definition, rates = self._measure(definition)
         if minutes is not None:
@@ -96,7 +96,7 @@ class Session:
             definition, rates = self._measure(draft.definition)
             budget = self._fit(definition, rates, minutes, typed=settings)
             changes = budget.find_settings(definition)
-            for ranks in budget.find_ranks(definition).values():  # a draft has one arm with several
+            for ranks in budget.find_ranks(definition).values():  # one arm of a draft has several ranks
                 changes[RANK] = ranks
             draft = draft_sweep(path, {**settings, **changes}, self.inputs_cache, recipe=recipe)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Shows training examples as a run sees them, with the parts that are scored."""
+"""Reads training examples as a run sees them, and which parts are scored."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ def read_examples(config: RunConfig, *, number: int) -> Examples:
     if number < 1:
         raise ConfigError(f"`--show-examples >= 1` must hold, but got {number}.")
     if config.data.task_path is None:
-        raise ConfigError(
-            f"`--show-examples` must be missing with `data={config.data.name}`, which has no text. Remove it."
-        )
+        raise ConfigError(f"`--show-examples` must be left out with `data={config.data.name}`, which has no text.")
     check_model_kind(config.data, config.model.kind)
     tokenizer, task = load_tokenizer(config.model), find_task(config.data)
     source = task.read(config.data)

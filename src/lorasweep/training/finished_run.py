@@ -1,6 +1,6 @@
 """A finished run: restores its settings, base model and weights, and scores it.
 
-Test data is scored once, and the best weights on all validation examples when a run ends.
+When a run ends, its best weights are scored on all validation examples. Test data is scored once, in a confirm run.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from lorasweep.training.own_module import load_own_base, score_own_module
 from lorasweep.training.run_inputs import RunInputs
 
 CHANGEABLE_SETTINGS = tuple(f"trainer.{name}" for name in ("strategy", "devices", "num_nodes", "device", "progress"))
-"""Beginnings of the keys that may change when a run resumes, because they do not change what it learns."""
+"""Settings that may change when a run resumes, because they do not change what it learns; keys below them too."""
 
 
 def check_same_run(record: RunRecord, config: RunConfig) -> None:
-    """Refuses to resume a run with settings that change what it learns."""
+    """Raises ConfigError if the settings of a run to resume would change what it learns."""
     recorded, now = (flatten(as_settings(one)) for one in (restore_config(record), config))
     for key in {**recorded, **now}:
         if not key.startswith(CHANGEABLE_SETTINGS) and recorded.get(key) != now.get(key):
@@ -107,7 +107,7 @@ def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Mod
 
 
 def check_kept_files(record: RunRecord, run_folder: Path, *, part: str) -> None:
-    """Checks that a run's folder has weights in `part` (`best` or `last`): unchanged files."""
+    """Raises RecordError if a run's folder has no weights in `part` (`best` or `last`), or they have changed."""
     paths, found = list((run_folder / part).glob("*")), "none"
     try:
         for path in paths:
@@ -178,7 +178,7 @@ def score_run(
 
 
 def score_best_weights(run: OpenRun) -> None:
-    """Scores the best weights of a run that ends on all validation examples, if its evaluations used a part of them.
+    """Scores the best weights on all validation examples when a run ends, if its evaluations used a part of them.
 
     With `data.answers.on_validation`, they also answer validation examples. The model stays on its device, because a
     pack may train on the same base. Random streams stay as they are.

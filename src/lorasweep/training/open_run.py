@@ -1,6 +1,6 @@
-"""A run whose folder is open while it trains: record, step log, best and last weights, loggers and the end.
+"""A run while it trains: its record, step log, best and last weights, loggers, and how it ends.
 
-Both engines open, log and close their runs here: `run` a run alone, `packs.slot_run` each slot of a pack.
+Both engines open, log and close their runs here: `training/run.py` one run, `packs/slot_run.py` each slot of a pack.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class OpenRun:
         too_large: Sequence[int] = (),
         pack: dict[str, Any] | None = None,
     ) -> None:
-        """Writes the record, and removes log rows after the step of the checkpoint `state`, which the run repeats.
+        """Writes the record, and removes log rows of steps after the checkpoint `state`, because the run repeats them.
 
         If the run begins at step 0 (`state` is empty), removes earlier checkpoints. `too_large` has the micro-batches
         per step of each earlier attempt that ran out of memory. A resumed run keeps its number of micro-batches.
@@ -237,7 +237,7 @@ class OpenRun:
         write_record(self.record, self.folder)
 
     def close(self, status: RunStatus, reason: str | None) -> RunRecord:
-        """Writes and returns the final record, with the checksums of the kept weights, and ends the loggers.
+        """Writes and returns the final record, with the checksums of weights and answers, and ends the loggers.
 
         Removes the checkpoints, unless the run can resume from them.
         """
@@ -335,7 +335,7 @@ def find_run_end(
 def status_after(error: BaseException) -> RunStatus:
     """Returns the status of a run that an error ended.
 
-    `interrupted` means that the run can resume, because a signal, another process or the system ended it.
+    `interrupted` means that the run can resume, because a signal, a worker's end or the system ended it.
     """
     if isinstance(error, OutOfMemory):
         return "infeasible"

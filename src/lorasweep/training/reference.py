@@ -1,6 +1,6 @@
 """Computes the numbers of the frozen base that an objective needs for each row, once for all runs of a sweep.
 
-They are in memory with the tokens, and in a folder, from which other processes and a resumed sweep read them.
+They are in memory with the tokens, and in a folder. Other processes and a resumed sweep read them from there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lorasweep.training.environment import get_device
 from lorasweep.training.memory import convert_memory_errors
 
 REFERENCE_FOLDER = "reference"
-"""The folder, in that of a sweep or of a run alone, that has a file for each split."""
+"""Subfolder of a sweep's folder, or of that of a single run, with a file for each split."""
 
 
 def add_reference(
@@ -36,7 +36,7 @@ def add_reference(
 ) -> DataSplits:
     """Returns splits with the reference: those of `names` at once, and the test split at its first use.
 
-    The same object if the objective needs no reference. Without a folder, the numbers are in memory only.
+    Returns the same object if the objective needs no reference. Without a folder, the numbers are in memory only.
     """
     if splits.has_reference or not splits.objective.needs_reference:
         return splits

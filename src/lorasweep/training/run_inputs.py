@@ -28,7 +28,7 @@ from lorasweep.training.telemetry import Telemetry
 
 @dataclass(frozen=True, kw_only=True)
 class RunInputs:
-    """A base model and data."""
+    """A base model and data, loaded."""
 
     base: BaseModel
     splits: Splits
@@ -53,7 +53,7 @@ class RunInputs:
         return positions
 
     def describe_lost(self, config: RunConfig, *, has_test: bool) -> dict[str, bool]:
-        """Returns a sentence on what `data.max_length` cuts off, and whether it warns (`data.rows.describe_lost`)."""
+        """Returns sentences on what `data.max_length` cuts off; True marks a warning (`data.rows.describe_lost`)."""
         splits = self.splits.train, self.splits.validation, *([self.splits.test()] if has_test else [])
         return describe_lost(splits, is_longest=config.data.max_tokens == self.max_positions)
 
@@ -66,7 +66,7 @@ class RunInputs:
         return self if splits is self.splits else replace(self, splits=splits)
 
     def needs_autocast(self, config: RunConfig) -> bool:
-        """Returns whether a run computes in bf16 by autocast, because its method adds fp32 weights to a bf16 base."""
+        """Returns whether a run computes in bf16 by autocast, because some of its weights are in fp32."""
         return self.precision == "bf16" and (self.always_autocasts or bind(config.method).needs_autocast)
 
     def lightning_precision(self, config: RunConfig) -> Literal["bf16-mixed", "32-true"]:
@@ -88,7 +88,7 @@ class RunInputs:
         return *self.splits.notes, *chosen, *(() if coverage is None else (coverage.describe(),))
 
     def fingerprints(self, config: RunConfig) -> dict[str, str]:
-        """Returns a digest of the base, the data, the chat template and the user's code, each by its setting."""
+        """Returns digests of base, training and validation data, chat template and the user's code, by setting."""
         template = self.splits.train.describe().get("template")
         files = find_own_files(as_settings(config))
         return {
@@ -103,7 +103,7 @@ class RunInputs:
 def require_same_fingerprints(
     recorded: Mapping[str, str], now: Mapping[str, str], *, config: RunConfig, kind: Literal["run", "sweep"]
 ) -> None:
-    """Raises ConfigError if a recorded fingerprint of a run or a sweep is another one now."""
+    """Raises ConfigError if a recorded fingerprint of a run or a sweep differs from the one of now."""
     data = config.data
     # a split that the user did not set is taken from `data.train`
     sources = {}

@@ -30,10 +30,10 @@ def train_solo_run(
 ) -> Path:
     """Trains one run and returns its folder. Each process of the run calls this.
 
-    `output` is a new folder, or that of the run to resume; None takes the next free one. `origin` names the sweep,
+    `output` is a new folder, or that of the run to resume; None means the next free one. `origin` names the sweep,
     arm and trial from which the settings come.
 
-    Raises ConfigError if the request is wrong, and RunError if the run fails.
+    Raises ConfigError if the request is wrong, RunError if the run fails, and RecordError if its record is damaged.
     """
     with ExitStack() as claim, join_processes(config.trainer) as group:
         path = None if output is None else Path(output)
@@ -74,7 +74,7 @@ def _is_complete(path: Path | None, config: RunConfig, *, resume: bool) -> bool:
 
 
 def _claim_run_folder(path: Path | None, claim: ExitStack, *, resume: bool) -> Path:
-    """Returns the folder of a run, new or to be resumed, which is locked until the end of `claim`."""
+    """Returns the folder of a new run or of the run to resume, and locks it until `claim` ends."""
     if not (resume and path is not None and (path / RUN_FILE).is_file()):
         numbers = (Path("outputs") / "train" / f"{number:04d}" for number in itertools.count(1))
         path = claim.enter_context(claim_folder(path, otherwise=numbers, key="output"))

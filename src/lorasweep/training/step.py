@@ -20,16 +20,16 @@ from lorasweep.training.run_inputs import RunInputs
 def compute_losses(
     model: nn.Module, batch: Batch, *, inputs: RunInputs, configs: Sequence[RunConfig], slots: Slots | None = None
 ) -> Float[Tensor, " slots"]:
-    """Returns each slot's sum of losses of a micro-batch, divided by the weight of its whole step, in fp32.
+    """Returns each slot's sum of losses of a micro-batch, divided by the weight of its whole step, in fp32 or wider.
 
-    The micro-batch belongs to one run, or to a pack if `slots` are given. `configs` are the runs' settings. One thing
-    differs: dropout draws from torch's default stream, or from the streams of the slots, which draw no masks for the
-    padding to a longer slot.
+    The micro-batch belongs to one run, or to a pack if `slots` are given. `configs` are the runs' settings. Dropout of
+    one run draws from torch's default stream. In a pack it draws from the stream of each slot, and draws no masks for
+    the padding that a slot has only because another slot has longer rows.
     """
     if slots is not None:
         slots.sequence_lengths = tuple(batch["slot_lengths"].tolist()) if "slot_lengths" in batch else None
     drop = drop_from_default_stream if slots is None else slots.drop
-    # a compiled model keeps torch's functional dropout; no pack has one
+    # a compiled model keeps torch's functional dropout; packs are never compiled
     with nullcontext() if configs[0].trainer.compile else FunctionalDropout(drop):
         objective = inputs.data.objective
         losses = objective.losses(model, add_slot_settings(batch, configs, objective))

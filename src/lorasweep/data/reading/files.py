@@ -16,7 +16,7 @@ from lorasweep.wording import shorten, suggest_nearest
 
 
 def find_files(given: str, *, key: str) -> list[Path]:
-    """Returns the files that a path or glob names, sorted; a folder as itself. Raises ConfigError if none exists."""
+    """Returns the sorted files of a path or glob, or the folder that it names. Raises ConfigError if none exists."""
     try:
         path = Path(given).expanduser()
         if path.exists():  # checked before the glob, because `odd[1].csv` may be the name of a file

@@ -19,7 +19,7 @@ from lorasweep.wording import format_bytes, join_words, shorten, suggest_nearest
 T = TypeVar("T")
 
 MAX_SILENT_BYTES = 10_000_000
-"""Reading more takes seconds, so a line says what happens."""
+"""Maximum size of a split that is read without a message. Reading more takes seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +27,7 @@ class SplitTables:
     """The rows of one split."""
 
     tables: Sequence[Table]
-    """One for each file, so that messages can number the rows of a file, or that of the hub."""
+    """One table for each file, so that messages can number the rows of a file; one table for a hub data set."""
     columns: Sequence[str]
     """The columns that a parser gets."""
     group: str | None = None
@@ -35,7 +35,7 @@ class SplitTables:
     keeps_rows: bool = False
     """Whether the parser of a row also gets the whole row, as `row`."""
     is_from_hub: bool = False
-    """Unusable rows of the hub, which users can't correct, are skipped and counted. In a file they are errors."""
+    """Whether unusable rows are skipped and counted, because users can't correct them. In a file they are errors."""
 
 
 def open_tables(config: SplitSettings, choose: ChooseColumns, *, keeps_rows: bool = False) -> dict[str, SplitTables]:
@@ -80,7 +80,7 @@ def load_tables(config: SplitSettings, split: str, choose: ChooseColumns) -> lis
             f"or txt, but got {rules}."
         )
     if config.path is None:
-        assert isinstance(config, RowSettings)  # others read files whole
+        assert isinstance(config, RowSettings)  # settings of other tasks read whole files
         _announce(sum(file.stat().st_size for file in files), split)
         return [read_file(path, config, choose) for path in files]
     from lorasweep.data.reading.hub import load_hub  # noqa: PLC0415 (`datasets` is slow to import)
@@ -103,8 +103,8 @@ def _announce(num_bytes: int, split: str) -> None:
 def parse_rows(split: SplitTables, parse: Callable[..., T]) -> tuple[list[T], list[str]]:
     """Returns each row parsed with `parse`, and notes on rows that are skipped and on values that are not read.
 
-    `parse` takes the values of a row, and as `group` its value of `data.group`. It raises ValueError for an unusable
-    row, with the message "must have X, but has Y".
+    `parse` takes the values of a row, and `group` (the value of `data.group`). For an unusable row it raises ValueError
+    with the message "must have X, but has Y".
 
     Raises:
         ConfigError: A row of a file is unusable, or all rows of a hub data set are.

@@ -1,4 +1,4 @@
-"""Makes a pack of solo models that share one frozen base, and changes its slots.
+"""Makes a pack of solo models that share one frozen base; fills, drops and sorts its slots.
 
 LoRA is injected into a copy of the base for each slot, as for a solo run. In the packed model, one packed layer
 computes the layers of the same name in all solo models. So a slot has the layers, parameters and files of a solo run.
@@ -59,12 +59,12 @@ def inject_packed_lora(
     Args:
         model: Any module that `inject_lora` can adapt. The first dimension of its inputs must be the batch.
         configs: One per slot. All settings may differ.
-        generators: CPU random stream of each slot's A and B, used as in `inject_lora`; torch's default stream if None.
+        generators: CPU random stream of each slot's A, used as in `inject_lora`; torch's default stream if None.
         prepare_copy: Called with each slot's copy of the base and the slot's generator before LoRA is injected.
 
     Raises:
-        ValueError: A configuration can't be packed with the others, or is refused by `inject_lora`. The model is then
-            unchanged.
+        ValueError: The model has a batch norm, or a configuration can't be packed with the others or is refused by
+            `inject_lora`. The model is then unchanged.
     """
     streams = [None] * len(configs) if generators is None else generators
     check_not_injected(model)
@@ -174,7 +174,7 @@ def copy_base(model: nn.Module) -> nn.Module:
 def _inject_solo(
     solo: nn.Module, config: LoraConfig, generator: torch.Generator | None, prepare_copy: PrepareSlotCopy | None
 ) -> Coverage:
-    """Turns a copy of the base into a solo model with LoRA. Draws in the order of a solo run: new head, A and B."""
+    """Turns a copy of the base into a solo model with LoRA. Draws in the order of a solo run: new head, then A."""
     if prepare_copy is not None:
         prepare_copy(solo, generator=generator)
     return inject_lora(solo, config, generator=generator)

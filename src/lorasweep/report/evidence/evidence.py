@@ -52,9 +52,9 @@ class Evidence:
 
     questions: Sequence[Question]
     answers: Sequence[AnswerRow]
-    """A row on each subject of each question."""
+    """One row for each subject of each question."""
     scores: ConfirmScores
-    """Without values if there was no confirm stage."""
+    """The scores; none if there was no confirm stage."""
     scale: MarginScale
     looks: Sequence[int] = ()
     """The numbers of seeds of all planned looks."""
@@ -86,7 +86,7 @@ class Evidence:
 
     @property
     def margin(self) -> float | None:
-        """The margin in the metric's unit; None if it is a share of full's gain that is not known."""
+        """The margin in the metric's unit; None if it is a share of full's gain, and this gain is not known."""
         return self.scale.find_margin(self.gain)
 
     @cached_property
@@ -117,7 +117,7 @@ class Evidence:
         return list_subjects_to_train([row for row in self.answers if not row.is_settled])
 
     def estimate_difference(self, first: str, second: str | None) -> Estimate | None:
-        """Returns `first - second` on the same seeds and examples, for pairs that no question compares."""
+        """Returns `first - second` on the same seeds and examples, without the chance in the search."""
         return estimate_sum(self.scores.of_settings, {first: 1.0, second: -1.0}) if second else None
 
 
@@ -135,7 +135,7 @@ def build_evidence(record: SweepRecord, scores: ConfirmScores) -> Evidence:
 def read_confirm_scores(
     record: SweepRecord, folder: Path, *, metric: str = "", retained: RetainedRow | None = None
 ) -> ConfirmScores:
-    """Returns the test scores of the complete runs of the settings that are confirmed now, by the verdicts' metric.
+    """Returns the test scores of the complete confirm runs by `metric`; if it is empty, by the metric of the verdicts.
 
     Scores on a `retained` data set are in the runs' records, which must be read before.
     """
@@ -208,10 +208,10 @@ def compare_settings(
     margin: float | None,
     level: float,
 ) -> Iterator[AnswerRow]:
-    """Yields the difference of each pair of subjects, with its verdict, beside the questions that share 5 %.
+    """Yields the difference of each pair of subjects, and its verdict. The pairs take no part of the questions' 5 %.
 
-    Both have the same seeds and examples, and the difference is in the metric's unit. It is about the confirmed
-    settings themselves. Without a margin only `better`, `worse` and `open` are possible.
+    Both have the same seeds and examples, and the difference is in the metric's unit. It does not count the chance in
+    the search. Without a margin only `better`, `worse` and `open` are possible.
     """
     scores = scores.of_settings
     scale = MarginScale(margin=Margin(value=margin or 0.0, is_share_of_gain=margin is None), metric=metric)

@@ -55,7 +55,7 @@ STD_PER_MEAN_DEVIATION = 1.2533
 """The same for its mean absolute deviation, which replaces a median of 0 (Iglewicz and Hoaglin 1993)."""
 
 NUM_CANDIDATES = 256
-"""Number of settings among which the best is chosen, for each value. Over two decades, learning rates differ by 2 %."""
+"""Number of settings per value among which the best is chosen. Over two decades, neighbouring rates differ by 2 %."""
 CANDIDATE_SEED = 0
 EXPLORATION = 1.0
 """A new trial has the lowest `mean - EXPLORATION · standard deviation`. On stored grids 1 leaves less regret than 0."""
@@ -126,11 +126,11 @@ class Surrogate:
 
 
 def fit_surrogate(points: Array, costs: Sequence[float]) -> Surrogate:
-    """Returns a Gaussian process with Matérn 5/2 kernel (Rasmussen and Williams 2006, equation 4.17).
+    """Returns a fitted Gaussian process with a Matérn 5/2 kernel (Rasmussen and Williams 2006, equation 4.17).
 
-    Costs that are more than one robust standard deviation worse than the median become that value: a diverged trial
-    says that its setting is bad, and its number would only hide the differences between good settings. Far from all
-    trials the mean is the worst of these costs, so that no setting is chosen because nothing is known about it.
+    Costs are cut off at the median plus one robust standard deviation: a diverged trial says that its setting is bad,
+    and its number would only hide the differences between good settings. Far from all trials the mean is the worst of
+    these costs, so that no setting is chosen because nothing is known about it.
 
     Args:
         points: (trials, dimensions) coordinates in units of the length scales.
@@ -246,9 +246,9 @@ def predict_best(
 def _find_lowest_cost(costs: Sequence[float]) -> float:
     """Returns the lowest cost that an untried setting may have; minus infinity if nothing is known.
 
-    If at least half of the trials have exactly the lowest cost, their score cannot rise further, such as an accuracy on
-    examples of which a fifth have wrong labels. A cost may then be lower by one step of the score, which is the
-    smallest difference between two trials. The process alone would expect as much above the ceiling as below it.
+    If at least half of the trials have exactly the lowest cost, the score is near its ceiling, such as an accuracy of
+    80 % where a fifth of the labels are wrong. An untried setting may then be better by the smallest difference between
+    two scores. The Gaussian process does not know the ceiling, and would predict scores above it.
     """
     lowest, *others = sorted(set(costs))
     if not others or 2 * costs.count(lowest) < len(costs):

@@ -38,12 +38,12 @@ class Rendering(NamedTuple):
     full: str
     """The text with the answer."""
     marks: list[tuple[int, int]] | None
-    """Where the template marks parts of `full` as generated: first character and last + 1. None if it marks nothing."""
+    """Parts of `full` that the template marks as generated: first, last + 1. None without `GENERATION_BLOCK`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Renderer:
-    """The text of a chat template with everything that it gets beside a conversation."""
+    """A chat template with everything that it gets in addition to a conversation."""
 
     text: str
     arguments: Mapping[str, Any]
@@ -72,7 +72,7 @@ class Renderer:
     def _render_one(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, *, has_prompt: bool
     ) -> tuple[str, list[tuple[int, int]] | None]:
-        """Returns the text, and where the template marks what the assistant generates; None if it has no marks."""
+        """Returns the text, and the `marks` of a `Rendering`."""
         _compile_jinja_template(self.text).globals["strftime_now"] = date.fromisoformat(self.today).strftime
         has_marks = GENERATION_BLOCK.search(self.text) is not None
         arguments: dict[str, Any] = {
@@ -127,7 +127,7 @@ class ChatTemplate:
         for conversation in conversations:
             try:
                 turns = self._render_conversation(conversation, only_last=only_last)
-            except ConfigError as error:  # the others are counted, because removing a few may be a remedy
+            except ConfigError as error:  # go on and count such rows, because removing a few may be a remedy
                 problems.append((conversation, error))
             else:
                 yield turns
@@ -198,7 +198,7 @@ class ChatTemplate:
         return Turn(prompt, answer, bool(end_token), omits_reasoning=_get_reasoning(message) not in "".join(texts))
 
     def _find_answer(self, prompt: str, full: str, message: Mapping[str, Any]) -> tuple[int, str]:
-        """Returns where in the whole text the answer starts, and what the model generates before it.
+        """Returns the index in `full` at which the answer starts, and what the model generates before that text.
 
         Raises:
             ConfigError: The whole text does not continue the prompt, or lacks the message.
@@ -239,7 +239,7 @@ class ChatTemplate:
 def read_template(config: ConversationSettings, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
     """Returns the template of the settings; None for `plain`, and for `auto` if the tokenizer has no template.
 
-    Raises ConfigError if the template's file can't be read, or the tokenizer has no template.
+    Raises ConfigError if the file can't be read, an argument is reserved, or `model` is set and there is no template.
     """
     text = None
     if config.template_file is not None:

@@ -23,8 +23,8 @@ def build_pairs(
 ) -> Rows:
     """Returns the rows of one split.
 
-    Their record also has the number of scored tokens, and the accuracy of always choosing the longer answer.
-    Raises ConfigError if messages need a chat template that is missing, and as `build_conversations`.
+    Their record also has the mean numbers of scored tokens, and the accuracy of always choosing the longer answer.
+    Raises ConfigError if messages need a chat template that is missing, and in the cases of `build_conversations`.
     """
     has_messages = any(pair.has_messages for pair in examples.items)
     if has_messages and config.template == "auto" and tokenizer.chat_template is None:

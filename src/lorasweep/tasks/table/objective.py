@@ -52,7 +52,7 @@ class LabelObjective(Objective):
         return self.score_logits(compute_logits(model, batch), batch)
 
     def score_logits(self, logits: Tensor, batch: Batch) -> ExampleScores:
-        """Returns what `score` returns, for a model's output."""
+        """Returns the scores of a batch from the model's logits."""
         losses = self._loss(logits, batch["targets"])
         prediction = self._predict(logits)
         target = batch["targets"].to(prediction.dtype)
@@ -67,13 +67,13 @@ class LabelObjective(Objective):
         """Returns the scores of examples if each gets the same answer.
 
         It is the most frequent class of the training split (the first of equally frequent classes), or the mean of its
-        numbers. For the loss, the predicted probabilities are the shares of the classes.
+        numbers. For the loss, the probabilities are the shares of the classes after one more example of each.
         """
         labels = split.columns["targets"][torch.tensor(indices)]
         return self.score_logits(self.fit_constant(train).expand(len(labels), -1), {"targets": labels})
 
     def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
-        """Returns the loss of each example, or for `accuracy` 1 if its class is right. All weights are 1."""
+        """Returns the loss of each example, or for `accuracy` 1 if its class is right, else 0. All weights are 1."""
         if metric == "accuracy":
             predicted, target = _unpack(scores)
             values = (predicted == target).double()
