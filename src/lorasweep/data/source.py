@@ -2,7 +2,7 @@
 
 Nothing is drawn at random. A split without a file of its own gets the examples of the training file whose content, or
 group, has a hash in its range. So an example stays in its split when other examples are added or reordered. If there
-are only a few documents, each one is cut instead. Limits such as `data.max_train_examples` keep evenly spaced examples.
+are few documents, each is cut into the splits. Limits such as `data.max_train_examples` keep evenly spaced examples.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def choose_attention(
     Args:
         model: A model of transformers.
         device: Where it trains.
-        dtype: The dtype in which the model multiplies.
+        dtype: The dtype in which the model computes products.
         max_tokens: Number of tokens of the longest row of the data.
         has_cpu_bf16: Whether the processor multiplies bf16 in hardware.
     """

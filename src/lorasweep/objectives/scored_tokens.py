@@ -157,9 +157,9 @@ def _compute_losses(logits: Float[Tensor, "rows length vocabulary"], targets: Te
 
 
 class _ScoreFrozen(torch.autograd.Function):
-    """Losses of a head without trained parameters. Forward also computes the gradient, so backward has no product.
+    """Losses of a head without trained parameters. Forward also computes the gradient, so that backward only scales it.
 
-    Each loss depends on its own hidden state alone, so backward scales the stored gradient of the sum of the losses.
+    Each loss depends on its own hidden state alone, so the gradient of the sum of all losses is enough.
     """
 
     @staticmethod

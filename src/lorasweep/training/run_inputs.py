@@ -103,7 +103,7 @@ class RunInputs:
 def require_same_fingerprints(
     recorded: Mapping[str, str], now: Mapping[str, str], *, config: RunConfig, kind: Literal["run", "sweep"]
 ) -> None:
-    """Raises ConfigError if a recorded fingerprint of a run or a sweep differs from the one of now."""
+    """Raises ConfigError if a recorded fingerprint of a run or a sweep differs from the present one."""
     data = config.data
     # a split that the user did not set is taken from `data.train`
     sources = {}

@@ -208,7 +208,7 @@ def compare_settings(
     margin: float | None,
     level: float,
 ) -> Iterator[AnswerRow]:
-    """Yields the difference of each pair of subjects, and its verdict. The pairs take no part of the questions' 5 %.
+    """Yields the difference of each pair of subjects, and its verdict. The 5 % of the questions does not cover it.
 
     Both have the same seeds and examples, and the difference is in the metric's unit. It does not count the chance in
     the search. Without a margin only `better`, `worse` and `open` are possible.
