@@ -97,7 +97,7 @@ def _list_answers(data: SweepData, learning: Learning) -> Iterator[Answer]:
     yield from first
     yield _answer_setting(data, learning)
     shown = {(row.name, row.arm) for answer in first for row in answer.rows}
-    for question in record.questions:
+    for question in record.questions if evidence.means else ():
         is_other = (question.name, question.arm) not in shown and question.arm not in data.fixed_arms
         if is_other and (answer := evidence.find_answer(question.name, question.arm)).rows:
             yield answer

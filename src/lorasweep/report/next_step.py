@@ -16,6 +16,7 @@ from typing import Any
 from lorasweep.config.command_line import format_override
 from lorasweep.config.run import MIN_STEPS, STEPS_KEY
 from lorasweep.config.sweep import MINUTES_KEY
+from lorasweep.disk import is_running
 from lorasweep.record import ArmRow
 from lorasweep.report.caveats import Learning
 from lorasweep.report.evidence.advice import PROBABLE_CHANCE, find_step
@@ -39,7 +40,7 @@ def find_next_step(answer: Answer, data: SweepData, learning: Learning) -> NextS
         return None
     record = data.record
     if record.status != "complete":
-        return NextStep(name="complete", command=data.completing_command)
+        return NextStep(name="wait" if is_running(data.folder) else "complete", command=data.completing_command)
     if learning.has_failed or _is_short(data) or _improves_late(data, learning):
         return _train_longer(data, learning)
     if not record.looks:

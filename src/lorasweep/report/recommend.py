@@ -191,6 +191,7 @@ def find_recommended_run(source: Path) -> tuple[Path, str]:
     runs = [run for run in scored if is_number(run.search_score)]
     run = min(runs, key=lambda run: sign * (run.search_score or 0.0), default=setting.run)
     best = f", the best of {len(runs)} seeds on validation data" if len(runs) > 1 else ""
+    best += " (WARNING: nothing is shown to be learned in this sweep)" if judge_learning(data).has_failed else ""
     return get_run_folder(data.folder, run.run), f"{run.name}{best}"
 
 

@@ -70,6 +70,7 @@ MISSING: Mapping[Missing, str] = {
     "no score": "no run has a score on this data",
 }
 STEPS: Mapping[StepName, str] = {
+    "wait": "the sweep still runs",
     "complete": "completes the sweep",
     "confirm": "adds the confirm stage",
     "longer": "a longer run, {} steps",
@@ -89,6 +90,8 @@ PRESENT: Mapping[Verdict, str] = {
 NO_EXAMPLE_SCORES = (
     "Single test examples have no scores here, so intervals are over seeds alone: other test data may differ by more."
 )
+MAX_HARMLESS_CUT = 0.1
+"""The share of training examples above which those that are cut off may explain that nothing was learned."""
 OTHER_SEARCH_METRIC = (
     "The search chose settings by another metric than that of the verdicts, so the intervals do not include the chance "
     "in the search."
@@ -292,10 +295,22 @@ def describe_failure(findings: Findings) -> tuple[str | None, str | None]:
         metric = format_metric(data.shown_metric.name)
         headline = "Nothing is shown to be learned: on test data no method is shown to be better than "
         return f"{headline}{learning.baseline}, by {metric}.", "No settings are recommended."
-    check = "the data" if learning.base else "that the labels belong to the texts"
     so_far = "" if data.record.status == "complete" else " so far"
     headline = f"Nothing learned{so_far}: no trial is better than {_describe_baseline(findings)}."
-    return headline, f"No settings are recommended. Check {check}, and try other learning rates."
+    return headline, " ".join(["No settings are recommended.", *_list_causes(findings)])
+
+
+def _list_causes(findings: Findings) -> Iterator[str]:
+    """Yields what to change if nothing was learned, the most likely first."""
+    run = findings.data.longest_run
+    train = run.data.get("train", {}) if run else {}
+    cut, examples = train.get("truncated") or 0, train.get("examples") or 0
+    if run and run.epochs and run.epochs < 1:
+        yield f"The runs saw {format_share(run.epochs)} of the training data: train longer."
+    if cut > MAX_HARMLESS_CUT * examples:
+        yield f"`data.max_length` cut off {cut:,} of {examples:,} training examples: raise it."
+    check = "the data" if findings.learning.base else "that the labels belong to the texts"
+    yield f"Check {check}, and try other learning rates."
 
 
 def _describe_baseline(findings: Findings) -> str:

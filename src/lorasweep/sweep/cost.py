@@ -6,6 +6,7 @@ A cost is computed from measured rates, without composing the sweep again, so th
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,6 +53,8 @@ class Budget:
     """Number of values of `confirm_each`."""
     trials: int | None = None
     """The setting `sweep.trials`: an arm that searches one key gets half of it."""
+    own_trials: tuple[str, ...] = ()
+    """Names of the arms that keep their trials, because a user typed them."""
     steps: int | None = None
     """Steps of a run."""
     without: tuple[str, ...] = ()
@@ -86,7 +89,7 @@ class Budget:
     def limit(self, arm: Arm) -> Arm:
         """Returns an arm with at most the budget's trials and values of `confirm_each`, which are evenly spaced."""
         trials, key = arm.trials, arm.confirm_each
-        if self.trials is not None:
+        if self.trials is not None and arm.name not in self.own_trials:
             trials = min(trials, math.ceil(self.trials / 2) if searches_one_key(arm.space) else self.trials)
         if self.ranks is None or key is None or len(arm.subjects) <= self.ranks:
             return replace(arm, trials=trials)
@@ -243,7 +246,8 @@ def fit_minutes(
     Raises ConfigError, with the minutes that it needs, if the smallest budget takes over `MINUTES_TOLERANCE` longer.
     """
     cuts, available_s = list_cuts(definition, rates, typed=typed), 60 * minutes - spent_s
-    budgets = [Budget(minutes=minutes)]
+    own_trials = tuple(arm.name for arm in definition.arms if f"arms.{arm.name}.trials" in typed)
+    budgets = [Budget(minutes=minutes, own_trials=own_trials)]
     for cut in cuts:
         budgets.append(replace(budgets[-1], **{cut.field: cut.value}))
 
@@ -260,7 +264,10 @@ def fit_minutes(
             larger = [None, *range(longest - 2, budget.steps, -2)]
         fitting = (replace(budget, **{name: value}) for value in larger)
         budget = next((each for each in fitting if estimate(each) <= available_s), budget)
-    seconds, lost = estimate(budget), "; ".join(describe_cuts(definition, rates, budget)) or "nothing is given up"
+    whole = next(each for each in reversed(budgets) if not each.without)
+    needed = math.ceil((estimate(whole) + spent_s) / 60)
+    seconds = estimate(budget)
+    lost = "; ".join(describe_cuts(definition, rates, budget, needed_minutes=needed)) or "nothing is given up"
     # with a tolerance, because this message may have named these minutes after an earlier measurement
     if seconds + spent_s > (1 + MINUTES_TOLERANCE) * 60 * minutes:
         asked = list_questions(cut_sweep(definition, budget))
@@ -268,10 +275,16 @@ def fit_minutes(
         raise ConfigError(
             f"`--minutes` must be at least {math.ceil((seconds + spent_s) / 60)} for this sweep on this machine, but "
             f"got {minutes:g}. That time would answer {answers}, and give up: {lost}. "
-            f"Shorter examples (`data.max_length`) or a smaller model take less."
+            f"Shorter examples (`data.max_length`) or a smaller model take less.{_describe_load()}"
         )
     about = "about " if seconds > available_s else ""
-    return budget, f"within {about}{minutes:g} min: {lost}."
+    return budget, f"within {about}{minutes:g} min: {lost}.{_describe_load()}"
+
+
+def _describe_load() -> str:
+    """Returns a sentence if other processes slow the measurement down; empty otherwise."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    return f" Measured beside other work (a load of {load:.1f} on {cores} cores)." if load > 1.5 * cores else ""
 
 
 def list_cuts(definition: Definition, rates: Sequence[Rates], *, typed: Collection[str] = ()) -> list[Cut]:
@@ -299,13 +312,14 @@ def list_cuts(definition: Definition, rates: Sequence[Rates], *, typed: Collecti
         cuts += [Cut("ranks", number) for number in range(most - 1, 1, -1)]
     largest = max(definition.arms, key=lambda arm: (arm.trials, not searches_one_key(arm.space)))
     unit, most = 2 if searches_one_key(largest.space) else 1, largest.trials
-    if is_free("trials"):
+    is_typed = {arm.name: f"arms.{arm.name}.trials" in typed for arm in definition.arms if arm.space}
+    if "sweep.trials" not in typed and not all(is_typed.values()):
         least = min(MIN_TRIALS, most)
         numbers = dict.fromkeys(max(least, number) for number in (most * 3 // 4, most // 2, least))
         cuts += [Cut("trials", unit * number) for number in numbers if number < most]
     full = [arm.name for arm in definition.arms if arm.base.method.trains_all]
     has_others = any(arm.space and arm.name not in full for arm in definition.arms)
-    is_typed = any(key.startswith(f"arms.{name}") for key in typed for name in full)
+    is_full_typed = any(key.startswith(f"arms.{name}") for key in typed for name in full)
     longest = max((arm.base for arm in definition.arms), key=lambda config: config.num_steps)
     epoch, steps = max(group.num_train for group in rates) / longest.trainer.batch_size, longest.num_steps
     for epochs in (1.0, 0.5):
@@ -313,12 +327,22 @@ def list_cuts(definition: Definition, rates: Sequence[Rates], *, typed: Collecti
         while steps > least and is_free(STEPS_KEY, "sweep.epochs"):
             steps = max(least, 2 * (steps // 3))
             cuts.append(Cut("steps", steps))
-        cuts += [Cut("without", tuple(full))] if epochs == 1 and full and has_others and not is_typed else []
+        cuts += [Cut("without", tuple(full))] if epochs == 1 and full and has_others and not is_full_typed else []
     return cuts
 
 
-def describe_cuts(definition: Definition, rates: Sequence[Rates], budget: Budget) -> Iterator[str]:
-    """Yields a clause on each number that a budget cuts, and on what that gives up."""
+def describe_cuts(
+    definition: Definition, rates: Sequence[Rates], budget: Budget, *, needed_minutes: int
+) -> Iterator[str]:
+    """Yields a clause on each number that a budget cuts, and on what that gives up; lost questions first.
+
+    The smallest sweep that asks all questions takes `needed_minutes`.
+    """
+    for name in budget.without:
+        yield (
+            f"the arm `{name}`, so whether LoRA is as good as full fine-tuning is NOT ASKED (`--minutes "
+            f"{needed_minutes}` asks it)"
+        )
     looks = definition.sweep_config.confirm.list_looks()
     if budget.looks is not None:
         yield f"at most {budget.looks[-1]} of {looks[-1]} seeds (small differences stay open)"
@@ -333,8 +357,6 @@ def describe_cuts(definition: Definition, rates: Sequence[Rates], budget: Budget
     most = max(arm.base.num_steps for arm in definition.arms)
     if budget.steps is not None:
         yield f"{budget.steps:,} of {most:,} steps a run (the answers hold for shorter training)"
-    for name in budget.without:
-        yield f"the arm `{name}`, so whether LoRA is as good as full fine-tuning is not asked (`arms.{name}`)"
 
 
 def cut_sweep(definition: Definition, budget: Budget) -> Definition:

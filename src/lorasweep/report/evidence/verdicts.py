@@ -38,7 +38,7 @@ Missing = Literal[
 ]
 """Why an answer has no rows. It is open for the last four, and not asked for the others."""
 OPEN_REASONS: tuple[Missing, ...] = ("not confirmed", "no trial", "not learned", "no score")
-StepName = Literal["complete", "confirm", "longer", "seeds", "trials", "none"]
+StepName = Literal["wait", "complete", "confirm", "longer", "seeds", "trials", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
