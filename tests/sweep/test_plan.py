@@ -3,6 +3,7 @@
 import io
 import re
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -239,6 +240,27 @@ def test_what_was_typed_is_not_cut(quickstart):
     assert fields[3] - fields[4] == {"without"}
     with pytest.raises(ConfigError, match="at least"):
         fit_minutes(quickstart, rates, 1, typed=typed)
+
+
+def test_trials_that_were_typed_for_one_arm_leave_those_of_others_to_be_cut(quickstart):
+    definition = quickstart.with_overrides({"arms.full.trials": 4})
+    rates = step_rates(definition)
+    budget, _ = fit_minutes(definition, rates, 9, typed=["arms.full.trials", "trainer.max_steps"])
+    cut = cut_sweep(definition, budget)
+    assert cut.find_arm("full").trials == 4
+    assert cut.find_arm("lora").trials < definition.find_arm("lora").trials
+
+
+def test_the_minutes_that_ask_every_question_are_named_where_full_fine_tuning_goes(quickstart):
+    rates = step_rates(quickstart)
+    for minutes in (3, 2.5, 2, 1.5):
+        with suppress(ConfigError):
+            budget, given_up = fit_minutes(quickstart, rates, minutes)
+            if budget.without:
+                break
+    assert given_up.index("NOT ASKED") < given_up.index("seeds")
+    needed = int(re.search(r"`--minutes (\d+)` asks it", given_up)[1])
+    assert not fit_minutes(quickstart, rates, needed)[0].without
 
 
 def test_time_that_is_left_goes_into_steps(quickstart):

@@ -38,7 +38,7 @@ from lorasweep.recipes.write import NullRepresenter
 from lorasweep.sweep.checks import check_rows
 from lorasweep.sweep.definition.arms import Definition, read_definition
 from lorasweep.sweep.definition.confirm import MAX_LAW_FACTOR
-from lorasweep.sweep.definition.overrides import Overrides
+from lorasweep.sweep.definition.overrides import ARM_FIELDS, Overrides
 from lorasweep.sweep.definition.ranges import Range
 from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS, make_paths_absolute
 from lorasweep.sweep.definition.typed import ROW_DATA, ROW_KEYS
@@ -46,7 +46,7 @@ from lorasweep.tasks import DATA, PLAIN_TEXT
 from lorasweep.tasks.task import GivenTable, find_task
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.wording import format_count, format_share, join_words, shorten
+from lorasweep.wording import format_count, format_share, join_words, shorten, suggest_nearest
 
 COLUMN_KEYS = frozenset(("prompt", "input", "completion", "messages", "chosen", "rejected"))
 """Settings of data that name columns of a recipe's table."""
@@ -107,12 +107,17 @@ def draft_definition(
 
 @doing("drafting the sweep")
 def draft_sweep(
-    path: Path, settings: Mapping[str, Any], inputs_cache: InputsCache, *, recipe: Recipe | None = None
+    path: Path,
+    settings: Mapping[str, Any],
+    inputs_cache: InputsCache,
+    *,
+    recipe: Recipe | None = None,
+    given_up: str | None = None,
 ) -> Draft:
     """Returns a sweep file, to be written to `path`.
 
     Reads the model and the data that the settings name. The settings of a `recipe` are followed, unless `settings` have
-    others, and are an arm of their own.
+    others, and are an arm of their own. `given_up` says what the settings cut, for the head of the file.
 
     Raises:
         ConfigError: A setting is missing or wrong, or the model or the data can't be read.
@@ -127,8 +132,9 @@ def draft_sweep(
             f"`data.path=HUB-ID data.train=SPLIT`, but got {given}."
         )
     of_sweep = {key: value for key, value in settings.items() if key.split(".")[0] in SWEEP_GROUPS}
-    left_out = [key for key, value in settings.items() if re.fullmatch(r"arms\.\w+", key) and value is None]
-    settings = {key: value for key, value in settings.items() if key not in {*of_sweep, *left_out}}
+    of_arms = {key: value for key, value in settings.items() if key.startswith("arms.")}
+    left_out = [key for key, value in of_arms.items() if key.count(".") == 1 and value is None]
+    settings = {key: value for key, value in settings.items() if key not in {*of_sweep, *of_arms}}
     ranks = settings.pop(RANK) if isinstance(settings.get(RANK), list) else None
     texts = recipe.texts if recipe else {}
     found, notes = ({}, []) if "data" in settings else _choose_data(settings, expected, texts)
@@ -179,13 +185,34 @@ def draft_sweep(
         for name in ("full", "lora") if key not in numbered else ():
             arms[name]["space"][key] = bounds
     kept = {name: arm for name, arm in arms.items() if f"arms.{name}" not in left_out}
+    _set_keys_of_arms(kept, {key: value for key, value in of_arms.items() if key not in left_out})
     comments |= _list_comments(numbered, inputs, recipe, has_full="full" in kept)
     margin = {} if "full" in kept else {"confirm.margin": DEFAULT_MARGIN}
     of_sweep = {**SWEEP_SETTINGS, **margin, **of_sweep}
     content = {"name": path.stem, **shorter, "settings": {**numbered, **of_sweep}, "arms": kept}
-    head = _list_head(path, inputs, recipe, [*inputs.describe_lost(config, has_test=True), *notes], kept)
+    facts = [
+        *([f"Cut to a time, {given_up}"] if given_up else []),
+        *inputs.describe_lost(config, has_test=True),
+        *notes,
+    ]
+    head = _list_head(path, inputs, recipe, facts, kept)
     text = _write_yaml(content, comments, head)
     return Draft(text=text, definition=read_definition(content), notes=notes)  # it must be a sweep that starts
+
+
+def _set_keys_of_arms(arms: dict[str, Any], typed: Mapping[str, Any]) -> None:
+    """Sets keys such as `arms.full.trials` in the arms of a draft. Raises ConfigError if there is no such arm."""
+    for key, value in typed.items():
+        _, name, *rest = key.split(".", 2)
+        if name not in arms or not rest:
+            raise ConfigError(
+                f"`{key}` must be a key of an arm of the draft ({', '.join(arms)}), but is not."
+                f"{suggest_nearest(name, arms)}",
+                key=key,
+            )
+        is_range = isinstance(value, list | Mapping)
+        part = arms[name] if rest[0] in ARM_FIELDS else arms[name].setdefault("space" if is_range else "settings", {})
+        part[rest[0]] = value
 
 
 def _follow_recipe(recipe: Recipe, typed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -244,12 +271,19 @@ def _choose_data(
         if (found := find_task(kind).recognise(given)) is not None:
             unused = [column for column in columns if column not in found.columns]
             notes = [f"Columns that are not used: {shorten(unused, 400)}."] if unused else []
+            if "data.text" in found.settings and (texts_beside := [one for one in unused if _has_texts(columns[one])]):
+                notes.append(f"For pairs of texts add `data.text_pair={texts_beside[0]}`.")
             if is_expected:
                 return dict(expected), notes
             values = [value for column in found.texts for value in columns.get(column, ())[:1]]
             of_texts = texts if found.texts and all(isinstance(value, str) for value in values) else {}
             return {"data": name, **found.settings, **of_texts}, notes
     raise ConfigError(f"`data` must be set, because no task recognises the columns {shorten(list(columns), 400)}.")
+
+
+def _has_texts(values: Sequence[Any]) -> bool:
+    """Returns whether most values of a column are texts of several words."""
+    return sum(isinstance(value, str) and " " in value.strip() for value in values) > len(values) / 2
 
 
 def _find_kind(settings: Mapping[str, Any]) -> type[DataSettings]:

@@ -70,7 +70,7 @@ class Session:
         """
         definition, rates = self._measure(definition)
         if minutes is not None:
-            budget = self._fit(definition, rates, minutes, typed=typed)
+            budget, _ = self._fit(definition, rates, minutes, typed=typed)
             rates = [group.limit(budget, definition.find_arm(group.arms[0]).base) for group in rates]
             definition = cut_sweep(definition, budget)
         rates = [group for group in rates if group.arms]
@@ -94,11 +94,12 @@ class Session:
         if minutes is not None:
             self._on_note("measures a few steps of the drafted sweep")
             definition, rates = self._measure(draft.definition)
-            budget = self._fit(definition, rates, minutes, typed=settings)
+            budget, given_up = self._fit(definition, rates, minutes, typed=settings)
             changes = budget.find_settings(definition)
             for ranks in budget.find_ranks(definition).values():  # one arm of a draft has several ranks
                 changes[RANK] = ranks
-            draft = draft_sweep(path, {**settings, **changes}, self.inputs_cache, recipe=recipe)
+            settings = {**settings, **changes}
+            draft = draft_sweep(path, settings, self.inputs_cache, recipe=recipe, given_up=given_up)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, draft.text)
         return NewSweep(
@@ -176,8 +177,10 @@ class Session:
             definition, self.inputs_cache, on_progress=lambda phrase: note(add_clock(phrase))
         )
 
-    def _fit(self, definition: Definition, rates: list[Rates], minutes: float, *, typed: Mapping[str, Any]) -> Budget:
+    def _fit(
+        self, definition: Definition, rates: list[Rates], minutes: float, *, typed: Mapping[str, Any]
+    ) -> tuple[Budget, str]:
         spent_s = time.monotonic() - self._began_s + END_S
         budget, given_up = fit_minutes(definition, rates, minutes, typed=typed, spent_s=spent_s)
         self._on_note(given_up)
-        return budget
+        return budget, given_up

@@ -72,6 +72,20 @@ def test_a_stopped_trial_is_no_winner_and_confirm_runs_are_not_stopped(begin, wo
     assert {row.state for row in record.confirm} == {"complete"}
 
 
+def test_nothing_is_confirmed_if_no_trial_is_better_than_an_answer_without_training(begin, work, runs, confirming):
+    confirming["settings"] |= {"trainer.max_steps": 4, "trainer.eval_every_steps": 2}
+    folder = begin(confirming, constant_answer={"bits_per_byte": 1.0})
+    runs.score = lambda config, step: 1.0 + config.optim.lr
+    assert work(folder)
+    record = read_sweep(folder.path)
+    assert (record.status, record.confirm, record.confirm_seeds, record.looks) == ("complete", [], [], [])
+    assert any("nothing was confirmed" in warning for warning in record.warnings)
+    runs.score = score_by_rate  # more trials that learn something are confirmed
+    grown = reopen_sweep(folder.path, changes={"arms.lora.trials": 8})
+    assert work(grown)
+    assert counts(folder.path)["lora"] == 3
+
+
 def test_a_finished_search_gets_the_stage_later_and_more_seeds_later_still(begin, work, runs, confirming):
     whole, folder = begin(confirming, folder="whole"), begin(confirming, "confirm.seeds=0")
     assert work(whole)

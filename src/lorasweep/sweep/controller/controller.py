@@ -204,7 +204,10 @@ class Controller:
         """Begins the next stage if every trial of this stage has ended."""
         while not self._is_over and all(trials.is_over for trials in self.stage.arms.values()):
             looks = self.sweep.record.looks
-            if looks and self.confirm is None:
+            if looks and self.confirm is None and not self.search.has_learned():
+                self.sweep.record.looks, self.sweep.record.confirm_seeds = [], []
+                self.sweep.warn("No trial is better than an answer without training, so nothing was confirmed.")
+            elif looks and self.confirm is None:
                 settings = choose_settings(self.search, sweep=self.sweep)
                 self.sweep.record.settings = settings
                 self.confirm = Confirmation(self.sweep, settings, looks=looks)

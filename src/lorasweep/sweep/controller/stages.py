@@ -19,6 +19,7 @@ from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.folder import SweepFolder, name_study
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.controller.proposals import find_batch_start, propose
+from lorasweep.sweep.controller.stopping import find_half_step, is_better
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.confirm import has_fixed_score
 
@@ -54,8 +55,27 @@ class Search:
 
         Empty if none is known, and for an arm that searches nothing, whose only setting the user wants to see.
         """
-        if not arm.space:
-            return {}
+        return self._read_untrained_scores(arm) if arm.space else {}
+
+    def has_learned(self) -> bool:
+        """Returns whether a trial was ever better than an answer that needs no training; True if that is not known.
+
+        If none was, confirm runs would take two thirds of the sweep's time to say so again.
+        """
+        metric, is_known = self._sweep.record.search_metric, False
+        for trials in self.arms.values():
+            scores = [value for trial in trials.trials.values() for value in trial.values.values()]
+            if trials.arm.base.method.trains_nothing or not scores:
+                continue
+            untrained = self._read_untrained_scores(trials.arm).get(metric.name)
+            is_known = True
+            if untrained is None or find_half_step(trials.arm.base) is None:  # short runs are not judged
+                return True
+            if any(is_better(score, untrained, metric.sign) for score in scores):
+                return True
+        return not is_known
+
+    def _read_untrained_scores(self, arm: Arm) -> Mapping[str, float]:
         if self._sweep.record.constant_answer or (base := self._find_base_arm(arm)) is None:
             return self._sweep.record.constant_answer
         ended = [trial for trial in base.trials.values() if trial.state == "complete"]

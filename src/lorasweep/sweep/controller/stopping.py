@@ -26,6 +26,11 @@ def find_half_step(config: RunConfig) -> int | None:
     return half if steps >= MIN_STEPS and half < steps else None
 
 
+def is_better(score: float, untrained: float, sign: int) -> bool:
+    """Returns whether a score is better than that of the untrained answer by more than rounding; see `metric.sign`."""
+    return sign * (untrained - score) > SCORE_ROUNDING * abs(untrained)
+
+
 def explain_stop(
     config: RunConfig, step: int, scores: Mapping[str, float], *, untrained: Mapping[str, float], metric: ScoreMetric
 ) -> str | None:
@@ -39,7 +44,7 @@ def explain_stop(
         return None
     for name in {metric.name, LOSS_METRIC} & untrained.keys() & scores.keys():
         sign = metric.sign if name == metric.name else 1
-        if sign * (untrained[name] - scores[name]) > SCORE_ROUNDING * abs(untrained[name]):
+        if is_better(scores[name], untrained[name], sign):
             return None
     score, answer = (format_score(values[metric.name]) for values in (scores, untrained))
     return (
