@@ -93,6 +93,11 @@ def test_changes_are_in_the_record_before_anything_trains(result, monkeypatch, t
     assert (record.status, len(record.confirm_seeds), record.arms[1].trials) == ("interrupted", 3, 3)
 
 
+def test_a_measurement_that_takes_all_minutes_ends_with_one_sentence():
+    with pytest.raises(ConfigError, match="measuring a few steps alone took"):
+        lorasweep.plan_sweep(SWEEP, minutes=1e-4)
+
+
 def test_overrides_as_words_and_as_a_mapping_are_the_same_run(tmp_path):
     words = [f"{key}={value}" for key, value in SMALL_RUN.items()]
     first = lorasweep.train_run([*words, "method.rank=2"], output=tmp_path / "words")

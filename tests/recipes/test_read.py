@@ -336,9 +336,10 @@ def test_a_missing_file_and_a_folder_are_one_sentence(tmp_path):
 
 
 def test_foreign_yaml_sets_no_class(read):
-    recipe = read(AXOLOTL, optimizer={"_target_": "os.system"}, _target_="os.system")
-    assert recipe.settings["optim"] == "adamw"
-    assert recipe.keys.not_followed["_target_"] == UNKNOWN_KEY
+    assert read(AXOLOTL, _target_="os.system").keys.not_followed["_target_"] == UNKNOWN_KEY
+    for optimizer in ({"_target_": "os.system"}, "lion_pytorch"):  # whose rate would not hold for AdamW
+        with pytest.raises(ConfigError, match=r"`optimizer`: it is .* holds for this optimizer alone"):
+            read(AXOLOTL, optimizer=optimizer)
 
 
 def test_keys_below_a_group_are_read_by_their_dotted_names(read):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from lorasweep.report.next_step import find_next_step
 from lorasweep.report.recommend import Recommendation, choose_arm, pair_fixed_settings, recommend
 from lorasweep.report.sweep_data import SubjectResult, SweepData, load_sweep_data
 
+MIN_MOVED_SHARE = 0.95
+"""A loss of preferences above this share of the base's loss is that of a model that hardly changed."""
 MAX_CUT_OFF_SHARE = 0.1
 """Above this share of generated answers that were cut off, their scores are doubted beside the answers."""
 
@@ -45,6 +48,23 @@ class Findings:
     @property
     def has_many_cut_off(self) -> bool:
         return sum(self.count_generated("cut_off")) > MAX_CUT_OFF_SHARE * sum(self.count_generated("examples"))
+
+    @property
+    def hardly_moved(self) -> dict[str, tuple[float, float]]:
+        """The test loss of each subject that learned preferences and hardly left the base, and the loss of the base.
+
+        With DPO, the loss of the base is ln 2. The accuracy of pairs counts the sign of a difference, however small.
+        """
+        if self.longer_answers is None:
+            return {}
+        losses = {
+            one.name: statistics.fmean(found)
+            for one in self.data.subjects
+            if (found := [run.test_scores["loss"] for run in one.confirm_runs if "loss" in run.test_scores])
+        }
+        base = losses.get(self.data.evidence.scale.base or "")
+        moved = {name: (loss, base) for name, loss in losses.items() if base and loss > MIN_MOVED_SHARE * base}
+        return {name: found for name, found in moved.items() if name != self.data.evidence.scale.base}
 
     @property
     def longer_answers(self) -> tuple[str, list[float]] | None:
@@ -122,9 +142,10 @@ def _answer_arms(name: QuestionName, arms: list[str], data: SweepData, missing: 
 def _answer_setting(data: SweepData, learning: Learning) -> Answer:
     """Returns whether an untried setting of the best LoRA subject may be better by more than the margin."""
     choice = choose_arm(data, ["lora"])
-    if learning.has_failed or choice is None or choice.setting.row is None:
+    is_unlearned = learning.has_failed or (choice is not None and choice.subject.name in learning.unlearned)
+    if is_unlearned or choice is None or choice.setting.row is None:
         missing: Missing = "no trial" if choice is None else "not confirmed"
-        if learning.has_failed:
+        if is_unlearned:
             missing = "not learned"
         return Answer(name="setting", arm=choice.subject.name if choice else "", missing=missing)
     regret, margin = choice.setting.regret, data.search_margin  # both in the unit of the search's metric

@@ -121,13 +121,14 @@ def _is_no_worse(subject: str, other: str, data: SweepData) -> bool:
 def recommend(data: SweepData, learning: Learning) -> list[Recommendation]:
     """Returns the setting to use, and that of the best LoRA arm if another method is recommended.
 
-    The list is empty if no arm that trains has a score, or if nothing is shown to be learned.
+    The list has no subject that is not shown to have learned anything.
     """
     chosen = choose_arm(data)
     if learning.has_failed or chosen is None:
         return []
     lora = choose_arm(data, ["lora"])
     choices = [chosen, lora] if lora and chosen.subject.row.method != "lora" else [chosen]
+    choices = [one for one in choices if one.subject.name not in learning.unlearned]
     return [
         replace(
             one,

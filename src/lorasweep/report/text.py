@@ -9,6 +9,7 @@ from typing import Any
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY
 from lorasweep.config.sweep import parse_margin
+from lorasweep.record import QuestionName
 from lorasweep.report.caveats import Fault
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.verdicts import (
@@ -275,10 +276,12 @@ def describe_evidence(one: SubjectResult, data: SweepData) -> str:
     """Returns in a few words how well a subject is known to do, for a comment in a file of another tool."""
     if not data.evidence.means:
         return f"the best of {len(one.trials)} trials on validation data; {MISSING['not confirmed']}"
-    row = next((row for row in data.evidence.answers if row.subject == one.name and row.name != "pair"), None)
-    if row is None:
+    names: tuple[QuestionName, ...] = ("as_good_as_full", "smallest", "pair")
+    answers = [data.evidence.find_answer(name, one.arm) for name in names]
+    found = ((answer, row) for answer in answers for row in answer.rows if row.subject == one.name)
+    answer, row = next(found, (None, None))
+    if answer is None or row is None:
         return "confirmed on test data, and compared with no other arm"
-    answer = data.evidence.find_answer("as_good_as_full" if row.name == "as_good_as_full" else "smallest", row.arm)
     name, value, verdict = list_cells(answer, data)[answer.rows.index(row)]
     choice = choose_subject(data, one.arm)
     may_be_smaller = choice is not None and choice.subject is one and row.is_settled and not choice.is_settled
@@ -329,6 +332,13 @@ def list_warnings(findings: Findings) -> list[str]:
     if run and minutes is not None and run.epochs and run.epochs < 1:
         steps = f"{run.steps_planned:,} steps of {run.config['trainer']['batch_size']:,}"
         warnings.append(f"To fit `--minutes`, each run had {steps} ({run.epochs:.2g} epochs).")
+    if moved := findings.hardly_moved:
+        losses = join_words([f"`{name}` {format_score(loss)}" for name, (loss, _) in moved.items()])
+        base = format_score(next(iter(moved.values()))[1])
+        warnings.append(
+            f"Hardly trained: the test loss is {losses}, and {base} without training. Higher learning rates or more "
+            "steps are needed; until then the accuracy is that of tiny differences."
+        )
     if findings.longer_answers:
         split, (accuracy, chosen, rejected) = findings.longer_answers
         warnings.append(

@@ -23,6 +23,8 @@ from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.prepare import check_run
 from lorasweep.wording import shorten
 
+MAX_LEFT_OUT_SHARE = 0.5
+"""Maximum share of a split's examples that may be left out because they do not fit `data.max_length`."""
 MIN_ROWS, MIN_CLASS_ROWS = 30, 3
 """Smallest number of rows of all splits together, and of one class. Less shows nothing about fine-tuning."""
 
@@ -76,6 +78,13 @@ def check_rows(config: DataSettings, splits: Splits) -> None:
             f"`data.train` must have at least {MIN_ROWS} rows to train, to validate and to test, but has {number}. Add "
             "rows."
         )
+    for name, one in zip(("train", "validation", "test"), facts, strict=False):
+        lost, total = one.get("left_out", 0), one["examples"] + one.get("left_out", 0)
+        if lost > MAX_LEFT_OUT_SHARE * total:
+            raise ConfigError(
+                f"`data.max_length` must fit at least half of the examples, but leaves out {lost:,} of {total:,} of "
+                f"{name}. Raise it."
+            )
     counts = Counter[str]()
     for one in facts:
         counts.update(one.get("labels", {}))

@@ -319,7 +319,7 @@ def list_cuts(definition: Definition, rates: Sequence[Rates], *, typed: Collecti
         cuts += [Cut("trials", unit * number) for number in numbers if number < most]
     full = [arm.name for arm in definition.arms if arm.base.method.trains_all]
     has_others = any(arm.space and arm.name not in full for arm in definition.arms)
-    is_full_typed = any(key.startswith(f"arms.{name}") for key in typed for name in full)
+    is_full_typed = any(key.startswith(f"arms.{name}.") for key in typed for name in full)
     longest = max((arm.base for arm in definition.arms), key=lambda config: config.num_steps)
     epoch, steps = max(group.num_train for group in rates) / longest.trainer.batch_size, longest.num_steps
     for epochs in (1.0, 0.5):

@@ -36,7 +36,7 @@ from lorasweep.training.open_run import RunFolder, RunRequest
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.size import PackSize
 from lorasweep.training.prepare import prepare_model
-from lorasweep.training.run import train_alone
+from lorasweep.training.run import never_stop, train_alone
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.telemetry import Telemetry
 
@@ -44,6 +44,10 @@ NUM_STEPS = 4
 """Steps before the evaluation of a measured training. The first is not counted, because it warms up."""
 NUM_MEASURED_TOKENS = 8
 """Tokens of a measured answer."""
+
+
+class MeasuredTooLong(Exception):  # noqa: N818 (named by what happened)
+    """A measurement took longer than the time that the sweep may take."""
 
 
 class BriefTraining(NamedTuple):
@@ -59,14 +63,19 @@ class BriefTraining(NamedTuple):
 
 
 def measure_sweep(
-    definition: Definition, inputs_cache: InputsCache, *, on_progress: Callable[[str], None]
+    definition: Definition,
+    inputs_cache: InputsCache,
+    *,
+    on_progress: Callable[[str], None],
+    is_late: Callable[[], bool] = never_stop,
 ) -> list[Rates]:
     """Measures one training of each group of arms of a checked sweep.
 
-    `on_progress` is called with a phrase before each training.
+    `on_progress` is called with a phrase before each training, and `is_late` after each step: it ends the measurement.
 
     Raises:
         RunError: A training failed, as it would in the sweep.
+        MeasuredTooLong: `is_late` returned True.
     """
     rates = list[Rates]()
     for arm in definition.arms:
@@ -75,14 +84,19 @@ def measure_sweep(
         # arms that could share a pack are measured one by one if trials run alone
         try:
             with doing(f"measuring {arm.name}"):
-                rates.append(measure(definition, arm, inputs_cache, on_progress=on_progress))
+                rates.append(measure(definition, arm, inputs_cache, on_progress=on_progress, is_late=is_late))
         except RunError as error:
             raise RunError(f"the first trial of arm `{arm.name}` must train, but failed: {error}") from error
     return rates
 
 
 def measure(
-    definition: Definition, arm: Arm, inputs_cache: InputsCache, *, on_progress: Callable[[str], None]
+    definition: Definition,
+    arm: Arm,
+    inputs_cache: InputsCache,
+    *,
+    on_progress: Callable[[str], None],
+    is_late: Callable[[], bool] = never_stop,
 ) -> Rates:
     """Measures one training of an arm and of those that share its packs. Errors as in `measure_sweep`."""
     size = choose_slots(definition, arm, inputs_cache=inputs_cache, num_workers=count_workers(definition))
@@ -93,7 +107,7 @@ def measure(
         phrase = f"{size.slots} trials in a pack" if size.slots > 1 else "1 trial"
         on_progress(f"measuring {', '.join(each.name for each in arms)}: {phrase}")
         try:
-            training = train_briefly(largest, inputs, slots=size.slots, is_pack=size.slots > 1)
+            training = train_briefly(largest, inputs, slots=size.slots, is_pack=size.slots > 1, is_late=is_late)
         except (OutOfMemory, ValueError):  # some settings can't train in slots, such as tied modules that train in full
             if size.slots == 1:
                 raise
@@ -169,10 +183,12 @@ def _choose_eval_fraction(config: RunConfig, inputs: RunInputs) -> float:
     return min(config.eval_fraction, config.trainer.eval_batch_size / len(inputs.splits.validation))
 
 
-def train_briefly(config: RunConfig, inputs: RunInputs, *, slots: int, is_pack: bool) -> BriefTraining:
+def train_briefly(
+    config: RunConfig, inputs: RunInputs, *, slots: int, is_pack: bool, is_late: Callable[[], bool] = never_stop
+) -> BriefTraining:
     """Trains a pack of equal runs, or a run alone, up to the step after its first evaluation, in a temporary folder.
 
-    Raises RunError if it fails.
+    Raises RunError if it fails, and MeasuredTooLong if `is_late` is True after a step.
     """
     trainer = replace(config.trainer, eval_fraction=_choose_eval_fraction(config, inputs), strategy="auto")
     trainer = replace(trainer, max_steps=NUM_STEPS + 2, eval_every_steps=NUM_STEPS, devices=1, num_nodes=1)
@@ -189,7 +205,7 @@ def train_briefly(config: RunConfig, inputs: RunInputs, *, slots: int, is_pack: 
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # otherwise a step would only count the time to start its kernels
         samples.append(inputs.telemetry.sample())
-        return len(samples) > NUM_STEPS + 1
+        return len(samples) > NUM_STEPS + 1 or is_late()
 
     with tempfile.TemporaryDirectory(prefix="lorasweep-plan-") as name:
         runs = [RunFolder(path=Path(name) / f"sample-{number}") for number in range(slots)]
@@ -207,6 +223,8 @@ def train_briefly(config: RunConfig, inputs: RunInputs, *, slots: int, is_pack: 
         else:
             train_alone(config, runs[0], inputs=inputs, stop_requested=note_step)
         record = read_run(runs[0].path)
+    if is_late():
+        raise MeasuredTooLong
     if record.status not in ("complete", "interrupted"):
         raise RunError(record.reason or record.status)
     first = samples[0] if samples else inputs.telemetry.sample()

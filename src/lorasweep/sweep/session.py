@@ -24,12 +24,13 @@ from lorasweep.sweep.cost import Budget, Rates, cut_sweep, fit_minutes
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.draft import complete_definition, draft_definition, draft_sweep
 from lorasweep.sweep.fingerprints import compute_fingerprints
-from lorasweep.sweep.measure import measure_sweep
+from lorasweep.sweep.measure import MeasuredTooLong, measure_sweep
 from lorasweep.sweep.plan import SweepPlan
 from lorasweep.sweep.status import SweepStatus, report_status, show_progress
 from lorasweep.sweep.workers.train import train_sweep
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.stop_signal import StopSignal
+from lorasweep.wording import format_seconds
 
 END_S = 3.0
 """Seconds of `minutes` that are kept for the report at the end of a sweep."""
@@ -68,7 +69,7 @@ class Session:
 
         Raises ConfigError if the sweep can't run as asked or in this time, and RunError if a training fails.
         """
-        definition, rates = self._measure(definition)
+        definition, rates = self._measure(definition, minutes=minutes)
         if minutes is not None:
             budget, _ = self._fit(definition, rates, minutes, typed=typed)
             rates = [group.limit(budget, definition.find_arm(group.arms[0]).base) for group in rates]
@@ -93,7 +94,7 @@ class Session:
         draft = draft_sweep(path, settings, self.inputs_cache, recipe=recipe)
         if minutes is not None:
             self._on_note("measures a few steps of the drafted sweep")
-            definition, rates = self._measure(draft.definition)
+            definition, rates = self._measure(draft.definition, minutes=minutes)
             budget, given_up = self._fit(definition, rates, minutes, typed=settings)
             changes = budget.find_settings(definition)
             for ranks in budget.find_ranks(definition).values():  # one arm of a draft has several ranks
@@ -168,14 +169,29 @@ class Session:
         except KeyboardInterrupt:  # also after the stop signal's context has ended
             raise KeyboardInterrupt(remedy) from None
 
-    def _measure(self, definition: Definition) -> tuple[Definition, list[Rates]]:
-        """Returns a checked sweep with its number of steps, and what its trainings take."""
+    def _measure(self, definition: Definition, *, minutes: float | None) -> tuple[Definition, list[Rates]]:
+        """Returns a checked sweep with its number of steps, and what its trainings take.
+
+        Raises ConfigError if the measurement takes all `minutes`.
+        """
         definition = complete_definition(definition, self.inputs_cache)
         check_definition(definition, self.inputs_cache, new_folder=definition.sweep_config.sweep.output)
-        note = self._on_note
-        return definition, measure_sweep(
-            definition, self.inputs_cache, on_progress=lambda phrase: note(add_clock(phrase))
-        )
+
+        def measure_time() -> float:
+            return time.monotonic() - self._began_s
+
+        try:
+            return definition, measure_sweep(
+                definition,
+                self.inputs_cache,
+                on_progress=lambda phrase: self._on_note(add_clock(phrase)),
+                is_late=lambda: minutes is not None and measure_time() > 60 * minutes,
+            )
+        except MeasuredTooLong:
+            raise ConfigError(
+                f"`--minutes` must leave time to train, but got {minutes:g}, and measuring a few steps alone took "
+                f"{format_seconds(measure_time())}. Use a GPU, a smaller model or shorter examples (`data.max_length`)."
+            ) from None
 
     def _fit(
         self, definition: Definition, rates: list[Rates], minutes: float, *, typed: Mapping[str, Any]

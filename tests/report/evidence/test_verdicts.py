@@ -14,7 +14,7 @@ def chain(*verdicts, name="as_good_as_full"):
         given = {"name": name, "arm": "lora", "key": "method.rank", "value": None, "interval": None, "num_seeds": 3}
         given |= {"subject": subjects[place], "compared_with": tuple(subjects[place + 1 :]), "reference": "full"}
         shown = "open" if verdict == "waits" else verdict
-        answers.append(AnswerRow(**given, verdict=shown, blocker=blocker, is_share=True, has_groups=False))
+        answers.append(AnswerRow(**given, verdict=shown, blocker=blocker, is_share=True))
     return Answer(name=name, arm="lora", rows=tuple(answers))
 
 

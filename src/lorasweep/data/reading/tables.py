@@ -169,6 +169,6 @@ def choose_columns(wanted: Iterable[tuple[str, str | None]], names: Sequence[str
         if name not in names:
             raise ConfigError(
                 f"`data.{key}` must be a column of {source}, but got {name!r}.{suggest_nearest(name, names)} "
-                f"Its columns are {shorten(list(names), 400)}."
+                f"Its columns are {shorten(list(names), 400)}. Name yours: `data.{key}=COLUMN`."
             )
     return [name for _, name in chosen]
