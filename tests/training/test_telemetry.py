@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import lorasweep.training.telemetry as telemetry_file
+from lorasweep.models.attention import AttentionChoice
+from lorasweep.record import read_run
 from lorasweep.training.memory import process_peak_bytes
 from lorasweep.training.open_run import RunFolder
 from lorasweep.training.run import train_alone
@@ -68,3 +70,12 @@ def test_the_peak_stays_when_runs_measure_theirs_anew(make_config, fresh, tmp_pa
     train_alone(make_config(), RunFolder(path=tmp_path / "run"), inputs=fresh)
     assert fresh.telemetry.sample()["peak_memory_bytes"] == pytest.approx(peak, rel=0.01)
     assert process_peak_bytes() < peak - 2**28
+
+
+def test_the_attention_that_was_chosen_is_said_and_recorded(make_config, inputs, tmp_path):
+    config, told = make_config({"method": "frozen"}), "Attention is eager: short."
+    assert dataclasses.replace(inputs, attention=None).list_notes(config) == inputs.splits.notes
+    chosen = dataclasses.replace(inputs, attention=AttentionChoice("eager", "short"))
+    assert chosen.list_notes(config) == (*inputs.splits.notes, told)
+    train_alone(config, RunFolder(path=tmp_path), inputs=chosen)
+    assert told in read_run(tmp_path).notes

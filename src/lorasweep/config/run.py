@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from lorasweep.config.build import (
     SETTINGS_OR_COMPONENT,
     TARGET,
+    BatchSize,
     Fraction,
     NonNegativeFloat,
     Positive,
@@ -147,12 +148,12 @@ class TrainerConfig(Settings):
 
     max_steps: Positive
     """Optimizer steps, >= 1."""
-    batch_size: Positive
+    batch_size: BatchSize
     """Sequences per optimizer step, >= 1."""
     accumulate: Positive
     """Number of micro-batches of one optimizer step, 1 to `trainer.batch_size`. Each has sequences of similar length.
     The number does not change the training, except for the draws of dropout."""
-    eval_batch_size: Positive
+    eval_batch_size: BatchSize
     """Sequences of maximum length per evaluation batch. A batch of shorter sequences has more."""
     eval_every_steps: Positive
     """Steps between two evaluations on validation data. At an evaluation a run is checkpointed and may be stopped. By

@@ -24,8 +24,6 @@ from lorasweep.data.rows import Batch, Rows, SplitFacts
 
 Indices = NDArray[np.int64]
 """Indices of examples, (examples,)."""
-BYTES_PER_POSITION = 16
-"""Bytes of a token position in a batch: an int64 token and an int64 target."""
 MIN_PART_EXAMPLES = 128
 """Minimum number of examples in an evaluation on a part of a split. In replays, sweeps that compared
 trials on 32 of 96 blocks of text answered the first question wrongly in 17 instead of 3 of 100."""
@@ -35,8 +33,6 @@ MIN_BUCKET_BATCHES = 4
 """Minimum number of batches in a bucket. With fewer, the same few rows would always meet in a batch."""
 LENGTH_MULTIPLE = 8
 """Rows are padded to a multiple of this length, which suits the kernels of GPUs and gives few shapes."""
-BYTES_PER_DRAWN_EXAMPLE = 100
-"""Bytes for the index of an example in lists and tensors, while a step is drawn, sorted and cut."""
 
 
 class MicroBatch(NamedTuple):
@@ -302,12 +298,6 @@ def build_evaluation_loader(
 ) -> DataLoader[Batch]:
     """Returns a loader of the process's examples of a part of the split, each once, sorted by length."""
     return build_loader(split, EvaluationSampler(split, batch_size=batch_size, fraction=fraction, share=share))
-
-
-def count_batch_bytes(split: SplitFacts, *, batch_size: int, micro_batches: int) -> int:
-    """Returns the bytes of a step's indices and of one of its micro-batches, without the model's activations."""
-    positions = math.ceil(batch_size / micro_batches) * float(split.lengths.double().mean())
-    return BYTES_PER_DRAWN_EXAMPLE * batch_size + int(BYTES_PER_POSITION * positions)
 
 
 def batch_by_length(lengths: Int[Tensor, " examples"], *, budget: int) -> list[list[int]]:

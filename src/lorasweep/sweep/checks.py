@@ -19,7 +19,7 @@ from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.sweep.definition.sweep_file import name_in_errors
 from lorasweep.sweep.workers.train import check_workers
 from lorasweep.training.generation import check_answers
-from lorasweep.training.inputs import InputsCache, check_batch_memory
+from lorasweep.training.inputs import InputsCache
 from lorasweep.training.prepare import check_run
 from lorasweep.wording import shorten
 
@@ -50,7 +50,6 @@ def check_definition(
             for config in arm.corner_configs:
                 inputs = inputs_cache.load(config)
                 check_run(config, inputs.base)
-                check_batch_memory(config.trainer, inputs.splits.train)
                 if not definition.sweep_config.confirm.seeds:
                     check_rows(config.data, inputs.splits)
                     continue

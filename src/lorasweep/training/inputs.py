@@ -12,9 +12,7 @@ import torch
 from lorasweep.activity import doing
 from lorasweep.config.build import build
 from lorasweep.config.data import DataConfig
-from lorasweep.config.run import ModelConfig, RunConfig, TrainerConfig, refuse_code
-from lorasweep.data.batching import count_batch_bytes
-from lorasweep.data.rows import SplitFacts
+from lorasweep.config.run import ModelConfig, RunConfig, refuse_code
 from lorasweep.data.source import DataSource
 from lorasweep.errors import ConfigError
 from lorasweep.methods import copy_sharing_weights
@@ -23,12 +21,11 @@ from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.tasks.splits import DataSplits, build_data_splits
 from lorasweep.tasks.task import read_source
 from lorasweep.training.environment import DTYPES, get_device, has_cpu_bf16, resolve_precision
-from lorasweep.training.memory import free_memory_bytes
 from lorasweep.training.own_module import load_own_inputs
 from lorasweep.training.reference import add_reference
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.telemetry import Telemetry
-from lorasweep.wording import format_bytes, join_words
+from lorasweep.wording import join_words
 
 MAX_LOADED_INPUTS = 8
 """Maximum number of bases and data sets that a process keeps in memory. Each value of a swept argument of a user's
@@ -170,17 +167,3 @@ def get_labels(source: DataSource) -> Labels | None:
         return None
     names = ("value",) if source.label_kind == "regression" else source.label_names
     return Labels(kind=source.label_kind, names=names)
-
-
-def check_batch_memory(config: TrainerConfig, split: SplitFacts) -> None:
-    """Raises ConfigError if one step's examples do not fit the free memory, before anything of this size is allocated.
-
-    Only the batch itself is counted. What the model needs for it is found by trying.
-    """
-    needed = count_batch_bytes(split, batch_size=config.batch_size, micro_batches=config.accumulate)
-    free = free_memory_bytes()
-    if needed > free:
-        raise ConfigError(
-            f"`trainer.batch_size` must fit the free memory of {format_bytes(free)}, but {config.batch_size} examples "
-            f"take {format_bytes(needed)} or more. Training data has {len(split)} examples; use a smaller batch."
-        )

@@ -33,7 +33,6 @@ from lorasweep.training.checkpoint import (
 from lorasweep.training.data_module import DataModule
 from lorasweep.training.environment import deterministic_algorithms, resolve_device
 from lorasweep.training.finished_run import score_best_weights
-from lorasweep.training.inputs import check_batch_memory
 from lorasweep.training.loggers import build_callbacks, start_loggers
 from lorasweep.training.memory import convert_memory_errors
 from lorasweep.training.module import TrainingModule
@@ -192,8 +191,6 @@ class LightningRun(lightning.Callback):
         config, file, inputs = self.config, self.run_folder.path / RUN_CHECKPOINT, self.inputs
         # An attempt with more micro-batches begins at step 0: a run with two different numbers can't be reproduced.
         state = read_checkpoint(file) if resume and not too_large else {}
-        if not (state or too_large):
-            check_batch_memory(config.trainer, inputs.splits.train)
         processes = self.group.world_size
         self.opened = OpenRun(
             config, self.run_folder, inputs, state=state, num_processes=processes, too_large=too_large

@@ -89,4 +89,5 @@ def _describe_encoding(path: Path) -> str:
         line += content.count(b"\n", 0, error.start)
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     command = f"iconv -f {'utf-16' if is_utf16 else 'cp1252'} -t utf-8 {path} > {path.with_stem(f'{path.stem}-utf8')}"
-    return f"{str(path)!r} must be in UTF-8, but line {line} is not. Convert it, perhaps by `{command}`."
+    convert = "" if path.suffix.lower() == ".gz" else f", perhaps by `{command}`"
+    return f"{str(path)!r} must be in UTF-8, but line {line} is not. Convert it{convert}."

@@ -62,7 +62,6 @@ from lorasweep.training.checkpoint import (
 from lorasweep.training.environment import deterministic_algorithms, get_device
 from lorasweep.training.evaluation import evaluate_slots
 from lorasweep.training.finished_run import score_best_weights
-from lorasweep.training.inputs import check_batch_memory
 from lorasweep.training.memory import convert_memory_errors
 from lorasweep.training.open_run import Metrics, RunEvaluation, RunRequest, find_run_end, status_after
 from lorasweep.training.packs.slot_run import SlotOptimizer, SlotRun, step_slots
@@ -150,7 +149,6 @@ class PackTrainer:
     def __post_init__(self, requests: Sequence[RunRequest], resumed: PackCheckpoint | None) -> None:
         inputs, self.settings = self.inputs, requests[0].config.trainer
         self.device = get_device(self.settings)
-        check_batch_memory(self.settings, inputs.splits.train)
         states = [None] * len(requests) if resumed is None else list(resumed.runs.values())
         self.runs = [
             SlotRun(request, inputs=inputs, slot=slot, slots=len(requests), state=state)
