@@ -300,6 +300,7 @@ def help(arguments: argparse.Namespace) -> Outcome:
     ours = list_other_names().get(name, name)
     shown = [one for one in settings if f"{one.key}.".startswith(f"{ours}.")]
     shown = shown or [one for one in settings if one.key.endswith(f".{ours}")]
+    shown = shown or [one for one in settings if name in one.options]  # an option of a group, such as `dpo`
     groups = describe_groups()
     if name is None:
         say(f"commands: {', '.join(arguments.commands)}\nsweeps: {', '.join(sorted(files))}\n{groups}")
