@@ -26,7 +26,7 @@ def loads(here, monkeypatch):
     record = SimpleNamespace(metric="loss", config={"method": None}, trainable_params=1, peak_memory_bytes=1)
     phases = {"training_s": 0.1, "evaluating_s": 0.1, "saving_s": 0.1, "loading_s": 0.1}
     training = measure_file.BriefTraining(**phases, record=record)
-    monkeypatch.setattr(measure_file, "train_briefly", lambda config, inputs, *, slots, is_pack: training)
+    monkeypatch.setattr(measure_file, "train_briefly", lambda config, inputs, **_: training)
     (here / "mini.yaml").write_text(yaml.safe_dump(MINI, sort_keys=False))
     rows = [f"{n % 4},{'a longer or shorter text ' * (1 + n % 5)}{n}\n" for n in range(800)]
     (here / "topics.csv").write_text("stars,review\n" + "".join(rows))

@@ -39,4 +39,6 @@ def list_other_names() -> Mapping[str, str]:
 def suggest_setting(key: str, choices: Iterable[str]) -> str:
     """Returns ` Did you mean ...?` with the nearest of the `choices`, or our key for another tool's name."""
     ours = list_other_names().get(key.rpartition(".")[2], key)
-    return suggest_nearest(key, choices) if ours == key else f" Did you mean `{ours}`?"
+    theirs = "" if ours == key else f" Did you mean `{ours}`?"
+    near = suggest_nearest(key, choices)
+    return near or theirs if "." in key else theirs or near
