@@ -72,8 +72,8 @@ def run_hydra_app(
                 raise KeyboardInterrupt
             raise JobError(outcome.code, reason, os.getpid())
         codes.append(outcome.code)
-        is_scored = outcome.content and not outcome.code
-        return outcome.content.record.score if is_scored else None  # an optimizing sweeper reads it
+        # an optimizing sweeper reads the score
+        return outcome.content.record.score if outcome.content and not outcome.code else None
 
     compose.register_search_path()
     conf = str(compose.packaged_folder("conf").resolve())
