@@ -78,7 +78,7 @@ def new_sweep(
     """
     began_s, path = time.monotonic(), Path(file)
     if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"`FILE.yaml` must have the suffix .yaml or .yml, but got {str(path)!r}.")
+        raise ConfigError(f"`FILE.yaml` must have the suffix .yaml, but got {str(path)!r}.")
     if path.exists():
         raise ConfigError(f"`FILE.yaml` must be a new file, but {str(path)!r} exists already. Name another one.")
     from lorasweep.sweep.definition.typed import check_typed
