@@ -1,4 +1,4 @@
-"""What `new`, `plan`, `sweep`, `train` and `export --into` do, as functions; the other commands call other modules.
+"""The functions of `new`, `plan`, `sweep`, `train` and `export --into`. Other commands call a module of their own.
 
 A wrong request raises `ConfigError`, a damaged file `RecordError`, any other failure another `LoraSweepError`.
 Ctrl-C ends a sweep or a run after the current step, with a checkpoint: its result has the status `interrupted` and can
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import compose_run, merge_settings
 from lorasweep.config.run import RunConfig
-from lorasweep.console import say
+from lorasweep.console import say_note
 from lorasweep.errors import ConfigError
 from lorasweep.recipes.read import read_recipe
 from lorasweep.record import RUN_FILE, SWEEP_FILE, read_run, read_sweep
@@ -44,10 +44,6 @@ sweep for the data of the overrides."""
 
 
 def _ignore(note: str) -> None: ...
-
-
-def _say(note: str) -> None:
-    say(note, file=sys.stderr)
 
 
 def new_sweep(
@@ -148,7 +144,7 @@ def run_sweep(
         ConfigError: The request is wrong; nothing was written.
         LoraSweepError: The sweep can't continue. Call `resume_sweep` after you have removed the cause.
     """
-    on_note = _say if isinstance(progress, str) else _ignore
+    on_note = say_note if isinstance(progress, str) else _ignore
     session, definition, typed = _define(sweep, overrides, on_note=on_note, measures=minutes is not None)
     if minutes is not None:
         definition = session.plan(definition, minutes=minutes, typed=typed).definition

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorasweep.console import EscapingConsole, say, say_error, show
+from lorasweep.console import EscapingConsole, say, say_error, say_note, show
 from lorasweep.errors import INTERRUPTED_EXIT_CODE, ConfigError
 from lorasweep.outcome import DONE, FAILED, Outcome, get_rank
 from lorasweep.training.torch_variables import quick_imports
@@ -40,7 +39,7 @@ def sweep(arguments: argparse.Namespace) -> Outcome:
 
         return _show_settings(read_saved_definition(arguments.resume))
     if arguments.cfg:
-        return _show_settings(api.define_sweep(name, overrides=words, minutes=arguments.minutes, on_note=_note))
+        return _show_settings(api.define_sweep(name, overrides=words, minutes=arguments.minutes, on_note=say_note))
     if arguments.resume:
         result = api.resume_sweep(arguments.resume, overrides=words, progress=progress)
     else:
@@ -55,10 +54,6 @@ def _split_name(arguments: argparse.Namespace) -> tuple[str | None, list[str]]:
     """Returns the name or the file of a sweep, if the words begin with one, and the overrides."""
     words = arguments.overrides
     return (words[0], words[1:]) if words and "=" not in words[0] else (None, words)
-
-
-def _note(note: str) -> None:
-    say(note, file=sys.stderr)
 
 
 def _say_unconfirmed(result: SweepResult) -> int:
@@ -96,7 +91,7 @@ def new(arguments: argparse.Namespace) -> Outcome:
         like=arguments.like,
         from_hub=arguments.source,
         minutes=arguments.minutes,
-        on_note=_note,
+        on_note=say_note,
     )
     say(f"wrote {path}. Read it, then type:\n    lorasweep plan {path}\n    lorasweep sweep {path}")
     for sentence in written.notes:
@@ -111,14 +106,14 @@ def plan(arguments: argparse.Namespace) -> Outcome:
     from lorasweep.wording import format_seconds
 
     began, (name, words) = time.monotonic(), _split_name(arguments)
-    found = api.plan_sweep(name, overrides=words, minutes=arguments.minutes, on_note=_note)
+    found = api.plan_sweep(name, overrides=words, minutes=arguments.minutes, on_note=say_note)
     from lorasweep.sweep.plan import render_plan
 
     if found.definition.description:
         say(found.definition.description)
     show(render_plan(found.definition, found.rates))
     _say_notes(found.assessment.shown)
-    _note(f"this plan took {format_seconds(time.monotonic() - began)}")
+    say_note(f"this plan took {format_seconds(time.monotonic() - began)}")
     return Outcome(found)
 
 
@@ -265,7 +260,7 @@ def _show_examples(examples: Examples) -> None:
     from rich.text import Text
 
     for note in examples.notes:
-        _note(f"• {note}")
+        say_note(f"• {note}")
     console = EscapingConsole(highlight=False, soft_wrap=True)
     before, after = ("", "") if console.is_terminal and not console.no_color else ("⟦", "⟧")
     for number, passages in enumerate(examples.passages, start=1):
@@ -351,7 +346,7 @@ def _say_how_to_resume(result: SweepResult) -> Outcome:
     remedy = f"lorasweep sweep --resume {result.folder}"
     try:
         say_error(f"stopped with {done} of {asked} trials done. To resume type:")
-        say(f"    {remedy}", file=sys.stderr)
+        say_note(f"    {remedy}")
     except KeyboardInterrupt:  # a further Ctrl-C
         raise KeyboardInterrupt(f"To resume type `{remedy}`") from None
     return Outcome(result, INTERRUPTED_EXIT_CODE)

@@ -121,6 +121,11 @@ def say(text: str, *, file: TextIO | None = None) -> None:
     print(_escape_controls(text), file=file or sys.stdout, flush=True)
 
 
+def say_note(text: str) -> None:
+    """Prints a text on standard error, beside the results on standard output."""
+    say(text, file=sys.stderr)
+
+
 def say_error(text: str) -> None:
     """Prints a sentence on standard error in one line."""
     say(f"lorasweep: {' '.join(text.splitlines())[:MAX_ERROR_CHARACTERS]}", file=sys.stderr)

@@ -172,6 +172,16 @@ def write_table(path, names, rows=120):
     path.write_text("\n".join(lines) + "\n")
 
 
+def test_keys_of_an_arm_are_set_in_it_and_a_value_ends_the_search_of_its_key(here, capsys):
+    arms = draft(MODEL, "data.train=topics.csv", "arms.full.trials=4", "arms.lora.optim.lr=1e-3")["arms"]
+    assert arms["full"]["trials"] == 4
+    assert arms["lora"]["settings"]["optim.lr"] == 1e-3
+    assert list(arms["lora"]["space"]) == ["method.rank"]
+    (here / "mine.yaml").unlink()
+    draft(MODEL, "data.train=topics.csv", "arms.ful.trials=4", code=2)
+    assert "`arms.ful.trials` must be a key of an arm of the draft" in capsys.readouterr().err
+
+
 def test_columns_that_are_not_used_are_named(here, capsys):
     write_table(here / "texts.tsv", ["label", "id", "summary", "remark"])
     settings = draft(MODEL, "data.train=texts.tsv")["settings"]

@@ -20,7 +20,7 @@ from lorasweep.wording import shorten, suggest_nearest
 T = TypeVar("T")
 
 Positive = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
-BatchSize = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
+BatchSize = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]  # far above any batch that trains
 NonNegative = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 AtLeastTwo = Annotated[int, Field(strict=True, ge=2, lt=2**63)]
 Rank = Annotated[int, Field(strict=True, ge=1, lt=2**31)]  # so that the size of a layer's A and B fits 64 bits

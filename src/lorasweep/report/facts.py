@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,8 +21,10 @@ from lorasweep.report.next_step import find_next_step
 from lorasweep.report.recommend import Recommendation, choose_arm, pair_fixed_settings, recommend
 from lorasweep.report.sweep_data import SubjectResult, SweepData, load_sweep_data
 
+DPO_METRIC = "chosen_shift"
+"""A metric that compares a model with its base, which DPO alone does."""
 MIN_MOVED_SHARE = 0.95
-"""A loss of preferences above this share of the base's loss is that of a model that hardly changed."""
+"""A loss of DPO above this share of ln 2 is that of a model that hardly changed."""
 MAX_CUT_OFF_SHARE = 0.1
 """Above this share of generated answers that were cut off, their scores are doubted beside the answers."""
 
@@ -50,21 +53,17 @@ class Findings:
         return sum(self.count_generated("cut_off")) > MAX_CUT_OFF_SHARE * sum(self.count_generated("examples"))
 
     @property
-    def hardly_moved(self) -> dict[str, tuple[float, float]]:
-        """The test loss of each subject that learned preferences and hardly left the base, and the loss of the base.
+    def hardly_moved(self) -> dict[str, float]:
+        """The test loss of each subject that DPO trained and that hardly left the base, whose loss is ln 2.
 
-        With DPO, the loss of the base is ln 2. The accuracy of pairs counts the sign of a difference, however small.
+        The accuracy of pairs counts the sign of a difference, however small.
         """
-        if self.longer_answers is None:
-            return {}
         losses = {
-            one.name: statistics.fmean(found)
+            one.name: statistics.fmean(run.test_scores["loss"] for run in runs)
             for one in self.data.subjects
-            if (found := [run.test_scores["loss"] for run in one.confirm_runs if "loss" in run.test_scores])
+            if not one.row.is_base and (runs := [run for run in one.confirm_runs if DPO_METRIC in run.test_scores])
         }
-        base = losses.get(self.data.evidence.scale.base or "")
-        moved = {name: (loss, base) for name, loss in losses.items() if base and loss > MIN_MOVED_SHARE * base}
-        return {name: found for name, found in moved.items() if name != self.data.evidence.scale.base}
+        return {name: loss for name, loss in losses.items() if loss > MIN_MOVED_SHARE * math.log(2)}
 
     @property
     def longer_answers(self) -> tuple[str, list[float]] | None:

@@ -333,11 +333,10 @@ def list_warnings(findings: Findings) -> list[str]:
         steps = f"{run.steps_planned:,} steps of {run.config['trainer']['batch_size']:,}"
         warnings.append(f"To fit `--minutes`, each run had {steps} ({run.epochs:.2g} epochs).")
     if moved := findings.hardly_moved:
-        losses = join_words([f"`{name}` {format_score(loss)}" for name, (loss, _) in moved.items()])
-        base = format_score(next(iter(moved.values()))[1])
+        losses = join_words([f"{format_score(loss)} for `{name}`" for name, loss in moved.items()])
         warnings.append(
-            f"Hardly trained: the test loss is {losses}, and {base} without training. Higher learning rates or more "
-            "steps are needed; until then the accuracy is that of tiny differences."
+            f"Hardly trained: the test loss is {losses}, and {format_score(math.log(2))} without training. Higher "
+            "learning rates or more steps are needed; until then the accuracy is that of tiny differences."
         )
     if findings.longer_answers:
         split, (accuracy, chosen, rejected) = findings.longer_answers

@@ -36,7 +36,7 @@ ANSWERED: Mapping[QuestionName, str] = {
     "smallest": "which `{one.key}` is enough",
     "pair": "whether `{one.arm}` is better than `{one.reference}`",
 }
-"""What a sweep would answer, for each kind of question: a clause for a sentence."""
+"""For each kind of question, the clause that says what its answer would tell."""
 MINUTES_TOLERANCE = 0.15
 """The smallest budget may exceed `--minutes` by this fraction, because two measurements differ by as much."""
 

@@ -210,9 +210,12 @@ def _set_keys_of_arms(arms: dict[str, Any], typed: Mapping[str, Any]) -> None:
                 f"{suggest_nearest(name, arms)}",
                 key=key,
             )
-        is_range = isinstance(value, list | Mapping)
-        part = arms[name] if rest[0] in ARM_FIELDS else arms[name].setdefault("space" if is_range else "settings", {})
-        part[rest[0]] = value
+        if rest[0] in ARM_FIELDS:
+            arms[name][rest[0]] = value
+            continue
+        kind, other = ("space", "settings") if isinstance(value, list | Mapping) else ("settings", "space")
+        arms[name].get(other, {}).pop(rest[0], None)  # a value ends the search of its key
+        arms[name].setdefault(kind, {})[rest[0]] = value
 
 
 def _follow_recipe(recipe: Recipe, typed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

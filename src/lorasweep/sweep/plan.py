@@ -26,7 +26,7 @@ MAX_NAME_WIDTH = 16
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPlan:
-    """What a sweep costs, and what to expect of it."""
+    """The cost of a sweep, and the notes on it."""
 
     definition: Definition
     """The sweep, cut if it must fit a time."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lorasweep.config.run import RunConfig
-from lorasweep.console import say
+from lorasweep.console import say_note
 from lorasweep.disk import claim_folder, lock_run, require_new_folder
 from lorasweep.errors import ConfigError
 from lorasweep.record import RUN_FILE, read_run
@@ -49,7 +48,7 @@ def train_solo_run(
         used = [f"settings {trial} of arm `{origin['arm']}` in {origin['sweep']}"] if origin else []
         notes = [*used, *inputs.describe_lost(config, has_test=False), *inputs.list_notes(config)]
         for note in notes if group.is_global_zero else ():
-            say(f"• {note}", file=sys.stderr)
+            say_note(f"• {note}")
         # after the checks, so that a wrong request creates no folder
         folder = run_on_first(group, lambda: _claim_run_folder(path, claim, resume=resume))
         with StopSignal(f"To resume add `output={folder} resume=true` to the same command") as stop:

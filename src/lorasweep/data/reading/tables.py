@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lorasweep.config.data import RowSettings, SplitSettings
-from lorasweep.console import say
+from lorasweep.console import say_note
 from lorasweep.data.reading.files import find_suffix, refuse_unreadable
 from lorasweep.data.reading.local import DEFAULT_DIALECTS, ChooseColumns, Table, find_tables, read_file
 from lorasweep.data.source import MAX_NAMED_ROWS
@@ -97,7 +96,7 @@ def load_tables(config: SplitSettings, split: str, choose: ChooseColumns) -> lis
 
 def _announce(num_bytes: int, split: str) -> None:
     if num_bytes > MAX_SILENT_BYTES:
-        say(f"reads {format_bytes(num_bytes)} of {split}", file=sys.stderr)
+        say_note(f"reads {format_bytes(num_bytes)} of {split}")
 
 
 def parse_rows(split: SplitTables, parse: Callable[..., T]) -> tuple[list[T], list[str]]:

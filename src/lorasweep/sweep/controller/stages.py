@@ -60,20 +60,19 @@ class Search:
     def has_learned(self) -> bool:
         """Returns whether a trial was ever better than an answer that needs no training; True if that is not known.
 
-        If none was, confirm runs would take two thirds of the sweep's time to say so again.
+        If none was, confirm runs would take most of the sweep's time to say so again.
         """
-        metric, is_known = self._sweep.record.search_metric, False
-        for trials in self.arms.values():
-            scores = [value for trial in trials.trials.values() for value in trial.values.values()]
-            if trials.arm.base.method.trains_nothing or not scores:
-                continue
-            untrained = self._read_untrained_scores(trials.arm).get(metric.name)
-            is_known = True
-            if untrained is None or find_half_step(trials.arm.base) is None:  # short runs are not judged
-                return True
-            if any(is_better(score, untrained, metric.sign) for score in scores):
-                return True
-        return not is_known
+        trained = [one for one in self.arms.values() if not one.arm.base.method.trains_nothing]
+        judged = [one for one in trained if any(trial.values for trial in one.trials.values())]
+        return not judged or any(map(self._has_arm_learned, judged))
+
+    def _has_arm_learned(self, trials: ArmTrials) -> bool:
+        metric = self._sweep.record.search_metric
+        untrained = self._read_untrained_scores(trials.arm).get(metric.name)
+        if untrained is None or find_half_step(trials.arm.base) is None:  # short runs are not judged
+            return True
+        scores = (value for trial in trials.trials.values() for value in trial.values.values())
+        return any(is_better(score, untrained, metric.sign) for score in scores)
 
     def _read_untrained_scores(self, arm: Arm) -> Mapping[str, float]:
         if self._sweep.record.constant_answer or (base := self._find_base_arm(arm)) is None:
