@@ -61,7 +61,7 @@ def check(what):
     assert not {'torch', 'lightning', 'optuna', 'transformers'} & set(sys.modules), what
 check("imports")
 EXPORT = ["export", "nowhere", "--format", "peft", "--out", "out"]
-NOWHERE = [[name, "nowhere"] for name in ("compare", "status", "inspect", "reproduce")]
+NOWHERE = [[name, "nowhere"] for name in ("compare", "status", "reproduce")]
 for words in (["--help"], ["train", "--cfg", "job"], EXPORT, *NOWHERE):
     try:
         run(words)

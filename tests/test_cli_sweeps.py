@@ -132,8 +132,3 @@ def test_json_has_the_keys_of_the_page_and_nothing_else_is_printed(sweep, capfd,
     for parent in {key.split(".")[0] for key in keys if "." in key}:
         inner = {key.split(".")[1] for key in keys if key.startswith(f"{parent}.")}
         assert [one for one in found[parent] if one.keys() != inner] == []
-
-
-def test_inspect_takes_the_recommended_run_of_a_sweep(sweep, capsys):
-    assert run(["inspect", "s"]) == DONE
-    assert "inspecting lora" in capsys.readouterr().out

@@ -39,7 +39,7 @@ TYPOS = [
     (["new", "a.yaml", MODEL, "data.trian=rows.csv"], ["`data.trian`", "Did you mean `data.train`?"]),
     (["sweep", MODEL, "data.trian=rows.csv"], ["`data.trian`", "Did you mean `data.train`?"]),
     (["sweep", MODEL, "data.train=rows.csv", "optim.learning_rate=1"], ["Did you mean `optim.lr`?"]),
-    (["inspect", "fulll"], ["but 'fulll' does not. Did you mean `full`?"]),
+    (["export", "fulll", "--format", "peft", "--out", "out"], ["but 'fulll' does not. Did you mean `full`?"]),
 ]
 TYPES = [
     (["train", "trainer.max_steps=many"], ["`trainer.max_steps` must be a whole number", "'many'"]),

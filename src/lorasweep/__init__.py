@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from lorasweep.report.write import write_report
     from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
     from lorasweep.runs.export import export_run
-    from lorasweep.runs.inspect import inspect_run
     from lorasweep.runs.reproduce import reproduce_run
     from lorasweep.sweep.status import read_status
     from lorasweep.training.data_module import DataModule
@@ -48,7 +47,6 @@ __all__ = [
     "export_recipe",
     "export_run",
     "find_run",
-    "inspect_run",
     "judge",
     "list_examples",
     "load_run",
@@ -77,7 +75,6 @@ _NAMES = {
     "report.write": "write_report",
     "results": "RunResult SweepResult load_run load_sweep",
     "runs.export": "export_run",
-    "runs.inspect": "inspect_run",
     "runs.reproduce": "reproduce_run",
     "sweep.status": "read_status",
     "training.data_module": "DataModule",

@@ -149,14 +149,12 @@ def _add_run_commands(add: Callable[[Command, str], argparse.ArgumentParser]) ->
     export_parser.add_argument(
         "--anyway", action="store_true", help="with --into: write a rate of a run that trained much shorter or longer"
     )
-    inspect_parser = add(commands.inspect, "show how much of its rank a run used, from its weights")
-    for reader in (export_parser, inspect_parser):
-        reader.add_argument(
-            "run", type=Path, metavar="SWEEP[/ARM]|RUN", help="folder of a run, or of a sweep for its recommended run"
-        )
-        reader.add_argument(
-            "--trust", action="store_true", help="run code that the model's settings name, as commands that train do"
-        )
+    export_parser.add_argument(
+        "run", type=Path, metavar="SWEEP[/ARM]|RUN", help="folder of a run, or of a sweep for its recommended run"
+    )
+    export_parser.add_argument(
+        "--trust", action="store_true", help="run code that the model's settings name, as commands that train do"
+    )
     reproduce_parser = add(commands.reproduce, "train a run again from its record and compare the results")
     reproduce_parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as SWEEP/runs/lora-0003")
     reproduce_parser.add_argument("--tolerance", type=float, metavar="T", help="maximum relative difference")

@@ -156,7 +156,9 @@ def export(arguments: argparse.Namespace) -> Outcome:
         num = "1 line" if len(done.changes) == 1 else f"{len(done.changes) or 'no'} lines"
         say(f"{arguments.into}: {num} changed; {done.evidence}")
         return Outcome()
-    run = _find_run(arguments.run, verb="exporting")
+    run, name = api.find_run(arguments.run)
+    if run != arguments.run:
+        say(f"exporting {name}: {run}")
     require_exportable(restore_config(read_run(run)))  # without torch, whose import takes seconds
     with quick_imports():
         from lorasweep.runs.export import export_run
@@ -167,33 +169,6 @@ def export(arguments: argparse.Namespace) -> Outcome:
     for sentence in written.notes:
         say(f"• {sentence}")
     return Outcome()
-
-
-def inspect(arguments: argparse.Namespace) -> Outcome:
-    """Shows how the norm of a run's updates is shared among the kinds of layers, and how many directions they use."""
-    run = _find_run(arguments.run, verb="inspecting")
-    with quick_imports():
-        from lorasweep.runs.inspect import inspect_run
-
-    found = inspect_run(run, trust=arguments.trust)
-    kinds = found["layer"].str.rsplit(".", n=1).str[-1]  # the name of a layer in its block, such as `q_proj`
-    rows = found.groupby(kinds.where(found["directions"].notna(), "norms, biases"))
-    columns = {"rank": "max", "norm_share": "sum", "directions": "median"}
-    table = rows.agg(weights=("layer", "size"), **{name: (name, how) for name, how in columns.items()})
-    table = table.sort_values("norm_share", ascending=False).rename_axis(None)
-    say(table.to_string(formatters={"norm_share": "{:.1%}".format}, na_rep="–"))
-    say("directions: the median number of singular values that hold 90 % of an update's squared norm")
-    return Outcome()
-
-
-def _find_run(source: Path, *, verb: str) -> Path:
-    """Returns the folder of a run, and says which run of a sweep it is."""
-    from lorasweep.api import find_run
-
-    run, name = find_run(source)
-    if run != source:
-        say(f"{verb} {name}: {run}")
-    return run
 
 
 def reproduce(arguments: argparse.Namespace) -> Outcome:

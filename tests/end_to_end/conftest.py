@@ -25,7 +25,7 @@ SETTINGS = SMALL_RUN | {"trainer.max_steps": 12, "trainer.eval_every_steps": 3}
 SERVER = """
 import json, os, signal, sys
 from lorasweep.cli import run
-import lorasweep.runs.inspect, lorasweep.report.write, lorasweep.sweep.workers.train
+import lorasweep.report.write, lorasweep.sweep.workers.train
 for line in sys.stdin:
     asked = json.loads(line)
     if "wait" in asked:

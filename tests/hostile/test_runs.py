@@ -1,4 +1,4 @@
-"""`inspect`, `export`, `reproduce` and `train --from` on a stranger's run read it or refuse it in one sentence."""
+"""`export`, `reproduce` and `train --from` on a stranger's run read it or refuse it in one sentence."""
 
 import shutil
 
@@ -12,7 +12,6 @@ from lorasweep.outcome import DONE, WRONG_REQUEST
 
 RUN = "theirs/runs/lora-0000"
 COMMANDS = {
-    "inspect": ["inspect", RUN],
     "peft": ["export", RUN, "--format", "peft", "--out", "out"],
     "merged": ["export", RUN, "--format", "merged", "--out", "out"],
 }
@@ -59,10 +58,9 @@ def test_the_settings_of_a_sweep_are_used_or_refused(theirs, values, capsys):
     feed("export", "theirs/lora", "--format", "peft", "--out", "out", capsys=capsys)
 
 
-@pytest.mark.parametrize("command", ["inspect", "peft"])
-def test_the_code_of_a_strangers_model_needs_trust(theirs, capsys, command):
+def test_the_code_of_a_strangers_model_needs_trust(theirs, capsys):
     set_values(theirs / "runs/lora-0000/run.json", {"config/model/trust_remote_code": True})
-    assert feed(*COMMANDS[command]) == WRONG_REQUEST
+    assert feed(*COMMANDS["peft"]) == WRONG_REQUEST
     refused = capsys.readouterr().err
     assert all(word in refused for word in ("`model.trust_remote_code`", "--trust"))
 
@@ -73,11 +71,8 @@ def test_the_code_of_an_objective_runs_in_no_export(theirs, capsys, monkeypatch)
     own = {"module._target_": "evil.Module", "datamodule._target_": "evil.Data"}
     config = compose_run({**own, "metric.name": "val_acc", "metric.direction": "maximize"})
     set_values(theirs / "runs/lora-0000/run.json", {"config": as_settings(config)})
-    assert feed(*COMMANDS["inspect"]) == WRONG_REQUEST
     monkeypatch.setattr("lorasweep.commands.quick_imports", pytest.fail)  # refused before torch is loaded
     assert feed(*COMMANDS["peft"]) == WRONG_REQUEST
-    asked, refused = capsys.readouterr().err.splitlines()[-2:]
-    assert "`module._target_`" in asked
-    assert "--trust" in asked
+    refused = capsys.readouterr().err.splitlines()[-1]
     assert "no model of transformers" in refused
     assert "--trust" not in refused

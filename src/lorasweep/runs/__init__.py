@@ -1,1 +1,1 @@
-"""Uses of a finished run: export its weights, reproduce it, inspect its weights."""
+"""Uses of a finished run: export its weights, reproduce it."""
