@@ -255,17 +255,14 @@ class RecipeExport:
     """The settings that were written into a training file of another tool."""
 
     changes: list[Change]
-    notes: list[str]
-    """Sentences on differences between the file and the run that may move the best rate."""
     evidence: str
     """How well the settings are known, in a few words."""
 
 
-def export_recipe(source: str | Path, file: str | Path, *, tool: str, anyway: bool = False) -> RecipeExport:
+def export_recipe(source: str | Path, file: str | Path, *, tool: str) -> RecipeExport:
     """Writes the settings of SWEEP, SWEEP/ARM or a run into a training file of `axolotl`, `trl` or `llamafactory`.
 
-    Only the lines of the decided keys change, and each gets the evidence for it as a comment. With `anyway`, the rate
-    of a run that trained much shorter or longer than the file is written too.
+    Only the lines of the decided keys change, and each gets the evidence for it as a comment.
 
     Raises:
         ConfigError: The file is of another tool, or trains in another way than the sweep. It stays as it is.
@@ -286,8 +283,8 @@ def export_recipe(source: str | Path, file: str | Path, *, tool: str, anyway: bo
         for key in setting.params:
             searched = f"searched in {format_range(arm.space[key])}, {arm.trials} trials"
             evidence[key] = summary if key == arm.key else searched
-    changes, notes = write_recipe(Path(file), tool=tool, run=run, evidence=evidence, otherwise=otherwise, anyway=anyway)
-    return RecipeExport(changes=changes, notes=notes, evidence=summary)
+    changes = write_recipe(Path(file), tool=tool, run=run, evidence=evidence, otherwise=otherwise)
+    return RecipeExport(changes=changes, evidence=summary)
 
 
 def _is_run(folder: Path) -> bool:

@@ -147,9 +147,6 @@ def _add_run_commands(add: Callable[[Command, str], argparse.ArgumentParser]) ->
         help="for the others: the tool's file, whose decided lines change",
     )
     export_parser.add_argument(
-        "--anyway", action="store_true", help="with --into: write a rate of a run that trained much shorter or longer"
-    )
-    export_parser.add_argument(
         "run", type=Path, metavar="SWEEP[/ARM]|RUN", help="folder of a run, or of a sweep for its recommended run"
     )
     export_parser.add_argument(

@@ -148,11 +148,9 @@ def export(arguments: argparse.Namespace) -> Outcome:
         place = "--into" if arguments.into else "--out"
         raise ConfigError(f"`{place}` must come with `--format` {' or '.join(fitting)}, but got {arguments.format!r}.")
     if arguments.into:
-        done = api.export_recipe(arguments.run, arguments.into, tool=arguments.format, anyway=arguments.anyway)
+        done = api.export_recipe(arguments.run, arguments.into, tool=arguments.format)
         for change in done.changes:
             say(f"{change.line} (was {change.old or 'missing'})")
-        for note in done.notes:
-            say(f"• {note}")
         num = "1 line" if len(done.changes) == 1 else f"{len(done.changes) or 'no'} lines"
         say(f"{arguments.into}: {num} changed; {done.evidence}")
         return Outcome()
@@ -166,8 +164,6 @@ def export(arguments: argparse.Namespace) -> Outcome:
 
     written = export_run(run, format=arguments.format, out=arguments.out, trust=arguments.trust)
     say(f"{arguments.format}, {written.dtype}, {format_bytes(written.num_bytes)}: {arguments.out}")
-    for sentence in written.notes:
-        say(f"• {sentence}")
     return Outcome()
 
 

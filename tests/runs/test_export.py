@@ -247,22 +247,6 @@ def test_an_export_that_fails_leaves_nothing_behind(
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"r": 4}, ["highest rank is 4"]),
-        ({"r": 4, "rank_pattern": {"q": 16}}, ["highest rank is 16"]),
-        ({"r": 4, "use_rslora": True}, ["highest rank is 4", "√rank = 2."]),
-        ({"peft_type": "IA3"}, []),
-    ],
-)
-def test_the_highest_rank_and_the_scale_of_an_rslora_are_said(tmp_path, settings, said):
-    plain = {"peft_type": "LORA", "base_model_name_or_path": "/base"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(plain | settings))
-    found = export_file._describe_adapter(tmp_path / "adapter_config.json")
-    assert all(words in sentence for words, sentence in zip(said, found, strict=True))
-
-
 def test_a_template_of_ones_own_is_exported_with_the_tokenizer(make_config, tmp_path):
     talks = [[{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": str(n)}] for n in range(20)]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))

@@ -36,7 +36,7 @@ OWN_COMMENT = re.compile(r"\s*# lorasweep: .*")
 """The comment of an earlier export, which a new one replaces. It is the last comment of its line."""
 FIRST_LIST = re.compile(r"^( *)[^\s#-].*:[ ]*(?:#.*)?\r?\n( *)- ", re.MULTILINE)
 """The first list below a key, whose indent is that of all lists of most files."""
-PEFT_ALPHA, WARMUP, LENGTH_KEY = "method.config.lora_alpha", "schedule.warmup_fraction", "data.max_length"
+PEFT_ALPHA, LENGTH_KEY = "method.config.lora_alpha", "data.max_length"
 MAX_RATIO = 2.0
 """Largest ratio of the steps, or of the tokens of an example, of a file and a run, up to which a rate is written."""
 ALWAYS_DECIDED = {RANK, ALPHA, SCALING, LR, PEFT_ALPHA, "method.config.r", "method.config.use_rslora", "objective.beta"}
@@ -67,17 +67,14 @@ class Change:
         return f"{self.key}: {self.text}"
 
 
-def write_recipe(
-    path: Path, *, tool: str, run: RunRecord, evidence: Mapping[str, str], otherwise: str, anyway: bool = False
-) -> tuple[list[Change], list[str]]:
+def write_recipe(path: Path, *, tool: str, run: RunRecord, evidence: Mapping[str, str], otherwise: str) -> list[Change]:
     """Writes the decided settings of a run into a training file, whole or not at all.
 
-    `evidence` has each searched key with the evidence for its value, and `otherwise` is that of all other keys. Returns
-    the changes, and sentences on differences between the file and the run that may move the best rate.
+    `evidence` has each searched key with the evidence for its value, and `otherwise` is that of all other keys.
 
     Raises:
-        ConfigError: The file is of another tool, can't be read or written, or trains in another way than the run:
-            without `anyway` also if its steps or their tokens differ by more than `MAX_RATIO`.
+        ConfigError: The file is of another tool, can't be read or written, or trains in another way than the run,
+            or its steps or their tokens differ by more than a factor of `MAX_RATIO`.
         RecordError: The run is not complete.
     """
     if run.status != "complete":
@@ -96,29 +93,24 @@ def write_recipe(
         one.setdefault(f"{group}.name", one.get(f"{group}._target_"))
     if STEPS_KEY not in recipe.settings and run.epochs:
         theirs[STEPS_KEY] = round(num_steps * recipe.epochs / run.epochs)
-    if recipe.warmup_steps:
-        theirs[WARMUP] = recipe.warmup_steps / num_steps
-    for key, room in ((STEPS_KEY, num_steps / 20), (WARMUP, 1 / num_steps)):  # tools round in other ways
-        if abs(theirs.get(key, 0) - settings.get(key, 0)) <= room:
-            theirs[key] = settings.get(key)
     length = settings.get(LENGTH_KEY)
     if length and theirs[LENGTH_KEY] > length and not run.data.get("train", {}).get("truncated"):
         theirs[LENGTH_KEY] = length  # nothing was cut off, so a step has the same tokens
     known = {*evidence, *(ALWAYS_DECIDED & settings.keys())}
-    far = [key for key in (STEPS_KEY, LENGTH_KEY) if settings.get(key) and not _is_near(theirs[key], settings[key])]
+    ratios = {key: theirs[key] / settings[key] for key in (STEPS_KEY, LENGTH_KEY) if settings.get(key)}
+    far = [key for key, ratio in ratios.items() if not 1 / MAX_RATIO <= ratio <= MAX_RATIO]
     if wrong := _list_differences(table, table["must_agree"], theirs, settings, known=known):
         raise ConfigError(
             f"{str(path)!r} must train as the run did, because rank and rate hold for that alone, but "
             f"{join_words(wrong)}. Nothing was written. Change the file, or sweep as it trains: "
             f"`lorasweep new mine.yaml --like {path}`."
         )
-    if far and not anyway:
+    if far:
         differs = join_words(_list_differences(table, far, theirs, settings, known=()))
         raise ConfigError(
             f"{str(path)!r} must train about as long as the run, because the best rate depends on it, but {differs}. "
-            f"Nothing was written. Sweep as it trains (`lorasweep new mine.yaml --like {path}`), or add `--anyway`."
+            f"Nothing was written. Sweep as it trains (`lorasweep new mine.yaml --like {path}`)."
         )
-    notes = _list_differences(table, table["may_differ"], theirs, settings, known=known)
     if all(theirs.get(key) == settings[key] for key in known & settings.keys()):  # perhaps by the tool's defaults
         wanted = []
     if "lora_target_modules" in recipe.keys.not_followed:  # it is missing, and PEFT would choose some of the layers
@@ -133,13 +125,7 @@ def write_recipe(
         raise ConfigError(
             f"`--into` must be a file in UTF-8 that can be written, but {str(path)!r} is not: {error}."
         ) from error
-    batch = f"A step has {config.trainer.batch_size} examples in the run. In the file: {recipe.batch}."
-    moves = "The best rate may be another one" if far else "The best rate may be a little different"
-    return changes, [*(f"{moves}: {note}." for note in notes), batch]
-
-
-def _is_near(one: float, other: float) -> bool:
-    return 1 / MAX_RATIO <= one / other <= MAX_RATIO
+    return changes
 
 
 def _list_differences(

@@ -7,7 +7,6 @@ again, and its weights are compared with those that were written.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -34,7 +33,6 @@ from lorasweep.models.paths import EMBEDDED_PREFIX, find_local_path
 from lorasweep.models.pretrained import NF4_ARGUMENTS, load_pretrained, quiet_transformers
 from lorasweep.record import RunRecord, read_run, restore_config
 from lorasweep.training.finished_run import check_kept_files, restore_model, restore_unquantised_base
-from lorasweep.wording import join_words
 
 ExportFormat = Literal["peft", "merged"]
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -55,8 +53,6 @@ class Export:
     dtype: str
     """Name of the type of the written weights: `fp32`, `bf16` or `fp16`."""
     num_bytes: int
-    notes: tuple[str, ...]
-    """Facts for a server about an adapter: its highest rank, and the scale of an rsLoRA. Empty for a model."""
 
 
 def export_run(run: str | Path, *, format: ExportFormat, out: str | Path, trust: bool = False) -> Export:
@@ -97,9 +93,8 @@ def export_run(run: str | Path, *, format: ExportFormat, out: str | Path, trust:
             tokenizer.save_pretrained(folder)
         card = _build_card(record, config, format=format, dtype=dtype, repository=out.resolve().name)
         card.save(folder / "README.md")
-        notes = _describe_adapter(folder / CONFIG_FILE) if format == "peft" else ()
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return Export(folder=out, dtype=dtype, num_bytes=num_bytes, notes=notes)
+    return Export(folder=out, dtype=dtype, num_bytes=num_bytes)
 
 
 @contextmanager
@@ -153,22 +148,6 @@ def _copy_adapter(config: ModelConfig, best: Path, folder: Path) -> None:
     settings["base_model_name_or_path"] = str(config.path if local is None else local.resolve())
     settings["revision"] = config.revision
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _describe_adapter(path: Path) -> tuple[str, ...]:
-    """Returns sentences on the highest rank of an adapter, and on the scale of an rsLoRA."""
-    settings = read_peft_settings(path)
-    ranks = [rank for rank in (settings.get("r"), *(settings.get("rank_pattern") or {}).values()) if rank]
-    if not ranks:  # a method without ranks, such as IA3
-        return ()
-    highest = f"Its highest rank is {max(ranks)}: vLLM needs `--max-lora-rank` of at least that."
-    if not settings.get("use_rslora"):
-        return (highest,)
-    factors = join_words([f"{math.sqrt(rank):.6g}" for rank in sorted(set(ranks))])
-    return (
-        highest,
-        f"It is an rsLoRA: α / √rank scales it. llama.cpp uses α / rank; `--lora-scaled` adds √rank = {factors}.",
-    )
 
 
 def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> str:
