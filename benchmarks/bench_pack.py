@@ -44,19 +44,20 @@ from side_by_side import print_head, print_row, time_in_turn
 from torch import Tensor, nn
 
 from lorasweep.config.compose import compose_run
+from lorasweep.data.batching import StepBatchSampler
 from lorasweep.data.rows import IGNORED, Batch
 from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, slot_model
 from lorasweep.models.load import load_base
 from lorasweep.objectives.next_tokens import NextTokens
 from lorasweep.objectives.objective import Objective
 from lorasweep.record import RunRecord
+from lorasweep.sweep.measure import PhaseClock
 from lorasweep.tasks.table.objective import Classification
 from lorasweep.training.environment import DTYPES
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunEvaluation, RunFolder, RunRequest
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slot_run import SlotOptimizer, step_slots
-from lorasweep.training.run_inputs import RunInputs
 
 MODELS = ("tiny", "minilm", "smollm2")
 SIZES = (1, 2, 4, 8, 16, 32)
@@ -286,7 +287,8 @@ class BlockTimer:
     `stop_requested` and `on_evaluation` are the arguments of `train_pack`. The first block warms up.
     """
 
-    inputs: RunInputs
+    step_tokens: Sequence[int]
+    """Tokens of each step of the pack, of all slots."""
     bare_step: Step
     bare_tokens: int
     """Tokens of a bare step, of all slots."""
@@ -301,11 +303,14 @@ class BlockTimer:
 
     def __post_init__(self) -> None:
         self._num_done = -1  # the first call comes before the first step
+        self._num_steps = -1
         self._is_warm = False
+        self.clock = PhaseClock()
 
     def stop_requested(self) -> bool:
         """Called after each step. The first step of a block is not timed, because its start is not seen."""
         self._num_done += 1
+        self._num_steps += 1
         if self._num_done == 1:
             self._first = self._read_clock()
         if self._num_done == self.num_steps:
@@ -313,7 +318,7 @@ class BlockTimer:
         return False
 
     def on_evaluation(self, evaluations: Sequence[RunEvaluation]) -> list[None]:
-        self.inputs.telemetry.switch(None)  # so that it does not count as saving
+        self.clock.switch("bare")  # so that it does not count as saving
         with torch.enable_grad():  # a pack evaluates and saves without gradients
             started, _ = self._read_clock()
             for _ in range(self.num_steps):
@@ -327,14 +332,14 @@ class BlockTimer:
             self.tokens.append(tokens)
             self.ratios.append((seconds / tokens) / (bare_s / self.bare_tokens))
         self._num_done, self._is_warm = 0, True
-        self.inputs.telemetry.switch("saving")
+        self.clock.switch("saving")
         return [None] * len(evaluations)
 
     def _read_clock(self) -> tuple[float, float]:
         """Returns the time, when the device has done its work, and the number of tokens trained so far."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return time.perf_counter(), self.inputs.telemetry.sample()["trained_tokens"]
+        return time.perf_counter(), sum(self.step_tokens[: self._num_steps])
 
 
 def measure_real_path(
@@ -354,8 +359,22 @@ def measure_real_path(
     used = ranks if variant.has_mixed_ranks else [RANK] * len(ranks)
     configs = [compose_run({**settings, "method.rank": rank, "method.alpha": 2 * rank}) for rank in used]
     inputs = load_inputs(configs[0])
+    train = inputs.data.train
+    samplers = [
+        StepBatchSampler(
+            train,
+            batch_size=config.trainer.batch_size,
+            num_steps=config.trainer.max_steps,
+            seed=config.seeds.data_order,
+            group_by_length=config.data.groups_by_length,
+        )
+        for config in configs
+    ]
     timer = BlockTimer(
-        inputs=inputs,
+        step_tokens=[
+            sum(int(train.lengths[micro.indices].sum()) for sampler in samplers for micro in sampler.get_step(step))
+            for step in range(configs[0].trainer.max_steps)
+        ],
         bare_step=make_ways(real.task, len(ranks))["pack"],
         bare_tokens=real.task.rows * real.task.length * len(ranks),
         num_steps=block_steps,
@@ -375,10 +394,11 @@ def measure_real_path(
             on_end=lambda request, record: records.append(record),
             checkpoint_file=Path(folder) / "pack.ckpt",
             stop_requested=timer.stop_requested,
+            on_phase=timer.clock.switch,
         )
     padding = records[0].batching["padding_fraction"]["train"]
     ratio, trial_step_ms = statistics.median(timer.ratios), 1000 * statistics.median(timer.step_s) / len(ranks)
-    saving_ms = 1000 * inputs.telemetry.sample()["saving_s"] / ((blocks + 1) * block_steps) / len(ranks)
+    saving_ms = 1000 * timer.clock.read()["saving"] / ((blocks + 1) * block_steps) / len(ranks)
     tokens = round(statistics.mean(timer.tokens) / len(ranks))
     print_row(variant.name, tokens, padding, trial_step_ms, trial_step_ms / ratio, ratio, saving_ms)
 

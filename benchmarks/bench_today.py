@@ -14,12 +14,12 @@ real weights) in the same space, with 8 trials of 130 steps of 16 sentences and 
             then once on all
 
 lorasweep runs no confirm stage (`confirm.seeds=0`), because the other ways have none. Each way is a process of its own
-that reads the same files. The makespan is the time from its start to its end, imports included. `start` is the time
-until the first optimizer step. Training, evaluation and saving are measured inside the process, and `other` is the
-rest. The test score is that of the best trial's adapter, which PEFT loads in fp32 after the measurement. With several
-seeds, every way runs once per seed (of sampler, initial values, data order and dropout), and the first way changes. A
-cell is then the median, with the range in brackets. The last columns are ratios of makespans with the same seed. The
-first line names the speed of the machine. `--short` has fewer steps and sentences.
+that reads the same files. The makespan is the time from its start to its end, imports included. Training steps are
+timed inside the process, and `other` is the rest. The test score is that of the best trial's adapter, which PEFT loads
+in fp32 after the measurement. With several seeds, every way runs once per seed (of sampler, initial values, data order
+and dropout), and the first way changes. A cell is then the median, with the range in brackets. The last columns are
+ratios of makespans with the same seed. The first line names the speed of the machine. `--short` has fewer steps and
+sentences.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ import yaml
 from real_weights import minilm_folder
 from sentences import add_data_argument, load_sentences, write_sentences
 
+from lorasweep.record import read_run
 from lorasweep.results import load_sweep
 
 WORK: Mapping[str, Any] = {
@@ -73,11 +74,8 @@ class Outcome:
     """What one way took and found with one seed."""
 
     makespan_s: float
-    start_s: float
-    """Seconds from the start of the process to the first optimizer step."""
     training_s: float
-    evaluating_s: float
-    saving_s: float
+    """Seconds of the training steps."""
     steps: int
     """Optimizer steps of all trials."""
     peak_memory_bytes: int
@@ -90,7 +88,7 @@ class Outcome:
 
     @property
     def other_s(self) -> float:
-        return self.makespan_s - self.start_s - self.training_s - self.evaluating_s - self.saving_s
+        return self.makespan_s - self.training_s
 
 
 def run_way(way: str, work: Mapping[str, Any], folder: Path) -> Outcome:
@@ -108,13 +106,11 @@ def run_way(way: str, work: Mapping[str, Any], folder: Path) -> Outcome:
         if way == "default":
             command += [f"trainer.eval_every_steps={work['steps'] // 2}", "trainer.eval_fraction=0.125"]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}  # so that no seed reads another's rows
-    started_at = time.time()
     makespan_s, peak_memory_bytes = run_process(command, log=folder / "log.txt", environment=environment)
     result = json.loads((output / "result.json").read_text()) if way in ("today", "tuned") else read_result(output)
     return Outcome(
         makespan_s=makespan_s,
         peak_memory_bytes=peak_memory_bytes,
-        start_s=result.pop("first_step_at") - started_at,
         test_score=score_adapter(Path(result.pop("best_adapter")), work),
         **result,
     )
@@ -169,10 +165,11 @@ def describe_sweep(work: Mapping[str, Any]) -> dict[str, Any]:
 def read_result(folder: Path) -> dict[str, Any]:
     """Returns the fields of `Outcome`, and the folder of the best adapter, from a sweep's record."""
     sweep = load_sweep(folder)
-    telemetry, best = sweep.record.telemetry, sweep.best("lora")
+    best, runs = sweep.best("lora"), [read_run(folder / trial.run) for trial in sweep.record.trials]
+    has_gpu = sweep.record.device.startswith("cuda")
     return {
-        **{name: telemetry[name] for name in ("first_step_at", "training_s", "evaluating_s", "saving_s")},
-        "gpu_peak_memory_bytes": telemetry.get("gpu_peak_memory_bytes", 0),
+        "training_s": sum(run.tokens_trained / run.tokens_per_s for run in runs if run.tokens_trained),
+        "gpu_peak_memory_bytes": max(run.peak_memory_bytes for run in runs) if has_gpu else 0,
         "steps": sum(trial.step for trial in sweep.record.trials),
         "best_score": best.search_score,
         "best_params": {"rank": best.params["method.rank"], "lr": best.params["optim.lr"]},
@@ -215,7 +212,7 @@ def format_table(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
     """Returns the table: a row for each way, with one outcome for each seed."""
     has_gpu = any(one.gpu_peak_memory_bytes for ones in outcomes.values() for one in ones)
     bases = [way for way in ("ours", "default") if way in outcomes]
-    seconds = ("makespan", "start", "training", "evaluating", "saving", "other")
+    seconds = ("makespan", "training", "other")
     lines = [
         f"| way | {' | '.join(f'{name} s' for name in seconds)} | steps | memory MiB | "
         f"{'GPU MiB | ' if has_gpu else ''}best validation | test | "

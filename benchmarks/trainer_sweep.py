@@ -25,44 +25,32 @@ import transformers
 
 
 class TrialCallback(transformers.TrainerCallback):
-    """Reports a trial's evaluations to Optuna, stops a pruned trial, keeps its best weights, and measures times."""
+    """Reports a trial's evaluations to Optuna, stops a pruned trial, keeps its best weights, and times the steps."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.times = {"training_s": 0.0, "evaluating_s": 0.0, "saving_s": 0.0}
-        self.first_step_at: float | None = None
+        self.training_s = 0.0
         self.steps = 0
-        self._changed = time.perf_counter()
+        self._began_s = 0.0
 
     def start_trial(self, trial: optuna.Trial) -> None:
         self.trial, self.best = trial, -1.0
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._changed = time.perf_counter()
-
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.first_step_at = self.first_step_at or time.time()
+        self._began_s = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._count("training_s")
+        self.training_s += time.perf_counter() - self._began_s
         self.steps += 1
 
     def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: Any, model: Any, **__: Any) -> None:
-        self._count("evaluating_s")
         accuracy = metrics["eval_accuracy"]
         if accuracy > self.best:
             self.best = accuracy
             model.save_pretrained(self.folder / str(self.trial.number))
-        self._count("saving_s")
         self.trial.report(accuracy, state.global_step)
         if self.trial.should_prune():
             raise optuna.TrialPruned
-
-    def _count(self, name: str) -> None:
-        """Counts the time since the last call as this part."""
-        now = time.perf_counter()
-        self.times[name] += now - self._changed
-        self._changed = now
 
 
 def run_study(work: dict[str, Any], folder: Path, *, tuned: bool) -> dict[str, Any]:
@@ -127,8 +115,7 @@ def run_study(work: dict[str, Any], folder: Path, *, tuned: bool) -> dict[str, A
     )
     study.optimize(objective, n_trials=work["trials"])
     return {
-        **callback.times,
-        "first_step_at": callback.first_step_at,
+        "training_s": callback.training_s,
         "steps": callback.steps,
         "best_score": study.best_value,
         "best_params": study.best_params,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from lorasweep.activity import describe_activity, repeat_every
+from lorasweep.wording import format_seconds
 
 MAX_ERROR_CHARACTERS = 4000
 """Maximum length of an error message. Longer messages are cut, because they may quote very long values."""
@@ -21,9 +23,43 @@ MAX_SILENCE_S = 4.0
 """Seconds without output after which a line says what the command does."""
 MAX_PIPE_SILENCE_S = 25.0
 """Maximum seconds between two of these lines without a terminal. The pause doubles up to it, to keep logs short."""
+MIN_PREDICTED_S = 2.0
+"""The time left is estimated after this time in seconds, because the first step warms up."""
 PROCESS_BEGAN_S = time.monotonic()
 """The one clock of all lines on progress: a process runs one command."""
 ERASE_LINE = "\r\x1b[2K"
+
+
+@dataclass(kw_only=True)
+class RunningTraining:
+    """How far the pack, or the run alone, is that this process trains now. Another thread shows it."""
+
+    phase: str = ""
+    step: int = 0
+    num_steps: int = 0
+    first_step: int = 0
+    """The step at which it began or was resumed."""
+    began_s: float = 0.0
+
+    def note(self, phase: str, step: int, num_steps: int) -> None:
+        """Takes the phase and the steps done so far, as `training.progress.OnPhase`."""
+        if step < self.step or num_steps != self.num_steps:  # another training
+            self.first_step, self.began_s = step, time.monotonic()
+        self.phase, self.step, self.num_steps = phase, step, num_steps
+
+    def describe(self) -> str:
+        """Returns `training, step 24 of 60, about 1 min 28 s left`; empty if nothing trains."""
+        if self.phase == "saving" and self.step >= self.num_steps:
+            return ""
+        seconds, done = time.monotonic() - self.began_s, self.step - self.first_step
+        parts = [f"{self.phase}, step {self.step:,} of {self.num_steps:,}"] if self.num_steps else []
+        if done > 0 and seconds >= MIN_PREDICTED_S:
+            parts.append(f"about {format_seconds(seconds * (self.num_steps - self.step) / done)} left")
+        return ", ".join(parts)
+
+
+RUNNING_TRAINING = RunningTraining()
+"""The training of this process, which trains one pack or one run at a time."""
 
 
 class EscapingConsole(Console):
@@ -80,7 +116,7 @@ def show_heartbeat(command: str) -> Iterator[None]:
         now = time.monotonic()
         if now - printed_s < pause_s:
             return
-        line = _escape_controls(add_clock(describe_activity() or f"{command} is at work"))
+        line = _escape_controls(add_clock(RUNNING_TRAINING.describe() or f"{command} is at work"))
         with suppress(OSError, ValueError):  # who reads the output has ended
             if stream.isatty():  # one line that changes
                 stream.write(ERASE_LINE + line[: os.get_terminal_size(stream.fileno()).columns - 1])
@@ -109,6 +145,26 @@ def show_heartbeat(command: str) -> Iterator[None]:
                 yield
         finally:
             note_output()
+
+
+@contextmanager
+def repeat_every(seconds: float, call: Callable[[], None], *, also_at_end: bool = False) -> Iterator[None]:
+    """Calls a function in a thread every `seconds` while the block runs, and with `also_at_end` once after it."""
+    stop = threading.Event()
+
+    def repeat() -> None:
+        while not stop.wait(seconds):
+            call()
+        if also_at_end:
+            call()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def add_clock(text: str) -> str:

@@ -25,7 +25,6 @@ from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.workers.train import train_sweep
 from lorasweep.training.checkpoint import PackCheckpoint, write_pack
 from lorasweep.training.open_run import RunEvaluation
-from lorasweep.training.telemetry import Telemetry
 
 CONTENT = {
     "name": "made_up",
@@ -124,7 +123,7 @@ class MadeUpRuns:
             write_record(record, folder)
         return record
 
-    def __call__(self, config, run_folder, *, inputs, on_evaluation, stop_requested, resume):
+    def __call__(self, config, run_folder, *, inputs, on_evaluation, stop_requested, on_phase, resume):
         assert resume
         assert run_folder.arm is not None
         self.begun.append((run_folder.arm, run_folder.trial))
@@ -190,7 +189,18 @@ class MadeUpPacks:
     """Folder name and step of each evaluation, in order."""
 
     def __call__(
-        self, jobs, *, inputs, slots, next_run, on_evaluation, on_end, checkpoint_file, resumed, stop_requested
+        self,
+        jobs,
+        *,
+        inputs,
+        slots,
+        next_run,
+        on_evaluation,
+        on_end,
+        checkpoint_file,
+        resumed,
+        stop_requested,
+        on_phase,
     ):
         assert len(jobs) <= slots
         self.on_end = on_end
@@ -297,7 +307,6 @@ class NoInputs:
 
     def __init__(self):
         self.test_reads = 0
-        self.telemetry = Telemetry()
         self.splits = self
         self.base = SimpleNamespace(  # so that the seed makes a difference to every run
             new_head_names=("head",), labels=None, model=nn.ModuleDict({"head": nn.Identity()})

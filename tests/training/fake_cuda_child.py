@@ -6,6 +6,7 @@ layouts and random streams are those of a run. Transfers between both are noted,
 
 import collections
 import copy
+import functools
 import json
 import os
 import sys
@@ -46,11 +47,14 @@ class FakeCuda(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.fake = FakeTensorMode()
-        self.telemetry = None
+        self.phase = None
         self.notes = collections.Counter()
 
+    def note_phase(self, phase, step, num_steps):
+        self.phase = phase
+
     def note(self, kind):
-        self.notes[None if self.telemetry is None else self.telemetry._phase, kind, find_lines()] += 1
+        self.notes[self.phase, kind, find_lines()] += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, packet = kwargs or {}, func.overloadpacket
@@ -215,7 +219,7 @@ def run_case(gpu, folder, settings):
     inputs = load_inputs(config)
     if has_flash:
         inputs.base.model.config._attn_implementation = "flash_attention_2"
-    gpu.telemetry = inputs.telemetry
+    gpu.phase = None
     gpu.move_model(inputs.base.model)
     ended = []
 
@@ -236,14 +240,16 @@ def run_case(gpu, folder, settings):
                 on_evaluation=lambda evaluated: [None] * len(evaluated),
                 on_end=lambda request, end: ended.append(request.run_folder.path.name),
                 checkpoint_file=folder / "pack.ckpt",
+                on_phase=gpu.note_phase,
             )
         notes["pack"] = take_notes(gpu)
     asked = iter([False, True])  # stops after the first of several steps
     with gpu:
         run_folder = RunFolder(path=folder / "alone")
-        record = train_alone(config, run_folder, inputs=inputs, stop_requested=lambda: next(asked, False))
+        train = functools.partial(train_alone, config, run_folder, inputs=inputs, on_phase=gpu.note_phase)
+        record = train(stop_requested=lambda: next(asked, False))
         if record.status == "interrupted":
-            record = train_alone(config, run_folder, inputs=inputs, resume=True)
+            record = train(resume=True)
     notes["alone"] = take_notes(gpu)
     return {"notes": notes, "steps": record.steps_done, "ended": sorted(ended)}
 

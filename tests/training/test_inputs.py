@@ -1,11 +1,17 @@
 """A process loads a base model and reads a data set once, also for runs that cut or split the data differently."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import lorasweep.training.inputs as inputs_file
 from lorasweep.config.compose import compose_run
+from lorasweep.models.attention import AttentionChoice
+from lorasweep.record import read_run
 from lorasweep.training.inputs import InputsCache
+from lorasweep.training.open_run import RunFolder
+from lorasweep.training.run import train_alone
 
 
 @pytest.fixture
@@ -46,3 +52,12 @@ def test_other_columns_are_read(compose):
     cache = InputsCache()
     before, after = (cache.read_source(compose(labels=names).data) for names in (None, ["a", "b", "c"]))
     assert (before.label_names, after.label_names) == (("0", "1", "2"), ("a", "b", "c"))
+
+
+def test_the_attention_that_was_chosen_is_said_and_recorded(make_config, inputs, tmp_path):
+    config, told = make_config({"method": "frozen"}), "Attention is eager: short."
+    assert dataclasses.replace(inputs, attention=None).list_notes(config) == inputs.splits.notes
+    chosen = dataclasses.replace(inputs, attention=AttentionChoice("eager", "short"))
+    assert chosen.list_notes(config) == (*inputs.splits.notes, told)
+    train_alone(config, RunFolder(path=tmp_path), inputs=chosen)
+    assert told in read_run(tmp_path).notes

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lorasweep.activity import doing
 from lorasweep.data.rows import Batch, Rows, SplitFacts
 
 Indices = NDArray[np.int64]
@@ -240,16 +239,13 @@ class EvaluationSampler(MicroBatchSampler):
         lengths = split.padded_lengths
         batches = batch_by_length(lengths[torch.tensor(part)], budget=batch_size * int(lengths.max()))
         self.batches = [[part[place] for place in batch] for batch in batches]
-        self.name = split.name
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        with doing(f"scoring {self.name}", unit="example", total=len(self.order)) as activity:
-            for batch in self.batches:
-                yield self.share.select(MicroBatch(batch, 1.0))
-                activity.advance(len(batch))
+        for batch in self.batches:
+            yield self.share.select(MicroBatch(batch, 1.0))
 
     @property
     def order(self) -> list[int]:

@@ -32,7 +32,6 @@ from lorasweep.record.sweep import (
     SweepChange,
     SweepRecord,
     SweepState,
-    add_telemetry,
     describe_confirmation,
     find_winner,
     get_run_folder,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -195,8 +194,6 @@ class SweepRecord:
     """Device of the last trials: `cpu`, `cuda:0`, ..."""
     threads: Count = 0
     """Number of CPU threads of one operation."""
-    telemetry: dict[str, Number] = field(default_factory=dict)
-    """Time and memory by purpose, with the keys of `training.telemetry`."""
 
     @property
     def verdict_metric(self) -> ScoreMetric:
@@ -262,15 +259,6 @@ def find_winner(trials: Iterable[Trial], *, record: SweepRecord) -> Trial | None
         key=lambda trial: (record.search_metric.sign * (trial.search_score or 0.0), trial.number),
         default=None,
     )
-
-
-def add_telemetry(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    """Adds up the values of two processes or sessions, but keeps the higher peak and the earlier first step."""
-    total = dict(first)
-    for name, value in second.items():
-        combine = max if "peak" in name else min if name == "first_step_at" else operator.add
-        total[name] = combine(total[name], value) if name in total else value
-    return total
 
 
 def list_confirm_runs(

@@ -22,7 +22,6 @@ from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from lorasweep.activity import doing
 from lorasweep.config.redaction import redact
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.disk import require_no_links, write_atomically
@@ -49,7 +48,6 @@ COST_METRICS = ("trainable_params", "peak_memory_bytes", "wall_s")
 """Fields of a run's record that are metrics of its row."""
 
 
-@doing("writing the report")
 def write_report(findings: Findings) -> None:
     """Writes a sweep's report into `report/` in its folder, each file whole or not at all.
 

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from lorasweep.activity import doing
 from lorasweep.config.data import DataSettings, MetricComponent, RowSettings, ScoreMetric, SplitSettings
 from lorasweep.data.rows import Splits
 from lorasweep.disk import require_new_folder
@@ -29,7 +28,6 @@ MIN_ROWS, MIN_CLASS_ROWS = 30, 3
 """Smallest number of rows of all splits together, and of one class. Less shows nothing about fine-tuning."""
 
 
-@doing("checking every arm")
 def check_definition(
     definition: Definition, inputs_cache: InputsCache, *, new_folder: str | None = None
 ) -> ScoreMetric:

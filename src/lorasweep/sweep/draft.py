@@ -21,7 +21,6 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from lorasweep.activity import doing
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import SWEEP_GROUPS, compose_run, merge_settings
 from lorasweep.config.data import DataSettings, RowSettings, SplitSettings
@@ -105,7 +104,6 @@ def draft_definition(
     return draft.definition.with_overrides({key: value for key, value in typed.raw.items() if key not in settings})
 
 
-@doing("drafting the sweep")
 def draft_sweep(
     path: Path,
     settings: Mapping[str, Any],

@@ -10,14 +10,14 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from lorasweep.activity import doing
 from lorasweep.config.build import as_settings
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import choose_part, cut_buckets
@@ -38,7 +38,6 @@ from lorasweep.training.packs.size import PackSize
 from lorasweep.training.prepare import prepare_model
 from lorasweep.training.run import never_stop, train_alone
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.training.telemetry import Telemetry
 
 NUM_STEPS = 4
 """Steps before the evaluation of a measured training. The first is not counted, because it warms up."""
@@ -48,6 +47,25 @@ NUM_MEASURED_TOKENS = 8
 
 class MeasuredTooLong(Exception):  # noqa: N818 (named by what happened)
     """A measurement took longer than the time that the sweep may take."""
+
+
+class PhaseClock:
+    """Counts the seconds of each phase of a training. Before the first phase it counts `loading`."""
+
+    def __init__(self) -> None:
+        self._phase, self._began_s = "loading", time.perf_counter()
+        self._seconds = defaultdict[str, float](float)
+
+    def switch(self, phase: str, *_: int) -> None:
+        """Begins a phase, as `OnPhase`, or anything else that is to be counted apart."""
+        now = time.perf_counter()
+        self._seconds[self._phase] += now - self._began_s
+        self._phase, self._began_s = phase, now
+
+    def read(self) -> defaultdict[str, float]:
+        """Returns the seconds of each phase so far."""
+        self.switch(self._phase)
+        return self._seconds.copy()
 
 
 class BriefTraining(NamedTuple):
@@ -83,8 +101,7 @@ def measure_sweep(
             continue
         # arms that could share a pack are measured one by one if trials run alone
         try:
-            with doing(f"measuring {arm.name}"):
-                rates.append(measure(definition, arm, inputs_cache, on_progress=on_progress, is_late=is_late))
+            rates.append(measure(definition, arm, inputs_cache, on_progress=on_progress, is_late=is_late))
         except RunError as error:
             raise RunError(f"the first trial of arm `{arm.name}` must train, but failed: {error}") from error
     return rates
@@ -197,14 +214,13 @@ def train_briefly(
     if isinstance(splits, DataSplits) and splits.objective.needs_reference:  # not the real ones, which take time
         train, validation = splits.train.fill_reference(), splits.validation.fill_reference()
         splits = replace(splits, train=train, validation=validation)
-    # telemetry of its own, because a sweep that begins after the measurement records the telemetry of `inputs`
-    inputs = replace(inputs, splits=splits, telemetry=Telemetry())
-    samples: list[dict[str, float]] = []  # before the first step, and after each step
+    inputs, clock = replace(inputs, splits=splits), PhaseClock()
+    samples: list[Mapping[str, float]] = []  # before the first step, and after each step
 
     def note_step() -> bool:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # otherwise a step would only count the time to start its kernels
-        samples.append(inputs.telemetry.sample())
+        samples.append(clock.read())
         return len(samples) > NUM_STEPS + 1 or is_late()
 
     with tempfile.TemporaryDirectory(prefix="lorasweep-plan-") as name:
@@ -219,21 +235,22 @@ def train_briefly(
                 on_end=lambda run, outcome: None,
                 checkpoint_file=Path(name) / "pack.ckpt",
                 stop_requested=note_step,
+                on_phase=clock.switch,
             )
         else:
-            train_alone(config, runs[0], inputs=inputs, stop_requested=note_step)
+            train_alone(config, runs[0], inputs=inputs, stop_requested=note_step, on_phase=clock.switch)
         record = read_run(runs[0].path)
     if is_late():
         raise MeasuredTooLong
     if record.status not in ("complete", "interrupted"):
         raise RunError(record.reason or record.status)
-    first = samples[0] if samples else inputs.telemetry.sample()
-    last = samples[-1] if len(samples) > NUM_STEPS else inputs.telemetry.sample()  # `frozen` has no steps
+    has_steps = len(samples) > NUM_STEPS
+    last = samples[-1] if has_steps else clock.read()  # `frozen` has no steps
     return BriefTraining(
-        loading_s=first["wall_s"],
-        training_s=samples[NUM_STEPS]["training_s"] - samples[1]["training_s"] if len(samples) > NUM_STEPS else 0.0,
-        evaluating_s=last["evaluating_s"] - first["evaluating_s"],
-        saving_s=last["saving_s"] - first["saving_s"],
+        loading_s=last["loading"],
+        training_s=samples[NUM_STEPS]["training"] - samples[1]["training"] if has_steps else 0.0,
+        evaluating_s=last["evaluating"],
+        saving_s=last["saving"],
         record=record,
     )
 

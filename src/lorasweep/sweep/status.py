@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lorasweep.activity import doing, repeat_every
+from lorasweep.console import RUNNING_TRAINING, repeat_every
 from lorasweep.disk import is_running
 from lorasweep.errors import RecordError
 from lorasweep.record import (
@@ -277,13 +277,12 @@ def show_progress(folder: Path, console: Console, *, verbose: bool = False) -> I
         if (status.seconds_left or 0) >= 1 and not console.is_terminal:  # once for each look
             answers = describe_next_answers(record)
             say(f"{answers} in about {format_seconds(status.seconds_left)}", key=f"{len(record.confirm) > 0} {answers}")
-        activity.what = describe_time_left(status)  # the line that shows it has the time so far
 
     def render() -> RenderableType:
-        return render_status(statuses[-1]) if statuses else ""
+        return Group(*map(render_status, statuses), Text(RUNNING_TRAINING.describe()))
 
     table = Live(console=console, get_renderable=render, transient=True) if console.is_terminal else nullcontext()
-    with table, doing("") as activity, report_status(folder, show):
+    with table, report_status(folder, show):
         yield
 
 

@@ -192,7 +192,6 @@ def score_best_weights(run: OpenRun) -> None:
     is_answered = answers is not None and answers.on_validation
     if not (is_part or is_answered):
         return
-    inputs.telemetry.switch("evaluating")
     with fork_random_streams(get_device(config.trainer)):
         model = restore_model(config, inputs.base, folder=folder / "best")
         if is_part:
@@ -206,7 +205,6 @@ def score_best_weights(run: OpenRun) -> None:
             record.answers[split.name] = answered.facts
             if answered.lines is not None:
                 write_atomically(folder / ANSWERS_FILE.format(split.name), answered.lines)
-    inputs.telemetry.switch("saving")
 
 
 def write_base_answers(folder: Path, config: RunConfig, *, inputs: RunInputs) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from lorasweep.activity import Activity, doing
 from lorasweep.config.components import find_function
 from lorasweep.config.data import AnswersConfig, AnswerScore
 from lorasweep.config.run import RunConfig
@@ -69,16 +68,9 @@ def score_answers(model: nn.Module, split: SplitFacts, *, config: RunConfig, inp
     try:
         settings, split, known, chosen = _choose_examples(config, split)
         prompts, references = zip(*map(split.split_last_answer, chosen), strict=True)
-        with doing(f"answering {split.name}", unit="example", total=len(chosen)) as activity:
-            answers, num_cut_off = _generate(
-                model,
-                prompts,
-                references,
-                config=config,
-                limit=settings.max_new_tokens,
-                inputs=inputs,
-                activity=activity,
-            )
+        answers, num_cut_off = _generate(
+            model, prompts, references, config=config, limit=settings.max_new_tokens, inputs=inputs
+        )
     except Exception as error:  # of the model's code, or because memory ran out
         return ScoredAnswers(facts={"problem": f"No answers were generated: {describe_error(error)}."})
     left_out = int((known.starts == 0).sum())
@@ -88,11 +80,11 @@ def score_answers(model: nn.Module, split: SplitFacts, *, config: RunConfig, inp
     scores: Sequence[float | None] = [None] * len(chosen)
     values = {}
     try:
-        score, found = build_score(settings), []
-        with doing("scoring the answers", unit="example", total=len(chosen)) as activity:
-            for text, reference, index in zip(texts, wanted, chosen, strict=True):
-                found.append(score(text, reference, known.table_rows[index]))
-                activity.advance()
+        score = build_score(settings)
+        found = [
+            score(text, reference, known.table_rows[index])
+            for text, reference, index in zip(texts, wanted, chosen, strict=True)
+        ]
         scores, values = found, {settings.metric.name: math.fsum(found) / len(found)}
     except ConfigError as error:
         facts["problem"] = str(error)
@@ -111,7 +103,6 @@ def _generate(
     config: RunConfig,
     limit: int,
     inputs: RunInputs,
-    activity: Activity,
 ) -> tuple[list[Tensor], int]:
     """Returns the tokens of each answer without the end-of-turn token, and the number of answers that were cut off."""
     tokenizer, device = inputs.base.tokenizer, get_device(config.trainer)
@@ -139,7 +130,6 @@ def _generate(
                 attention_mask=mask,
                 generation_config=model.generation_config,
             )
-        activity.advance(len(batch))
         for index, row in zip(batch, output[:, ids.shape[1] :].cpu(), strict=True):
             end = next((place for place, token in enumerate(row.tolist()) if token in ends), None)
             answers[index], num_cut_off = row[:end], num_cut_off + (end is None)

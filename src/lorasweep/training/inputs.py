@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 import torch
 
-from lorasweep.activity import doing
 from lorasweep.config.build import build
 from lorasweep.config.data import DataConfig
 from lorasweep.config.run import ModelConfig, RunConfig, refuse_code
@@ -24,7 +23,6 @@ from lorasweep.training.environment import DTYPES, get_device, has_cpu_bf16, res
 from lorasweep.training.own_module import load_own_inputs
 from lorasweep.training.reference import add_reference
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.training.telemetry import Telemetry
 from lorasweep.wording import join_words
 
 MAX_LOADED_INPUTS = 8
@@ -41,8 +39,6 @@ class InputsCache:
     def __init__(self, *, max_inputs: int = MAX_LOADED_INPUTS) -> None:
         self.folder: Path | None = None
         """The folder of the sweep that trains. If it is set, the splits have the reference (`RunInputs.prepare`)."""
-        self.telemetry = Telemetry()
-        """Counts the seconds and tokens of this process."""
         self.max_inputs = max_inputs
         self._inputs: dict[tuple[Any, ...], RunInputs] = {}
         self._bases: dict[tuple[ModelConfig, torch.dtype, Labels | None], BaseModel] = {}
@@ -140,14 +136,11 @@ def load_inputs(config: RunConfig, cache: InputsCache | None = None) -> RunInput
     """Loads the base model and the data of a run, unless the cache has them. Raises ConfigError if they can't load."""
     cache = cache or InputsCache()
     if config.module is not None:
-        return load_own_inputs(config, telemetry=cache.telemetry)
+        return load_own_inputs(config)
     precision = resolve_precision(config.trainer)
-    with doing("reading the data"):
-        source = cache.read_source(config.data)
-    with doing(f"loading the model {config.model.path}"):
-        base = cache.load_base(config.model, dtype=DTYPES[precision], labels=get_labels(source))
-    with doing("tokenising the data"):
-        splits = build_data_splits(config.data, source=source, base=base, objective=config.objective)
+    source = cache.read_source(config.data)
+    base = cache.load_base(config.model, dtype=DTYPES[precision], labels=get_labels(source))
+    splits = build_data_splits(config.data, source=source, base=base, objective=config.objective)
     if base.labels is not None and (constant := splits.objective.fit_constant(splits.train)) is not None:
         base = replace(base, labels=replace(base.labels, constant=tuple(constant.tolist())))
     attention = None
@@ -159,7 +152,7 @@ def load_inputs(config: RunConfig, cache: InputsCache | None = None) -> RunInput
             max_tokens=max(int(split.row_lengths.max()) for split in (splits.train, splits.validation)),
             has_cpu_bf16=has_cpu_bf16(),
         )
-    return RunInputs(base=base, splits=splits, precision=precision, attention=attention, telemetry=cache.telemetry)
+    return RunInputs(base=base, splits=splits, precision=precision, attention=attention)
 
 
 def get_labels(source: DataSource) -> Labels | None:

@@ -27,9 +27,9 @@ from lorasweep.training.fsdp import average_gradients, copy_trained_weights, sha
 from lorasweep.training.inputs import SHARED_INPUTS, RunSettings, read_settings
 from lorasweep.training.optim import configure_optimizers
 from lorasweep.training.prepare import check_run, prepare_model
+from lorasweep.training.progress import TrainingProgress
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.step import add_slot_settings, compute_losses
-from lorasweep.training.telemetry import TrainingProgress
 
 
 class TrainingModule(lightning.LightningModule):

@@ -48,8 +48,8 @@ from lorasweep.training.environment import (
 )
 from lorasweep.training.loggers import finish_loggers, start_loggers
 from lorasweep.training.memory import peak_memory_bytes
+from lorasweep.training.progress import TrainingProgress
 from lorasweep.training.run_inputs import RunInputs, require_same_fingerprints
-from lorasweep.training.telemetry import TrainingProgress
 
 Metrics = dict[str, float]
 """Metrics of one evaluation, by name."""

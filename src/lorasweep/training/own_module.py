@@ -41,8 +41,8 @@ from lorasweep.training.evaluation import ScoresOnTest
 from lorasweep.training.optim import configure_optimizers
 from lorasweep.training.prepare import prepare_model
 from lorasweep.training.processes import find_launch, quiet_lightning
+from lorasweep.training.progress import TrainingProgress
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.training.telemetry import Telemetry, TrainingProgress
 from lorasweep.wording import join_words, shorten, suggest_nearest
 
 DATA_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -229,7 +229,7 @@ def load_own_base(config: RunConfig) -> BaseModel:
     )
 
 
-def load_own_inputs(config: RunConfig, *, telemetry: Telemetry) -> RunInputs:
+def load_own_inputs(config: RunConfig) -> RunInputs:
     """Loads the user's module and data, and tries both evaluations on one batch, so that no run fails hours later.
 
     Errors of the module's own code are raised as they are, with its traceback.
@@ -244,7 +244,7 @@ def load_own_inputs(config: RunConfig, *, telemetry: Telemetry) -> RunInputs:
     metric = ScoreMetric(name=name, direction=direction)
     data = read_own_data(config.datamodule, metric, batch_size=config.trainer.batch_size)
     precision, base = resolve_precision(config.trainer), load_own_base(config)
-    inputs = RunInputs(base=base, splits=data, precision=precision, always_autocasts=True, telemetry=telemetry)
+    inputs = RunInputs(base=base, splits=data, precision=precision, always_autocasts=True)
     module = copy_sharing_weights(base.model)
     _evaluate(module, config=config, inputs=inputs, step="validate", num_batches=1)
     score_own_module(module, config=config, inputs=inputs, num_batches=1)

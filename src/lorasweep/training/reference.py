@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from lorasweep.activity import doing
 from lorasweep.config.run import TrainerConfig
 from lorasweep.data.batching import EvaluationSampler
 from lorasweep.data.rows import Rows, move_batch
@@ -58,13 +57,11 @@ def _add(split: Rows, *, objective: Objective, base: BaseModel, trainer: Trainer
     # the same batches in every process, because rounding depends on the shape of a batch
     batches = EvaluationSampler(split, batch_size=trainer.eval_batch_size).batches
     device, model = get_device(trainer), copy_sharing_weights(base.model)
-    what = f"scoring {split.name} by the base"
-    with convert_memory_errors(), torch.no_grad(), doing(what, unit="example", total=len(split)) as activity:
+    with convert_memory_errors(), torch.no_grad():
         model.to(device)
         for batch in batches:
             rows = split.list_rows(batch)
             values[rows] = objective.compute_reference(model, move_batch(split.batch(batch), device)).double().cpu()
-            activity.advance(len(batch))
         model.cpu()  # it shares the base's weights, which must be on the CPU
     if file is not None:
         write_atomically(file, save({"values": values}))

@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lorasweep.activity import Activity, doing, end_inner
 from lorasweep.config.run import RunConfig
 from lorasweep.disk import write_atomically
 from lorasweep.errors import Diverged, OutOfMemory
@@ -34,7 +33,7 @@ from lorasweep.training.data_module import DataModule
 from lorasweep.training.environment import deterministic_algorithms, resolve_device
 from lorasweep.training.finished_run import score_best_weights
 from lorasweep.training.loggers import build_callbacks, start_loggers
-from lorasweep.training.memory import convert_memory_errors
+from lorasweep.training.memory import convert_memory_errors, reset_peak_memory
 from lorasweep.training.module import TrainingModule
 from lorasweep.training.open_run import Metrics, OpenRun, RunFolder, find_run_end
 from lorasweep.training.own_module import OwnModuleRun
@@ -46,6 +45,7 @@ from lorasweep.training.processes import (
     quiet_lightning,
     run_on_first,
 )
+from lorasweep.training.progress import OnPhase, Phase, ignore_phase
 from lorasweep.training.run_inputs import RunInputs
 
 OnEvaluation = Callable[[int, Metrics], str | None]
@@ -63,6 +63,7 @@ def train_alone(
     inputs: RunInputs,
     on_evaluation: OnEvaluation = lambda step, values: None,
     stop_requested: Callable[[], bool] = never_stop,
+    on_phase: OnPhase = ignore_phase,
     resume: bool = False,
 ) -> RunRecord:
     """Trains one run and returns its record, which is also in its folder.
@@ -80,6 +81,7 @@ def train_alone(
             The answer has no effect at the last step, or if early stopping ends the run.
         stop_requested: Called before the first and after every step. If it returns True, the run stops with a
             checkpoint (`interrupted`).
+        on_phase: Called when a phase begins, on every process.
         resume: Whether to resume from the newest checkpoint in the folder, if there is one.
 
     Raises:
@@ -99,6 +101,7 @@ def train_alone(
                     group=group,
                     on_evaluation=on_evaluation,
                     stop_requested=stop_requested,
+                    on_phase=on_phase,
                 )
                 return attempt.run(resume=resume, too_large=too_large)
         except OutOfMemory as error:
@@ -139,6 +142,7 @@ class LightningRun(lightning.Callback):
     group: Fabric
     on_evaluation: OnEvaluation
     stop_requested: Callable[[], bool]
+    on_phase: OnPhase
     opened: OpenRun | None = None
     """The run's folder. Only the first process has it."""
     training: TrainingModule | OwnModuleRun = field(init=False)
@@ -147,13 +151,10 @@ class LightningRun(lightning.Callback):
     """Last logged step. Initially the step at which the training begins or resumes."""
     lr: float = 0.0
     """Learning rate of the last step."""
-    counted_tokens: int = 0
-    """Trained tokens that the telemetry has counted."""
     has_begun: bool = False
     """Whether this process has prepared the first batch."""
     evaluated_step: int = -1
     """Step of the last evaluation."""
-    activity: Activity = field(init=False, repr=False)
     end: tuple[RunStatus, str | None] | None = None
     """The status and reason of a run that ends before its last step."""
 
@@ -162,18 +163,15 @@ class LightningRun(lightning.Callback):
 
         `too_large` has the micro-batches per step of each earlier attempt that ran out of memory.
         """
-        folder = self.run_folder.path
         record, checkpoint, self.logged_step = run_on_first(
             self.group, lambda: self._open(resume=resume, too_large=too_large)
         )
         # killed after the last evaluation, which must not be written twice
         end = None if checkpoint is None else find_run_end(record, self.config.trainer)
-        self.inputs.telemetry.begin_run()
+        reset_peak_memory()
         try:
             with convert_memory_errors():
-                with doing(f"training {folder.name}", total=record.steps_planned, first=self.logged_step) as activity:
-                    self.activity = activity
-                    status, reason = end or self._train(record, checkpoint=checkpoint)
+                status, reason = end or self._train(record, checkpoint=checkpoint)
                 run_on_first(self.group, lambda: self._score_best_weights(status))
         except BaseException as caught:
             error = convert_lost_process(caught, num_processes=self.group.world_size)
@@ -182,8 +180,6 @@ class LightningRun(lightning.Callback):
             if error is caught:
                 raise
             raise error from caught
-        finally:
-            self.inputs.telemetry.switch(None)
         return run_on_first(self.group, lambda: self._close(status, reason))
 
     def _open(self, *, resume: bool, too_large: list[int]) -> tuple[RunRecord, Path | None, int]:
@@ -293,8 +289,6 @@ class LightningRun(lightning.Callback):
         return trainer
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        # the tokens of the steps before the resume
-        self.counted_tokens = self.training.progress.tokens
         if self.opened is not None:
             self.opened.progress = self.training.progress
             self.opened.note_trained(sum(p.numel() for p in pl_module.parameters() if p.requires_grad))
@@ -302,7 +296,7 @@ class LightningRun(lightning.Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.inputs.telemetry.switch("training")
+        self._begin_phase("training", trainer)
         if not self.has_begun and self._should_stop(trainer):  # the first batch may have taken minutes
             raise RunStopped
         self.has_begun = True
@@ -320,23 +314,22 @@ class LightningRun(lightning.Callback):
             self.logged_step = step
             if self.opened is not None:
                 self.opened.note_step(step, self.training.step_losses, self.lr)
-        self.activity.done = step
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         # A run can't stop between a step and its evaluation: a resumed run assumes that a checkpoint of this step was
         # written after the evaluation. `on_validation_end` then checks for the stop request.
         if ends_step and step % self.config.trainer.eval_every_steps and self._should_stop(trainer):
             run_on_first(trainer.strategy, self._flush)
+            self._begin_phase("saving", trainer)
             self._save_checkpoint(trainer)
             raise RunStopped
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         run_on_first(trainer.strategy, self._flush)
-        self.inputs.telemetry.switch("evaluating")
+        self._begin_phase("evaluating", trainer)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes and reports the evaluation, and stops if the run ends or is asked to stop."""
-        end_inner(self.activity)  # Lightning does not exhaust the sampler
-        self.inputs.telemetry.switch("saving")
+        self._begin_phase("saving", trainer)
         self.evaluated_step = trainer.global_step
         step, metrics, whole_model = trainer.global_step, self.training.get_metrics(), self.training.whole_model()
 
@@ -354,8 +347,7 @@ class LightningRun(lightning.Callback):
         # 1. The rows, the kept weights and the record.
         # 2. The report. A run that is killed after it repeats the interval and reports the same values again, because
         #    this step has no checkpoint yet. So a run that must stop gets none: it would resume beyond its end.
-        with doing("saving the weights"):
-            self.end = run_on_first(trainer.strategy, write_and_report)
+        self.end = run_on_first(trainer.strategy, write_and_report)
         if self.end is not None:
             trainer.should_stop = True
         # 3. The checkpoint, from which the run resumes without reporting this evaluation again.
@@ -376,16 +368,16 @@ class LightningRun(lightning.Callback):
             self._flush()
 
     def _flush(self) -> None:
-        """Counts the tokens since the last flush, and writes the steps on the first process."""
+        """Waits for the device, and writes the steps since the last flush on the first process."""
         progress = self.training.progress
         began = time.perf_counter()
         self.training.step_losses.cpu()  # waits for the device, which still counts as training
         progress.train_s += time.perf_counter() - began
-        self.inputs.telemetry.add_tokens(progress.tokens - self.counted_tokens)
-        self.counted_tokens = progress.tokens
-        self.inputs.telemetry.switch("saving")
         if self.opened is not None:
             self.opened.flush()
+
+    def _begin_phase(self, phase: Phase, trainer: lightning.Trainer) -> None:
+        self.on_phase(phase, trainer.global_step, self.config.num_steps)
 
     def _should_stop(self, trainer: lightning.Trainer) -> bool:
         """Returns whether any process was asked to stop. Every process must call it at the same step."""

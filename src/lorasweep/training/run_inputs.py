@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,6 @@ from lorasweep.record import compute_sha256
 from lorasweep.tasks.splits import DataSplits
 from lorasweep.training.environment import Precision, get_device
 from lorasweep.training.reference import add_reference
-from lorasweep.training.telemetry import Telemetry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +36,6 @@ class RunInputs:
     """Whether a run in bf16 computes by autocast whatever its method, because the base stays in fp32."""
     attention: AttentionChoice | None = None
     """The choice of `model.attention=auto`; None if `model.attention` names an implementation."""
-    telemetry: Telemetry = field(default_factory=Telemetry, compare=False)
-    """Counts the seconds and tokens of this process."""
 
     @property
     def data(self) -> DataSplits:

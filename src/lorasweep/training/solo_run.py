@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lorasweep.config.run import RunConfig
-from lorasweep.console import say_note
+from lorasweep.console import RUNNING_TRAINING, say_note
 from lorasweep.disk import claim_folder, lock_run, require_new_folder
 from lorasweep.errors import ConfigError
 from lorasweep.record import RUN_FILE, read_run
@@ -54,7 +54,8 @@ def train_solo_run(
         with StopSignal(f"To resume add `output={folder} resume=true` to the same command") as stop:
             inputs = inputs.prepare(config, folder=folder)
             run_folder = RunFolder(path=folder, origin=origin)
-            train_alone(config, run_folder, inputs=inputs, stop_requested=stop, resume=resume)
+            on_phase = RUNNING_TRAINING.note
+            train_alone(config, run_folder, inputs=inputs, stop_requested=stop, on_phase=on_phase, resume=resume)
         return folder
 
 

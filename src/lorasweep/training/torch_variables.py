@@ -9,8 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lorasweep.activity import doing
-
 SPIN_COUNT = 4_000
 """Number of times that a waiting thread looks for work before it sleeps, if every thread has its own core. How long a
 look takes depends on the processor: 29 to 50 nanoseconds on a Xeon.
@@ -66,8 +64,7 @@ def quick_imports() -> Iterator[None]:
         return
     gc.disable()
     try:
-        with doing("loading torch and other libraries"):
-            yield
+        yield
     finally:
         gc.freeze()
         gc.enable()

@@ -119,7 +119,6 @@ def test_time_of_all_sessions_is_added_and_time_in_between_is_not(stopped, work,
     assert not work(reopened, stop_at=1)
     second = read_sweep(stopped)
     assert 1000 <= second.makespan_s - first.makespan_s < 1500
-    assert second.telemetry["wall_s"] > first.telemetry["wall_s"]
 
 
 @pytest.mark.parametrize("becomes", ["moved", "replaced"])
@@ -127,7 +126,7 @@ def test_a_folder_that_was_moved_is_not_written_to(folder, tmp_path, becomes):
     folder.path.rename(tmp_path / "moved")
     if becomes == "replaced":
         (folder.path / "runs").mkdir(parents=True)
-    for write in (lambda: folder.save(usage={}), lambda: folder.open_study("other")):
+    for write in (lambda: folder.save(), lambda: folder.open_study("other")):
         with pytest.raises(FileNotFoundError):
             write()
     assert not (folder.path / "sweep.json").exists()

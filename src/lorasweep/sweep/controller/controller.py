@@ -6,7 +6,6 @@ never depend on a clock, on the order of slots, or on how often the process was 
 
 from __future__ import annotations
 
-import functools
 import traceback
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
@@ -17,7 +16,7 @@ from lorasweep.config.redaction import redact
 from lorasweep.config.run import SEED_KEYS
 from lorasweep.disk import remove_leftovers
 from lorasweep.errors import Diverged, OutOfMemory, RunError, WorkerError
-from lorasweep.record import RunRecord, SweepState, Trial, TrialState, add_telemetry
+from lorasweep.record import RunRecord, SweepState, Trial, TrialState
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import RUNS_FOLDER, SweepFolder, check_disk
 from lorasweep.sweep.controller.stages import Confirmation, OpenStage, Search, choose_settings
@@ -58,7 +57,6 @@ class Controller:
         self._is_over = False
         self._failures_in_a_row = 0
         self._deaths_in_a_row = 0
-        self._usage: dict[str, Mapping[str, float]] = {}
         self._advance_stage()
 
     @property
@@ -180,10 +178,6 @@ class Controller:
     def note_worker(self, *, device: str, threads: int) -> None:
         self.sweep.record.device, self.sweep.record.threads = device, threads
 
-    def note_usage(self, worker: str, usage: Mapping[str, float]) -> None:
-        """Notes the time and memory that a worker has used so far in this session."""
-        self._usage[worker] = usage
-
     def finish(self) -> bool:
         """Writes the record as complete or interrupted, and returns whether the sweep is complete."""
         if self._is_over:
@@ -198,7 +192,7 @@ class Controller:
         record.trials = [trial for trials in self.search.arms.values() for trial in trials.trials.values()]
         if self.confirm is not None:
             record.confirm = [trial for trials in self.confirm.arms.values() for trial in trials.trials.values()]
-        self.sweep.save(usage=functools.reduce(add_telemetry, self._usage.values(), {}), status=status)
+        self.sweep.save(status=status)
 
     def _advance_stage(self) -> None:
         """Begins the next stage if every trial of this stage has ended."""

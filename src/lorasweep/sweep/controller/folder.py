@@ -14,7 +14,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from lorasweep.disk import explain_os_error
 from lorasweep.errors import RecordError, WorkerError, first_line
-from lorasweep.record import JOURNAL_FILE, SweepRecord, SweepState, add_telemetry, utc_now, write_record
+from lorasweep.record import JOURNAL_FILE, SweepRecord, SweepState, utc_now, write_record
 from lorasweep.sweep.definition.arms import Definition
 
 RUNS_FOLDER = "runs"
@@ -95,9 +95,8 @@ class SweepFolder:
     save_duration_s: float = 0.0
 
     def __post_init__(self) -> None:
-        # This session's time and memory are added to those of earlier sessions.
+        # This session's time is added to that of earlier sessions.
         self.makespan_before_s = self.record.makespan_s
-        self.telemetry_before = dict(self.record.telemetry)
 
     def open_study(self, name: str) -> optuna.Study:
         """Returns a study of the sweep, which is created if it is missing.
@@ -120,12 +119,11 @@ class SweepFolder:
         """Returns whether the record may be written again under `MAX_SAVE_FRACTION`."""
         return time.monotonic() - self.saved_s >= self.save_duration_s * (1 / MAX_SAVE_FRACTION - 1)
 
-    def save(self, *, usage: Mapping[str, float], status: SweepState | None = None) -> None:
-        """Writes the record with the time and memory of all workers of this session, and perhaps a new status."""
+    def save(self, *, status: SweepState | None = None) -> None:
+        """Writes the record with the time of this session, and perhaps a new status."""
         began = time.monotonic()
         record = self.record
         record.makespan_s = self.makespan_before_s + began - self.opened_s
-        record.telemetry = add_telemetry(self.telemetry_before, usage)
         if status is not None:
             record.status, record.ended_at = status, utc_now() if status != "running" else None
         (self.path / JOURNAL_FILE).stat()  # raises if the folder was moved; the write would create it again

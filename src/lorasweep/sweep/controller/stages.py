@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
-from lorasweep.activity import doing
 from lorasweep.record import LookRow, SettingRow, Trial, find_winner, list_confirm_runs, read_run
 from lorasweep.report.evidence.evidence import answer_sweep, read_confirm_scores
 from lorasweep.report.evidence.questions import list_subjects_to_train
@@ -176,7 +175,6 @@ def _list_begun(trials: ArmTrials) -> set[tuple[int | None, int | None]]:
 OpenStage: TypeAlias = Search | Confirmation
 
 
-@doing("choosing the settings to confirm")
 def choose_settings(search: Search, *, sweep: SweepFolder) -> list[SettingRow]:
     """Returns the setting that the confirm stage trains for each subject.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from lorasweep.console import RUNNING_TRAINING
 from lorasweep.errors import OutOfMemory, RecordError, RunError, WorkerError, describe_error
 from lorasweep.record import RunRecord, read_run
 from lorasweep.report.facts import MAX_CUT_OFF_SHARE
@@ -78,7 +79,6 @@ class Worker:
                 self._train_pack([assignment], slots=slots)
             else:
                 self.tell(assignment, _catch_failure(self._train_alone, assignment))
-        self._note_usage()
 
     def _resume_pack(self) -> None:
         """Resumes the pack of a killed or stopped process, with the same runs in the same slots at the same steps.
@@ -129,7 +129,6 @@ class Worker:
             self.controller.tell_failure(assignment, outcome)
         else:
             self.controller.tell(assignment, outcome)
-        self._note_usage()
 
     def _train_alone(self, assignment: Assignment) -> RunRecord:
         config, folder = assignment.config, assignment.run_folder
@@ -140,6 +139,7 @@ class Worker:
             inputs=inputs,
             on_evaluation=lambda step, metrics: self.controller.report([(assignment, step, metrics)])[0],
             stop_requested=self.stop_requested,
+            on_phase=RUNNING_TRAINING.note,
             resume=True,
         )
 
@@ -196,6 +196,7 @@ class Worker:
                 checkpoint_file=self._pack_file,
                 resumed=resumed,
                 stop_requested=self.stop_requested,
+                on_phase=RUNNING_TRAINING.note,
             )
         except WorkerError:
             raise
@@ -229,9 +230,6 @@ class Worker:
             self.controller.note([chosen.reason] if chosen.reason else [])
             self._max_slots[key] = None if chosen.slots == 1 else chosen.slots
         return self._max_slots[key]
-
-    def _note_usage(self) -> None:
-        self.controller.note_usage(self.name, self.inputs_cache.telemetry.sample())
 
 
 def list_pack_arms(definition: Definition, arm: Arm) -> list[Arm]:

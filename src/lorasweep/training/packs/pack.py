@@ -32,7 +32,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from lorasweep.activity import doing
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.batching import EvaluationSampler, MicroBatch
@@ -62,10 +61,11 @@ from lorasweep.training.checkpoint import (
 from lorasweep.training.environment import deterministic_algorithms, get_device
 from lorasweep.training.evaluation import evaluate_slots
 from lorasweep.training.finished_run import score_best_weights
-from lorasweep.training.memory import convert_memory_errors
+from lorasweep.training.memory import convert_memory_errors, reset_peak_memory
 from lorasweep.training.open_run import Metrics, RunEvaluation, RunRequest, find_run_end, status_after
 from lorasweep.training.packs.slot_run import SlotOptimizer, SlotRun, step_slots
 from lorasweep.training.prepare import checkpoint_activations, save_block_contexts
+from lorasweep.training.progress import OnPhase, Phase, ignore_phase
 from lorasweep.training.run import never_stop
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.step import compute_losses
@@ -85,6 +85,7 @@ def train_pack(
     checkpoint_file: Path,
     resumed: PackCheckpoint | None = None,
     stop_requested: Callable[[], bool] = never_stop,
+    on_phase: OnPhase = ignore_phase,
 ) -> bool:
     """Trains runs together, and refills free slots with the runs of `next_run`, until no run is left.
 
@@ -102,12 +103,13 @@ def train_pack(
         checkpoint_file: The pack's checkpoint. The folders of the runs are in one folder.
         resumed: The checkpoint of the pack to resume. None: each run resumes from its state in an earlier pack, if any.
         stop_requested: Called before the first and after every step. Returns whether to stop the pack.
+        on_phase: Called when a phase begins.
 
     Raises:
         OutOfMemory: The pack does not fit into memory. After this error, and any other error that would happen again,
             each run gets its part of the checkpoint. It can then resume in a smaller pack.
     """
-    inputs.telemetry.begin_run()
+    reset_peak_memory()
     pack: PackTrainer | None = None
     try:
         with convert_memory_errors(), deterministic_algorithms(requests[0].config.trainer.deterministic):
@@ -120,6 +122,7 @@ def train_pack(
                 on_evaluation=on_evaluation,
                 on_end=on_end,
                 checkpoint_file=checkpoint_file,
+                on_phase=on_phase,
             )
             return pack.run(stop_requested)
     except Exception as error:
@@ -128,7 +131,6 @@ def train_pack(
             split_pack(checkpoint_file, runs=requests[0].run_folder.path.parent)
         raise
     finally:
-        inputs.telemetry.switch(None)
         if pack is not None:
             pack.model.cpu()  # the packed model shares the base's weights, so this also moves the base back
 
@@ -145,6 +147,7 @@ class PackTrainer:
     on_evaluation: OnPackEvaluation
     on_end: Callable[[Any, RunRecord | Diverged], None]
     checkpoint_file: Path
+    on_phase: OnPhase
 
     def __post_init__(self, requests: Sequence[RunRequest], resumed: PackCheckpoint | None) -> None:
         inputs, self.settings = self.inputs, requests[0].config.trainer
@@ -179,16 +182,11 @@ class PackTrainer:
             self._interrupt()
             return False
         while self.runs:
-            more = f" and {len(self.runs) - 1} more" if len(self.runs) > 1 else ""
-            first = self.runs[0]
-            what, total = f"training {first.folder.name}{more}", first.record.steps_planned
-            with doing(what, total=total, first=first.step) as activity:
-                for _ in range(self.settings.eval_every_steps):
-                    self._train_step()
-                    activity.advance()
-                    if stop_requested():
-                        self._interrupt()
-                        return False
+            for _ in range(self.settings.eval_every_steps):
+                self._train_step()
+                if stop_requested():
+                    self._interrupt()
+                    return False
             started = time.perf_counter()
             if self.device.type == "cuda":  # what the GPU still computes belongs to the time of training
                 torch.cuda.synchronize(self.device)
@@ -196,12 +194,15 @@ class PackTrainer:
             self._process_boundary(self._evaluate())
         return True
 
+    def _begin_phase(self, phase: Phase) -> None:
+        first = self.runs[0]
+        self.on_phase(phase, first.step, first.record.steps_planned)
+
     def _train_step(self) -> None:
         """Trains one step of each slot."""
-        self.inputs.telemetry.switch("training")
+        self._begin_phase("training")
         started = time.perf_counter()
         micro_losses = []
-        tokens = 0
         # shared draws are detected in the first step only
         rng_state_before = read_rng_state(self.device) if self.has_shared_draws is None else None
         # All slots have the same number of micro-batches, of the same sizes.
@@ -214,14 +215,13 @@ class PackTrainer:
                 losses.sum().backward()  # type: ignore[no-untyped-call]
                 micro_losses.append(losses.detach())
                 for run, micro in zip(self.runs, micros, strict=True):
-                    tokens += run.add_tokens(micro, positions=batch["input_ids"].numel() // len(micros))
+                    run.add_tokens(micro, positions=batch["input_ids"].numel() // len(micros))
         if rng_state_before is not None:
             self.has_shared_draws = rng_state_before != read_rng_state(self.device)
         rates = step_slots([run.optimizer for run in self.runs])
         for run, run_losses, lr in zip(self.runs, torch.stack(micro_losses, dim=1), rates, strict=True):
             run.step += 1
             run.note_step(run.step, run_losses, lr)
-        self.inputs.telemetry.add_tokens(tokens)
         self._share_training_time(started)
 
     def _share_training_time(self, started: float) -> None:
@@ -231,7 +231,7 @@ class PackTrainer:
 
     @torch.no_grad()
     def _evaluate(self) -> list[Metrics]:
-        self.inputs.telemetry.switch("evaluating")
+        self._begin_phase("evaluating")
         data, slots = self.inputs.data, find_slots(self.model)
         # The batch size depends only on the number of current slots. A resumed pack does not know earlier numbers.
         batch_size = max(1, self.settings.eval_batch_size // len(self.runs))
@@ -242,11 +242,10 @@ class PackTrainer:
             )
         return read_metrics([evaluation.compute() for evaluation in evaluations])
 
-    @doing("saving weights and checkpoints")
     @torch.no_grad()
     def _process_boundary(self, metrics: Sequence[Metrics]) -> None:
         """Does the actions of a boundary, numbered as in the list at the top of this file."""
-        self.inputs.telemetry.switch("saving")
+        self._begin_phase("saving")
         self._share_time()
         # 1: a diverged run has no result to report
         alive = [slot for slot, run in enumerate(self.runs) if self._note_evaluation(slot, run, metrics[slot])]

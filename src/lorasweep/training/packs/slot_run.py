@@ -78,12 +78,10 @@ class SlotRun(OpenRun):
             accumulate=config.trainer.accumulate,
         )
 
-    def add_tokens(self, micro: MicroBatch, *, positions: int) -> int:
-        """Adds a micro-batch to the progress, and returns its number of tokens. `positions` includes padding."""
-        tokens = int(self.inputs.splits.train.lengths.numpy()[micro.indices].sum())
-        self.progress.tokens += tokens
+    def add_tokens(self, micro: MicroBatch, *, positions: int) -> None:
+        """Adds a micro-batch to the progress. `positions` includes padding."""
+        self.progress.tokens += int(self.inputs.splits.train.lengths.numpy()[micro.indices].sum())
         self.progress.positions += positions
-        return tokens
 
     def note_evaluation(self, values: Metrics, *, save: Callable[[Path], None]) -> None:
         """Writes this evaluation, and the steps since the last evaluation, to the run's log and loggers.
