@@ -27,6 +27,7 @@ KINDS = {
     "tied": {**LORA, "target_modules": ["lm_head"]},
     "dora": {**LORA, "use_dora": True},
     "whole head": {**LORA, "modules_to_save": ["lm_head"]},
+    "biases": {**LORA, "bias": "all"},  # trains weights of the base, on copies
 }
 
 
@@ -74,23 +75,24 @@ def test_a_new_head_trains_and_is_saved(tmp_path):
     METHOD.load(loaded, tmp_path)
     assert torch.equal(loaded.eval()(input_ids=TOKENS).logits, prepared.eval()(input_ids=TOKENS).logits)
     config = PeftConfig(config={"peft_type": "TRAINABLE_TOKENS", "token_indices": [1]})
-    with pytest.raises(ConfigError, match=r"TRAINABLE_TOKENS .*modules_to_save"):
+    with pytest.raises(ConfigError, match=r"TRAINABLE_TOKENS.*modules_to_save"):
         bind(config).check(model, new_head_names=("classifier",))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "`method.config.peft_type` must be one of .*VERA.*, but got None"),
-        ({"peft_type": "vra"}, "but got 'vra'"),
-        ({"peft_type": "VERA", "target_module": ["q_proj"]}, "VERA .*`method.config`.*'target_module'"),
+        ({}, "must make None with `method.config`"),
+        ({"peft_type": "vra"}, "must make 'vra' with `method.config`"),
+        ({"peft_type": "VERA", "target_module": ["q_proj"]}, "VERA.*`method.config`.*'target_module'"),
         ({"peft_type": "VERA", "target_modules": ["q_prj"]}, "VERA .*`method.config`.*target_modules"),
         ({"peft_type": "VERA", "r": 0, **TARGETS}, "VERA .*`method.config`"),
-        ({**LORA, "megatron_core": "os"}, "`method.config.megatron_core` must be left out"),
-        ({**LORA, "init_lora_weights": "corda"}, "`method.config.init_lora_weights` must be one of .* 'corda'"),
+        ({**LORA, "megatron_config": {"a": 1}, "megatron_core": "os"}, "LORA .*'os'"),
+        ({**LORA, "init_lora_weights": "what"}, "'what'"),
+        ({**LORA, "init_lora_weights": "eva"}, "no data, but got .*'eva'"),
         ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2}, "must replace layers .* PREFIX_TUNING"),
         ({"peft_type": "XLORA"}, "XLORA"),
-        ({"peft_type": "ADALORA", "total_step": 9, **TARGETS}, "no calls in training, but got 'ADALORA'"),
+        ({"peft_type": "ADALORA", "total_step": 9, **TARGETS}, "no calls in training"),
     ],
 )
 def test_what_a_run_cannot_do_is_refused_by_name(settings, message):

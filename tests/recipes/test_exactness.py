@@ -22,10 +22,6 @@ FILES = {
         AXOLOTL + "lora_target_modules: [q_proj, down_proj]\npeft_use_rslora: true",
         {"r": 4, "lora_alpha": 10, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
     ),
-    "axolotl, some blocks": (
-        AXOLOTL + "lora_target_linear: true\npeft_layers_to_transform: [0, 2]",
-        {"r": 4, "lora_alpha": 10, "layers_to_transform": [0, 2]},
-    ),
     "axolotl, ranks by layer": (
         AXOLOTL + "lora_target_linear: true\nlora_rank_pattern: {q_proj: 2}\nlora_alpha_pattern: {k_proj: 3}",
         {"r": 4, "lora_alpha": 10, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}},

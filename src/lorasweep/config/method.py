@@ -15,7 +15,6 @@ from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import (
     Fraction,
-    NonNegative,
     NonNegativeFloat,
     Positive,
     Rank,
@@ -103,8 +102,6 @@ class LoraConfig(MethodSettings):
     """Strength of the layers that a pattern matches, instead of `alpha`; the first pattern that matches counts."""
     exclude: tuple[str, ...] = ()
     """Patterns of layers that get no update although `targets` match them."""
-    layers: tuple[NonNegative, ...] = ()
-    """Indices of the blocks that get an update (the first number in a layer's name); empty for all."""
     modules_to_save: tuple[str, ...] = ()
     """Patterns of modules (heads, embeddings) that train in full, on a copy in fp32, and are saved with the adapter."""
 

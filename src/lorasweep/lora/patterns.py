@@ -36,12 +36,6 @@ def get_block_name(name: str) -> str | None:
     return None if end is None else ".".join(parts[:end])
 
 
-def get_block_index(name: str) -> int | None:
-    """Returns the index of a layer's or parameter's block: 3 for `layers.3.mlp.up`; None outside a block."""
-    block = get_block_name(name)
-    return None if block is None else int(block.rpartition(".")[2])
-
-
 def suggest_layer(pattern: str, names: Iterable[str]) -> str:
     """Returns the sentence ` Did you mean ...?` with the most similar layer name; empty if no name is similar."""
     # the last part, the last two parts, or all parts of each name

@@ -5,7 +5,7 @@ The model may be on the meta device, so that a wrong pattern is reported before 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,7 +19,7 @@ from lorasweep.lora.layer_kinds import (
     is_linear,
     matrix_shape,
 )
-from lorasweep.lora.patterns import find_first_match, fits_pattern, get_block_index, suggest_layer
+from lorasweep.lora.patterns import find_first_match, fits_pattern, suggest_layer
 from lorasweep.wording import format_share
 
 PatternValue = TypeVar("PatternValue", int, float)
@@ -78,9 +78,13 @@ class Coverage:
         text += f"; `method.targets` leaves out {other}" if self.matched_fraction < 1 else ""
         if not self.fused_experts:
             return f"{text}."
+        parameters = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in self.fused_experts))
+        # not `all-linear`, with which PEFT would train the routers too
+        modules = ", ".join(sorted({name.rpartition(".")[2] for name in self.layers} - EXPERT_LAYER_NAMES))
         return (
             f"{text}, among them all experts of the model, which are fused into parameters such as "
-            f"`{self.fused_experts[0]}`. {_explain_experts(self.fused_experts, self.layers)}"
+            f"`{self.fused_experts[0]}`. PEFT trains them, each run alone: `method=peft method.config={{peft_type: "
+            f"LORA, r: 8, target_modules: [{modules}], target_parameters: [{parameters}]}}`."
         )
 
 
@@ -119,7 +123,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Coverage:
 
 
 def _check_settings_match_layers(config: LoraConfig, names: list[str], all_names: list[str]) -> None:
-    """Refuses a pattern or an index that matches no layer, because it must be a mistake."""
+    """Refuses a pattern that matches no layer, because it must be a mistake."""
     settings: list[tuple[str, Collection[str], list[str]]] = [
         ("rank_pattern", config.rank_pattern, names),
         ("alpha_pattern", config.alpha_pattern, names),
@@ -130,10 +134,6 @@ def _check_settings_match_layers(config: LoraConfig, names: list[str], all_names
             if not any(fits_pattern(pattern, name) for name in choices):
                 hint = suggest_layer(pattern, choices)
                 raise ValueError(f"`method.{setting}` must match layers, but {pattern!r} matches none.{hint}")
-    unused = set(config.layers) - {get_block_index(name) for name in names}
-    if unused:
-        existing = sorted({index for index in map(get_block_index, all_names) if index is not None})
-        raise ValueError(f"`method.layers` must be indices of matched layers, but got {min(unused)}. Use {existing}.")
 
 
 def get_target_patterns(config: LoraConfig) -> tuple[str, ...]:
@@ -156,9 +156,8 @@ def get_pattern_value(name: str, patterns: Mapping[str, PatternValue], default: 
 
 
 def is_excluded(name: str, config: LoraConfig, trained: Collection[str]) -> bool:
-    """Returns whether a layer of `targets` is excluded by `layers`, `exclude` or a module that trains in full."""
-    is_outside_layers = bool(config.layers) and get_block_index(name) not in config.layers
-    return is_outside_layers or is_inside(name, trained) or find_first_match(config.exclude, name) is not None
+    """Returns whether a layer of `targets` is excluded by `exclude` or a module that trains in full."""
+    return is_inside(name, trained) or find_first_match(config.exclude, name) is not None
 
 
 def _match_pattern(pattern: str, model: nn.Module, config: LoraConfig, trained: Collection[str]) -> tuple[str, ...]:
@@ -175,52 +174,13 @@ def _match_pattern(pattern: str, model: nn.Module, config: LoraConfig, trained: 
     else:
         fitting = [name for name in layers if fits_pattern(pattern, name)]
     if not fitting:
-        raise ValueError(_explain_no_match(pattern, model, is_text=isinstance(config.targets, str)))
+        raise ValueError(
+            f"`method.targets` must match linear layers, but {pattern!r} matches none.{suggest_layer(pattern, layers)}"
+        )
     names = tuple(name for name in fitting if not is_excluded(name, config, trained))
     if not names:
         raise ValueError(
             f"`method.targets` must match a layer that is not excluded, but {pattern!r} matches only layers such as "
-            f"{fitting[0]!r}. Change `method.exclude`, `method.layers` or `method.modules_to_save`."
+            f"{fitting[0]!r}. Change `method.exclude` or `method.modules_to_save`."
         )
     return names
-
-
-def _explain_experts(experts: Sequence[str], layers: Iterable[str]) -> str:
-    """Returns a sentence with the settings that train parameters of fused experts, beside these layers."""
-    parameters = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in experts))
-    # not `all-linear`, with which PEFT would train the routers too
-    modules = ", ".join(sorted({name.rpartition(".")[2] for name in layers} - EXPERT_LAYER_NAMES))
-    return (
-        f"PEFT trains them, each run alone: `method=peft method.config={{peft_type: LORA, r: 8, target_modules: "
-        f"[{modules}], target_parameters: [{parameters}]}}`."
-    )
-
-
-def _explain_no_match(pattern: str, model: nn.Module, *, is_text: bool) -> str:
-    """Returns the error message for a pattern. `is_text`: `targets` is one regular expression for whole names."""
-    requirement = "`method.targets` must match layers that can be adapted"
-    if pattern == ALL_LINEAR_PATTERN:
-        return (
-            f"{requirement}, but {type(model).__name__} has no linear layer except its head. Name the layers to adapt."
-        )
-    # a pattern may also match a module that contains layers, such as a block
-    other = next((module for name, module in model.named_modules() if name and fits_pattern(pattern, name)), None)
-    experts = [name for name in find_fused_experts(model) if fits_pattern(pattern, name)]
-    if is_text:
-        pattern = pattern.removeprefix(REGEX_PREFIX)
-    if experts:
-        layers = _match_pattern(ALL_LINEAR_PATTERN, model, LoraConfig(), ())
-        remedy = _explain_experts(experts, layers)
-        return f"{requirement}, but {pattern!r} matches only parameters of fused experts. {remedy}"
-    if other is not None:
-        endings = sorted({name.rpartition(".")[2] for name in find_adaptable_layers(other)})
-        remedy = (
-            f"Name the layers inside it: {', '.join(map(repr, endings))}."
-            if endings
-            else "Name a linear layer; `method=peft` adapts embeddings and convolutions."
-        )
-        return f"{requirement}, but {pattern!r} is a {type(other).__name__}. {remedy}"
-    if is_text:
-        remedy = f" For the end of a name, write the list ['{pattern}']."
-        return f"{requirement}, but {pattern!r}, a regular expression for whole names, matches none.{remedy}"
-    return f"{requirement}, but {pattern!r} matches none.{suggest_layer(pattern, find_adaptable_layers(model))}"

@@ -110,14 +110,14 @@ def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content)
 
 
 def test_a_list_for_a_setting_that_is_always_a_list_is_its_value_and_no_choice(read, content):
-    words = ["method.exclude=[k_proj,o_proj]", "method.layers=[0,1]", "method.targets=[q_proj,v_proj]"]
+    words = ["method.exclude=[k_proj,o_proj]", "method.targets=[q_proj,v_proj]"]
     words += ["logger=[tensorboard,csv]", "arms.lora.callbacks=[lr_monitor,device_stats]"]
     definition = read(content, *words, "confirm.seeds=[3,5]")
     lora, full = (arms_of(definition)[name] for name in ("lora", "full"))
     assert set(lora.space) == {"method.rank", "optim.lr"}
     config = lora.base
     assert config.method.targets == ("q_proj", "v_proj")
-    assert (config.method.exclude, config.method.layers) == (("k_proj", "o_proj"), (0, 1))
+    assert config.method.exclude == ("k_proj", "o_proj")
     assert (list(config.logger), list(config.callbacks)) == (["tensorboard", "csv"], ["lr_monitor", "device_stats"])
     assert list(full.base.callbacks) == []
     assert {arm.sweep_config.confirm.seeds for arm in definition.arms} == {(3, 5)}

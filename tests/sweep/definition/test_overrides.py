@@ -17,7 +17,6 @@ def parse(override):
     ("override", "value"),
     [
         ("method.targets=[q_proj,v_proj]", ["q_proj", "v_proj"]),
-        ("method.layers=[0,1]", [0, 1]),
         ("module.new_modules=[head]", ["head"]),
         ("data.labels=[bad,good]", ["bad", "good"]),
         ("logger=[csv,tensorboard]", ["csv", "tensorboard"]),
