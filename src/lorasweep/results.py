@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lorasweep.config.data import Direction
 from lorasweep.config.run import refuse_code
@@ -86,11 +86,10 @@ class RunResult:
                 row |= {key: value for key, value in entry.items() if key != "step"}
         return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("step").sort_index()
 
-    def load_model(self, *, weights: Literal["best", "last"] = "best", trust: bool = False) -> nn.Module:
-        """Returns the base model with the weights that the run kept, in evaluation mode on the CPU.
+    def load_model(self, *, trust: bool = False) -> nn.Module:
+        """Returns the base model with the weights of the best evaluation, in evaluation mode on the CPU.
 
         Args:
-            weights: Weights of the best evaluation, or of the last evaluation.
             trust: Whether to run code that the run's settings name.
 
         Raises:
@@ -101,8 +100,8 @@ class RunResult:
 
         config = restore_config(self.record)
         refuse_code(config, trust=trust)
-        check_kept_files(self.record, self.folder, part=weights)
-        return restore_model(config, restore_base(self.record, config), folder=self.folder / weights)
+        check_kept_files(self.record, self.folder)
+        return restore_model(config, restore_base(self.record, config), folder=self.folder / "best")
 
 
 @dataclass(frozen=True)

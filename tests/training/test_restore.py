@@ -30,16 +30,15 @@ def test_a_restored_model_is_the_trained_one_without_dropout(make_config, inputs
     config, before = make_config(settings), fingerprint_weights(inputs.base.model)
     train_alone(config, RunFolder(path=tmp_path), inputs=inputs)
     assert restore_config(read_run(tmp_path)) == config
-    for part in ("best", "last"):
-        restored = restore_model(config, inputs.base, folder=tmp_path / part)
-        assert not any(module.training for module in restored.modules())
-        with torch.inference_mode():
-            logits = restored(input_ids=TOKENS).logits
-            if not (method := bind(config.method)).loads_onto_base:
-                prepared = prepare_model(config, inputs.base).eval()
-                method.load(prepared, tmp_path / part)
-                assert torch.equal(logits, prepared(input_ids=TOKENS).logits)
-            assert not torch.equal(logits, inputs.base.model(input_ids=TOKENS).logits)
+    restored = restore_model(config, inputs.base, folder=tmp_path / "best")
+    assert not any(module.training for module in restored.modules())
+    with torch.inference_mode():
+        logits = restored(input_ids=TOKENS).logits
+        if not (method := bind(config.method)).loads_onto_base:
+            prepared = prepare_model(config, inputs.base).eval()
+            method.load(prepared, tmp_path / "best")
+            assert torch.equal(logits, prepared(input_ids=TOKENS).logits)
+        assert not torch.equal(logits, inputs.base.model(input_ids=TOKENS).logits)
     assert fingerprint_weights(inputs.base.model) == before
 
 
@@ -81,11 +80,9 @@ def test_settings_that_this_version_does_not_know_are_refused(finished, config):
 
 def test_kept_files_are_checked_by_what_the_record_says(finished):
     record = read_run(finished)
-    for part in ("best", "last"):
-        check_kept_files(record, finished, part=part)
-    with pytest.raises(RecordError, match=r"kept weights in `middle`, but .* \(status complete\) has"):
-        check_kept_files(record, finished, part="middle")
-    record.files["last/adapter_config.json"]["sha256"] = "0"
-    check_kept_files(record, finished, part="best")
+    check_kept_files(record, finished)
+    with pytest.raises(RecordError, match=r"kept weights in `best`, but .* \(status complete\) has"):
+        check_kept_files(record, finished.parent)
+    record.files["best/adapter_config.json"]["sha256"] = "0"
     with pytest.raises(RecordError, match=r"adapter_config.json'"):
-        check_kept_files(record, finished, part="last")
+        check_kept_files(record, finished)

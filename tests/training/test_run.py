@@ -31,7 +31,7 @@ def test_a_run_leaves_exactly_these_files_and_the_base_bit_equal_and_frozen(tmp_
     before = {name: tensor.clone() for name, tensor in inputs.base.model.state_dict().items()}
     record = train(tmp_path, make_config(settings_of(method)), inputs=inputs)
     events = {name for name in set(read_files(tmp_path)) if name.startswith("events.out.tfevents.")}
-    weights = {f"{part}/{name}" for part in ("best", "last") for name in KEPT[method]}
+    weights = {f"best/{name}" for name in KEPT[method]}
     assert len(events) == 1
     assert set(read_files(tmp_path)) - events == {"run.json", "steps.jsonl"} | weights
     assert set(record.files) == weights
@@ -87,8 +87,7 @@ def test_the_same_seeds_give_the_same_losses_and_bytes_whatever_was_drawn_before
     torch.rand(7)
     train(tmp_path / "b", config, inputs=inputs)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
-    for part in ("best", "last"):
-        assert (tmp_path / "a" / part / ADAPTER).read_bytes() == (tmp_path / "b" / part / ADAPTER).read_bytes()
+    assert (tmp_path / "a" / "best" / ADAPTER).read_bytes() == (tmp_path / "b" / "best" / ADAPTER).read_bytes()
 
 
 def test_how_often_one_evaluates_changes_no_loss(tmp_path, make_config, inputs):

@@ -79,7 +79,7 @@ def export_run(run: str | Path, *, format: ExportFormat, out: str | Path, trust:
     config = restore_config(record)
     _check_request(config, format=format, out=out)
     refuse_code(config, trust=trust)
-    check_kept_files(record, run, part="best")
+    check_kept_files(record, run)
     template = _read_own_template(record, config)
     with _create_folder_atomically(out) as folder:
         if format == "peft":

@@ -76,7 +76,7 @@ def render_plan(definition: Definition, rates: Sequence[Rates]) -> RenderableTyp
             at_most + format_count(trained),
             str(group.slots),
             format_bytes(group.peak_memory_bytes),
-            at_most + format_bytes(runs * 8 * trained),  # its best and its last trained weights, both in fp32
+            at_most + format_bytes(runs * 4 * trained),  # its best trained weights, in fp32
             format_seconds_range(share * cost.low_s, share * cost.high_s),
         )
     return Group(table, *(Text(f"• {note}") for note in _list_notes(definition, rates)))

@@ -95,7 +95,7 @@ def _load_recorded_base(record: RunRecord, config: RunConfig) -> BaseModel:
 
 
 def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Module:
-    """Returns a copy of the base with the weights in `folder` (a run's `best` or `last`), in evaluation mode."""
+    """Returns a copy of the base with the weights in `folder` (a run's `best`), in evaluation mode."""
     method = bind(config.method)
     if method.loads_onto_base:
         model = copy_sharing_weights(base.model)
@@ -106,9 +106,9 @@ def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Mod
     return model
 
 
-def check_kept_files(record: RunRecord, run_folder: Path, *, part: str) -> None:
-    """Raises RecordError if a run's folder has no weights in `part` (`best` or `last`), or they have changed."""
-    paths, found = list((run_folder / part).glob("*")), "none"
+def check_kept_files(record: RunRecord, run_folder: Path) -> None:
+    """Raises RecordError if a run's folder has no weights in `best`, or they have changed."""
+    paths, found = list((run_folder / "best").glob("*")), "none"
     try:
         for path in paths:
             open_inside(run_folder, path).close()
@@ -116,12 +116,12 @@ def check_kept_files(record: RunRecord, run_folder: Path, *, part: str) -> None:
         paths, found = [], f"other files ({error})"
     if not paths:
         raise RecordError(
-            f"a run must have kept weights in `{part}`, but {str(run_folder)!r} (status {record.status}) has {found}. "
+            f"a run must have kept weights in `best`, but {str(run_folder)!r} (status {record.status}) has {found}. "
             "Name a run that was evaluated at least once."
         )
     for name, kept in record.files.items():
         file = run_folder / name
-        if not name.startswith(f"{part}/"):
+        if not name.startswith("best/"):
             continue
         is_same_size = file.is_file() and file.stat().st_size == kept.get("bytes")  # a hash of 5 GB takes 10 s
         if not (is_same_size and compute_sha256(file) == kept.get("sha256")):

@@ -1,4 +1,4 @@
-"""A run while it trains: its record, step log, best and last weights, loggers, and how it ends.
+"""A run while it trains: its record, step log, best weights, loggers, and how it ends.
 
 Both engines open, log and close their runs here: `training/run.py` one run, `packs/slot_run.py` each slot of a pack.
 """
@@ -174,7 +174,7 @@ class OpenRun:
         self._pending: list[tuple[int, Tensor, float]] = []
         self._earlier_wall_s, self._started_at = record.wall_s, time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
-        for subfolder in (self.folder, self.folder / "best", self.folder / "last"):
+        for subfolder in (self.folder, self.folder / "best"):
             remove_leftovers(subfolder)
         # Checkpoints first: a process that is killed in between must not leave a checkpoint whose log rows are missing.
         if not state:
@@ -220,7 +220,7 @@ class OpenRun:
         return rows
 
     def write_evaluation(self, step: int, metrics: Metrics, *, save: Callable[[Path], None]) -> None:
-        """Writes an evaluation after `step` steps, the best and last weights, and the record.
+        """Writes an evaluation after `step` steps, the best weights, and the record.
 
         `save` writes the current weights into a folder.
 
@@ -232,8 +232,6 @@ class OpenRun:
         self._append([{"step": step, "validation": metrics}])
         if update_score(self.record, step, metrics):
             save(self.folder / "best")
-        if self.record.steps_planned:
-            save(self.folder / "last")
         write_record(self.record, self.folder)
 
     def close(self, status: RunStatus, reason: str | None) -> RunRecord:
@@ -247,7 +245,7 @@ class OpenRun:
         record.wall_s = self._earlier_wall_s + wall_s
         record.status, record.reason, record.ended_at = status, reason, utc_now()
         record.peak_memory_bytes = peak_memory_bytes()
-        patterns = ("best/*", "last/*", ANSWERS_FILE.format("*"))
+        patterns = ("best/*", ANSWERS_FILE.format("*"))
         kept = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
         record.files = {
             path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": compute_sha256(path)}

@@ -97,7 +97,7 @@ def check_packed_equals_alone(configs, folder, *, inputs, rel=LOSS_TOLERANCE, st
     for n in range(len(configs)):
         alone, packed = folder / f"alone{n}", folder / f"pack{n}"
         assert_same_losses(alone, packed, rel=rel)
-        a, b = load_file(alone / "last" / ADAPTER), load_file(packed / "last" / ADAPTER)
+        a, b = load_file(alone / "best" / ADAPTER), load_file(packed / "best" / ADAPTER)
         assert a.keys() == b.keys()
         # Adam's first steps are lr (at most 0.02) whatever a gradient's size: near 0, rounding shows
         assert all(torch.allclose(a[key], b[key], atol=20 * rel) for key in a)
@@ -243,9 +243,8 @@ def test_a_slot_that_diverges_ends_alone_and_changes_no_bit_of_the_others(make_c
     assert read_run(tmp_path / "wild" / "other").status == "failed"
     calm, wild = (tmp_path / name / "good" for name in ("calm", "wild"))
     assert rows(calm) == rows(wild)
-    for part in ("best", "last"):
-        a, b = load_file(calm / part / ADAPTER), load_file(wild / part / ADAPTER)
-        assert all(torch.equal(a[key], b[key]) for key in a)
+    a, b = load_file(calm / "best" / ADAPTER), load_file(wild / "best" / ADAPTER)
+    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_permuted_slots_give_each_run_the_same_value_and_are_reported_together(make_config, inputs, tmp_path):
