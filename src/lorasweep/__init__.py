@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     )
     from lorasweep.record import Trial
     from lorasweep.report.comparison import compare_sweeps
-    from lorasweep.report.judge import judge
     from lorasweep.report.write import write_report
     from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
     from lorasweep.runs.export import export_run
@@ -47,7 +46,6 @@ __all__ = [
     "export_recipe",
     "export_run",
     "find_run",
-    "judge",
     "list_examples",
     "load_run",
     "load_sweep",
@@ -71,7 +69,6 @@ _NAMES = {
     "api": "export_recipe find_run list_examples new_sweep plan_sweep resume_sweep run_sweep train_run",
     "record": "Trial",
     "report.comparison": "compare_sweeps",
-    "report.judge": "judge",
     "report.write": "write_report",
     "results": "RunResult SweepResult load_run load_sweep",
     "runs.export": "export_run",
