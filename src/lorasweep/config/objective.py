@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Tag
 from pydantic.dataclasses import dataclass
 
-from lorasweep.config.build import SETTINGS_OR_COMPONENT, ChosenByName, Settings, convert
-from lorasweep.config.components import Component, find_class
+from lorasweep.config.build import SETTINGS_OR_COMPONENT, ChosenByName, Settings
+from lorasweep.config.components import Component
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,26 +37,12 @@ class ObjectiveConfig(Settings):
 class ObjectiveComponent(Component):
     """An objective of your own by `_target_`, a subclass of `lorasweep.objectives.objective.Objective`."""
 
-    @property
-    def slot_keys(self) -> tuple[str, ...]:
-        return tuple(self._slot_types)
-
-    @functools.cached_property
-    def slot_numbers(self) -> dict[str, float]:
-        """The values of `Objective.slot_settings`. Raises ConfigError if one is missing or wrong."""
-        given = self.arguments
-        return {key: convert(kind, given.get(key), key=f"objective.{key}") for key, kind in self._slot_types.items()}
+    slot_keys: ClassVar[tuple[str, ...]] = ()
+    slot_numbers: ClassVar[Mapping[str, float]] = {}
 
     @property
     def shared(self) -> ObjectiveComponent:
-        """The settings that all slots of a pack share."""
-        return replace(self, arguments={key: x for key, x in self.arguments.items() if key not in self.slot_keys})
-
-    @property
-    def _slot_types(self) -> Mapping[str, Any]:
-        found: Any = find_class(self.target, key="objective", expected=object)
-        types: Mapping[str, Any] = getattr(found, "slot_settings", {})
-        return types
+        return self
 
 
 AnyObjectiveConfig = Annotated[

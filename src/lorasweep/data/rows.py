@@ -32,7 +32,7 @@ Batch = dict[str, Tensor]
 - `targets`: the next token at each position, (batch, length) int64, or `IGNORED`. For labels: one label per example.
 - `weights`: the weight of each example's loss, (examples,) float. Only if weights differ.
 - `reference`: the number of the frozen base for each row, (rows,). Only for an objective that `needs_reference`.
-- a setting of the objective by its name, such as `beta`: one number for each row (`Objective.slot_settings`).
+- a setting of the objective by its name, such as `beta`: one number for each row (`ObjectiveConfig.slot_keys`).
 - `step_weight`: the number that divides the step's loss, a scalar, or in a pack one for each slot. Only in training.
 - `num_tokens`: number of positions without padding, a scalar. Only in batches of a loader.
 - `num_scored`: number of scored tokens of each row. Only in moved batches of text.

@@ -116,9 +116,6 @@ class Objective(ABC):
     """The objective's metrics, and whether a lower or a higher value is better. `auto` means the first one."""
     settings_type: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
     """The settings of an objective of a task. Its `slot_keys` may differ between the slots of a pack."""
-    slot_settings: ClassVar[Mapping[str, Any]] = {}
-    """For a class of `objective._target_`: settings that may differ between the slots of a pack, each with its type,
-    such as `PositiveFloat`. They are not fields: the batch has their value for each row."""
     needs_reference: ClassVar[bool] = False
     """Whether each row of a batch needs a number of the frozen base, which `compute_reference` returns. It is computed
     once for all runs, and a batch has it as `reference`."""
@@ -133,7 +130,7 @@ class Objective(ABC):
         """Returns fields that follow from the data and the base model, such as the number of classes."""
         return {}
 
-    def get_slot_numbers(self, config: ObjectiveConfig | ObjectiveComponent) -> dict[str, float]:
+    def get_slot_numbers(self, config: ObjectiveConfig | ObjectiveComponent) -> Mapping[str, float]:
         """Returns the numbers that a batch has for each row of a run.
 
         A run that learns by another objective, and is only scored by this one, has the numbers of `settings`.

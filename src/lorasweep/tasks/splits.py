@@ -106,7 +106,7 @@ def build_objective(
     if isinstance(config, ObjectiveComponent):
         expected: type[Objective] = Objective  # type: ignore[type-abstract]
         facts = find_class(config.target, key="objective", expected=expected).find_facts(source, model)
-        return replace(instantiate(config.shared, key="objective", expected=expected, **facts), settings=config)
+        return replace(instantiate(config, key="objective", expected=expected, **facts), settings=config)
     known = find_task(data).list_objectives(source)
     fitting = [kind for kind in known if type(config) in (ObjectiveConfig, kind.settings_type)]
     if not fitting:

@@ -55,7 +55,6 @@ def check_run(config: RunConfig, base: BaseModel) -> None:
     bind(config.method).check(base.model, new_head_names=base.new_head_names)
     check_optim(config)
     check_components(config)
-    _ = config.objective.slot_numbers  # raises if one of a user's objective is missing or wrong
     if config.trainer.is_sharded:
         check_shardable(base.model)
 
