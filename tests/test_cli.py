@@ -47,7 +47,7 @@ def test_a_command_that_is_not_understood_ends_with_2_and_the_version_with_0(cap
     [
         ("optim.lr", ["optim.lr (optim=adamw)", "Peak learning rate", "a number > 0", "default: `0.001`"]),
         ("trainer.precision", ["values: `auto`, `bf16`, `fp32`", "takes bf16 if"]),
-        ("schedule.num_cycles", ["(schedule=cosine_with_restarts)", "each starts at the peak"]),
+        ("schedule.min_lr_rate", ["(schedule=constant, cosine, linear)", "Learning rate at the end"]),
         ("data.answers", ["data.answers.score", "data.answers.max_new_tokens", "a whole number >= 1"]),
         ("method", ["method=frozen|full|intrinsic|lora|peft", "method.rank (method=lora)"]),
         ("sweep", ["usage: lorasweep sweep", "--resume DIR", "sweep.trials"]),

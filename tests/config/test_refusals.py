@@ -36,7 +36,7 @@ def refuse(compose, settings, words):
         ({"data.train": "a.csv"}, ["`data.train`", "`data=table`", "`data=text`"]),
         ({"model": "causal_lm", "model.revison": "main", "model.path": "m"}, ["`model.revison`", "`model.revision`"]),
         ({"optim.momentum": 1}, ["`optim.momentum`", "`optim=sgd`"]),
-        ({"schedule.total_steps": 1}, ["`schedule.total_steps`", "warmup_fraction"]),
+        ({"schedule.total_steps": 1}, ["`schedule.total_steps`", "`schedule=one_cycle`"]),
         ({"logger.mine.prefix": 1}, ["`logger.mine._target_`", "missing"]),
         ({"trainer.strategy.a": 1}, ["`trainer.strategy`", "{'a': 1}", "ddp"]),
         *(({"method": value}, ["`method`", "lora", repr(str(value))]) for value in ("lorra", None, {"name": "lora"})),

@@ -236,6 +236,16 @@ def test_dora_is_trained_by_peft(read):
     }
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "warmup"),
+    [("constant", "constant", 0.0), ("constant_with_warmup", "constant", 0.1), ("inverse_sqrt", "cosine", 0.1)],
+)
+def test_a_schedule_is_ours_or_the_default_of_the_tool_which_is_said(read, theirs, ours, warmup):
+    recipe = read(AXOLOTL, lr_scheduler=theirs)
+    assert (recipe.settings["schedule"], recipe.settings["schedule.warmup_fraction"]) == (ours, warmup)
+    assert ("inverse_sqrt" in recipe.keys.not_followed.get("lr_scheduler", "")) is (theirs == "inverse_sqrt")
+
+
 def test_lora_plus_is_a_setting_of_the_arms_of_lora(read):
     recipe = read(AXOLOTL, loraplus_lr_ratio=16)
     assert recipe.method["optim.lr_ratio_b"] == 16

@@ -9,7 +9,6 @@ from lorasweep.training.prepare import check_run
 
 TIMER, CSV = "lightning.pytorch.callbacks.Timer", "lightning.pytorch.loggers.CSVLogger"
 RPROP = {"optim._target_": "torch.optim.Rprop", "optim.weight_decay": 0.1}
-STABLE = {"schedule": "warmup_stable_decay"}
 EARLY = {"callbacks": "early_stopping", "callbacks.early_stopping.mode": "best"}
 
 
@@ -17,9 +16,7 @@ EARLY = {"callbacks": "early_stopping", "callbacks.early_stopping.mode": "best"}
     ("settings", "words"),
     [
         ({"schedule": "linear", "schedule.power": 2}, ["`schedule.power`", "warmup_fraction"]),
-        ({"schedule": "polynomial", "schedule.lr_end": 0.2}, ["`schedule`", "'polynomial'", "0.2"]),
-        ({**STABLE, "schedule.decay_fraction": 1.5}, ["`schedule.decay_fraction < 1`", "1.5"]),
-        ({**STABLE, "schedule.decay_type": "step"}, ["`schedule`", "Unknown decay type: step"]),
+        ({"schedule": "cosine", "schedule.min_lr_rate": 1.5}, ["`schedule.min_lr_rate < 1`", "1.5"]),
         ({"schedule._target_": "torch.optim.SGD"}, ["`schedule._target_`", "LRScheduler"]),
         ({"schedule": "one_cycle", "schedule.total_steps": -1}, ["`schedule`", "-1"]),
         (RPROP, ["`optim.weight_decay` must be 0", "'torch.optim.Rprop'", "0.1"]),

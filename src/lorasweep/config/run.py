@@ -24,10 +24,8 @@ from lorasweep.config.build import (
     Seed,
     Settings,
     as_settings,
-    convert,
     dotted_items,
     list_declared_types,
-    make_unknown_error,
 )
 from lorasweep.config.components import Component
 from lorasweep.config.data import DataConfig, Direction, ModelKind
@@ -100,46 +98,15 @@ class OptimizerComponent(OptimSettings, Component):
     """An optimizer of the class `optim._target_`, which gets all keys that are not fields. Its trials run alone."""
 
 
-ScheduleName = Literal[
-    "linear",
-    "cosine",
-    "constant",
-    "constant_with_warmup",
-    "cosine_with_restarts",
-    "cosine_with_min_lr",
-    "polynomial",
-    "inverse_sqrt",
-    "warmup_stable_decay",
-]
-SCHEDULE_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
-    "cosine": ("num_cycles",),
-    "cosine_with_restarts": ("num_cycles",),
-    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
-    "polynomial": ("lr_end", "power"),
-    "inverse_sqrt": ("timescale",),
-    "warmup_stable_decay": ("decay_fraction", "decay_type", "min_lr_ratio", "num_cycles"),
-}
-"""Arguments of each schedule besides `warmup_fraction`, with the names of transformers' `get_scheduler`. Only
-`num_decay_steps` is replaced by `decay_fraction`, a fraction of the steps."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(Settings):
-    """A learning-rate schedule of transformers over `trainer.max_steps`."""
+    """A learning-rate schedule over `trainer.max_steps`."""
 
-    name: ScheduleName
+    name: Literal["linear", "cosine", "constant"]
     warmup_fraction: Fraction
-    """Fraction of the steps during which the learning rate rises linearly from 0, 0 <= f < 1."""
-    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Further arguments of the schedule, see `SCHEDULE_ARGUMENTS`."""
-
-    def __post_init__(self) -> None:
-        known = SCHEDULE_ARGUMENTS.get(self.name, ())
-        for name, value in self.arguments.items():
-            if name not in known:
-                raise make_unknown_error("schedule", str(name), ["name", "warmup_fraction", *known])
-            if name == "decay_fraction":
-                convert(Fraction, value, key="schedule.decay_fraction")
+    """Fraction of the steps during which the learning rate rises linearly to its peak, 0 <= f < 1."""
+    min_lr_rate: Fraction = 0.0
+    """Learning rate at the end over the peak, 0 <= f < 1. `constant` keeps the peak."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -176,11 +176,13 @@ def _combine(
     if "clip_norm" in facts:
         settings["optim.clip_norm"] = facts["clip_norm"] or None
     if "min_lr_rate" in facts:
-        settings |= {"schedule": "cosine_with_min_lr", "schedule.min_lr_rate": facts["min_lr_rate"]}
+        settings |= {"schedule": "cosine", "schedule.min_lr_rate": facts["min_lr_rate"]}
     steps, ratio = facts.get("warmup_steps") or 0, facts.get("warmup_ratio", 0.0)
     if 0 < steps < 1:  # transformers reads it as a share
         steps, ratio = 0, steps
-    settings["schedule.warmup_fraction"] = 0.0 if settings["schedule"] == "constant" else ratio
+    if "schedule.warmup_fraction" in settings:  # the tools' `constant` has no warm-up
+        steps, ratio = 0, 0.0
+    settings["schedule.warmup_fraction"] = ratio
     if str(facts.get("template", "")).endswith(".jinja"):
         settings["data.template"] = facts["template"]
     return Recipe(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 
 from lorasweep.config.components import Component, instantiate, list_argument_names
 from lorasweep.config.run import OptimConfig, OptimizerComponent, RunConfig, ScheduleConfig
-from lorasweep.errors import ConfigError, describe_error
+from lorasweep.errors import ConfigError
 from lorasweep.methods import ParameterGroup, bind
 
 
@@ -52,8 +51,8 @@ def check_optim(config: RunConfig) -> None:
     build_schedule(config, build_optimizer(config.optim, [group]))
 
 
-def schedule_factor(config: ScheduleConfig, step: int, *, max_steps: int, lr: float) -> float:
-    """Returns the factor of the peak learning rate `lr` after `step` of `max_steps` optimizer steps.
+def schedule_factor(config: ScheduleConfig, step: int, *, max_steps: int) -> float:
+    """Returns the factor of the peak learning rate after `step` of `max_steps` optimizer steps.
 
     The factor rises linearly over `warmup_fraction` of the steps. Then it is the factor of transformers'
     `get_scheduler` without warm-up.
@@ -62,44 +61,21 @@ def schedule_factor(config: ScheduleConfig, step: int, *, max_steps: int, lr: fl
     warmup = math.ceil(config.warmup_fraction * max_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    num_decay_steps = max(max_steps - warmup, 1)
-    decay = _build_decay(config, num_decay_steps, max_steps, lr)
-    return float(decay(min(step - warmup, num_decay_steps)))
-
-
-@functools.lru_cache(maxsize=256)
-def _build_decay(config: ScheduleConfig, num_steps: int, max_steps: int, lr: float) -> Callable[[int], float]:
-    """Returns a function that maps the number of steps after the warm-up to the factor of the learning rate."""
-    from transformers import get_scheduler  # noqa: PLC0415 (slow to start)
-
-    arguments = dict(config.arguments)
-    if config.name == "inverse_sqrt" and arguments.get("timescale") is None:  # transformers' default is the warm-up
-        arguments["timescale"] = max_steps - num_steps or 10_000
-    if config.name == "warmup_stable_decay":
-        arguments["num_decay_steps"] = min(math.ceil(arguments.pop("decay_fraction") * max_steps), num_steps)
-    name = "constant_with_warmup" if config.name == "constant" else config.name
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=lr)
-    try:
-        schedule = get_scheduler(
-            name, optimizer, num_warmup_steps=0, num_training_steps=num_steps, scheduler_specific_kwargs=arguments
-        )
-    except Exception as error:  # each schedule raises other errors for wrong arguments
-        raise ConfigError(
-            f"`schedule` must have valid arguments for transformers' {config.name!r}, but got "
-            f"{dict(config.arguments)!r}: {describe_error(error)}."
-        ) from error
-    factor: Callable[[int], float] = schedule.lr_lambdas[0]
-    return factor
+    if config.name == "constant":
+        return 1.0
+    num_steps = max(max_steps - warmup, 1)
+    progress = min(step - warmup, num_steps) / num_steps
+    left = (1 + math.cos(math.pi * progress)) / 2 if config.name == "cosine" else 1 - progress
+    return left * (1 - config.min_lr_rate) + config.min_lr_rate
 
 
 def build_schedule(config: RunConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     """Returns a run's schedule, which is stepped once per optimizer step."""
-    schedule, max_steps, lr = config.schedule, config.trainer.max_steps, config.optim.lr
+    schedule, max_steps = config.schedule, config.trainer.max_steps
     if isinstance(schedule, Component):
         return instantiate(schedule, key="schedule", expected=torch.optim.lr_scheduler.LRScheduler, optimizer=optimizer)
-    schedule_factor(schedule, max_steps, max_steps=max_steps, lr=lr)  # after the warm-up, it raises for wrong arguments
     return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule_factor(schedule, step, max_steps=max_steps, lr=lr)
+        optimizer, lambda step: schedule_factor(schedule, step, max_steps=max_steps)
     )
 
 
