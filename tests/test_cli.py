@@ -174,12 +174,12 @@ def test_a_composed_sweep_is_shown_with_all_settings_and_ranges(capsys, here, mi
 @pytest.mark.slow
 def test_a_plan_trains_and_writes_nothing(capsys, here, mini):
     before = list_names(here)
-    assert run(["plan", mini, "confirm.seeds=3", "arms.full={settings: {method: full}}"]) == DONE
+    assert run(["plan", mini, "confirm.seeds=3"]) == DONE
     printed = capsys.readouterr()
     assert "lora" in printed.out
     assert "The verdicts rest on" in printed.out
     first, *_, last = printed.err.splitlines()
-    assert "mini (frozen, lora, full)" in first
+    assert "mini (frozen, lora)" in first
     assert last.startswith("this plan took ")
     assert " s: measuring lora: 1 trial" in printed.err
     assert list_names(here) == before

@@ -14,7 +14,7 @@ from lorasweep.report.terminal import list_lines
 from lorasweep.report.text import list_cells, list_notes, list_warnings
 from lorasweep.report.write import build_summary
 
-from .conftest import STEPS, build_rank_sweep
+from .conftest import build_rank_sweep
 
 
 def find_answers(findings, name):
@@ -163,17 +163,6 @@ def test_shares_of_a_gain_that_is_not_shown_are_nowhere(tmp_path):
     text = str([*list_lines(findings), *list_notes(findings), *list_warnings(findings)])
     assert "% of full's gain" not in text.replace("shares of its gain", "")
     assert not any(row["share_of_full_gain"] for row in list_subject_rows(findings.data))
-
-
-def test_minutes_that_left_less_than_an_epoch_are_said(tmp_path):
-    sweep = build_rank_sweep(tmp_path, {4: 1.7, 16: 1.662})
-    assert not any("`--minutes`" in text for text in list_warnings(read_findings(sweep)))
-    edit_json(sweep / "sweep.json", lambda raw: raw["definition"].update(file={"settings": {"sweep.minutes": 6}}))
-    for run in sweep.glob("runs/*/run.json"):
-        edit_json(run, lambda raw: raw["data"].update(train={"examples": 10_000}))
-        size = json.loads(run.read_text())["config"]["trainer"]["batch_size"]
-    said = f"To fit `--minutes`, each run had {STEPS} steps of {size} ({STEPS * size / 10_000:.2g} epochs)."
-    assert said in list_warnings(read_findings(sweep))
 
 
 def test_why_the_looks_ended_is_a_note(tmp_path):

@@ -74,7 +74,7 @@ def test_sweeps_that_differ_in_several_settings_are_named_by_their_folders(tmp_p
         ),
         (
             {"sweep__output": "a", "worker": "local", "worker__pack_size": 1},
-            {"sweep__output": "b", "sweep__minutes": 3.0},
+            {"sweep__output": "b"},
             [],
         ),
         ({"trainer__max_steps": 60}, {"trainer__max_steps": 120}, ["trainer.max_steps"]),

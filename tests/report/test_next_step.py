@@ -68,7 +68,7 @@ def test_a_sweep_without_test_scores_is_resumed(tmp_path, status):
 
 
 def write_definition(sweep, **overrides):
-    definition = {"file": {"settings": {"sweep.minutes": 8}}, "overrides": {"model": "tiny", **overrides}}
+    definition = {"file": {}, "overrides": {"model": "tiny", **overrides}}
     edit_json(sweep / "sweep.json", lambda raw: raw.update(source="mine.yaml", definition=definition))
 
 
@@ -95,7 +95,6 @@ def test_where_nothing_is_learned_the_longer_run_is_the_step(tmp_path, steps, ex
         "arms.lora.trials": 4,
         "trainer.max_steps": longer,
         "sweep.output": f"{sweep}-longer",
-        "sweep.minutes": None,
     }
 
 

@@ -210,7 +210,7 @@ def test_a_draft_for_few_minutes_has_smaller_numbers(here):
     settings = parse_overrides([MODEL, "data.train=topics.csv", "arms.full=null"])
     cache = InputsCache()
     whole = draft_sweep(Path("mine.yaml"), settings, cache).definition
-    budget = Budget(trials=8, looks=(3,), examples=20, steps=30, ranks=2, minutes=2.0)
+    budget = Budget(trials=8, looks=(3,), examples=20, steps=30, ranks=2)
     (ranks,) = budget.find_ranks(whole).values()
     changes = {**budget.find_settings(whole), "method.rank": ranks}
     made = draft_sweep(Path("mine.yaml"), {**settings, **changes}, cache)

@@ -15,7 +15,6 @@ from lorasweep.errors import ConfigError
 
 MAX_CONFIRM_SEEDS = 1000
 MAX_ARMS = 100
-MINUTES_KEY = "sweep.minutes"
 DEFAULT_MARGIN = 0.01
 """The smallest difference that matters, in the metric's unit; else a share of the gain of `full`, if a sweep has it."""
 MAX_CHOICES = 1000
@@ -128,8 +127,6 @@ class SweepSettings(Settings):
     epochs: PositiveFloat | None
     """Epochs of a run. They set `trainer.max_steps` (60 to 900) when the sweep starts. Null, or
     `trainer.max_steps` on the command line, keeps the number of steps."""
-    minutes: PositiveFloat | None
-    """Minutes to which `--minutes` cut the sweep, which then says if it will be late. Setting it cuts nothing."""
     seed: NonNegative
     """Seed of the samplers; each arm draws from a separate random stream."""
     output: str | None

@@ -11,9 +11,9 @@ from pydantic import Field
 
 from lorasweep.config.data import ScoreMetric
 from lorasweep.config.method import FrozenConfig
-from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES, MAX_CONFIRM_SEEDS, MINUTES_KEY
+from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES, MAX_CONFIRM_SEEDS
 from lorasweep.errors import RecordError
-from lorasweep.record.json_file import VERSION, Count, Finite, FolderName, Number, is_number, read_json
+from lorasweep.record.json_file import VERSION, Count, Finite, FolderName, Number, read_json
 from lorasweep.record.trial import Stage, Subject, Trial
 from lorasweep.wording import join_words, shorten
 
@@ -205,14 +205,6 @@ class SweepRecord:
         """The runs of the settings that are confirmed now. `confirm` may also have runs of former settings."""
         current = {(row.subject, row.setting) for row in self.settings}
         return [run for run in self.confirm if (run.subject, run.setting_number) in current]
-
-    @property
-    def minutes(self) -> float | None:
-        """The time to which `--minutes` cut the sweep."""
-        file, overrides = (self.definition.get(name) for name in ("file", "overrides"))
-        parts = [overrides, file.get("settings") if isinstance(file, dict) else None]
-        found = [part[MINUTES_KEY] for part in parts if isinstance(part, dict) and MINUTES_KEY in part]
-        return found[0] if found and is_number(found[0]) else None
 
     def find_run_score(self, run: Trial) -> float | None:
         """Returns the score by which a run is judged: in the search on validation data, then on test data."""

@@ -30,7 +30,7 @@ from lorasweep.wording import (
     join_words,
 )
 
-NOT_COMPARED = ("sweep.output.", "sweep.minutes.", "worker.", "logger.", "callbacks.")
+NOT_COMPARED = ("sweep.output.", "worker.", "logger.", "callbacks.")
 """Settings that decide no result, with those below them."""
 SHARE = "share of full's gain"
 """The compared quantity, unless a sweep does not know full fine-tuning's gain."""

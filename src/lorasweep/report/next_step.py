@@ -15,7 +15,6 @@ from typing import Any
 
 from lorasweep.config.command_line import format_override
 from lorasweep.config.run import MIN_STEPS, STEPS_KEY
-from lorasweep.config.sweep import MINUTES_KEY
 from lorasweep.disk import is_running
 from lorasweep.record import ArmRow
 from lorasweep.report.caveats import Learning
@@ -102,8 +101,6 @@ def _train_longer(data: SweepData, learning: Learning) -> NextStep | None:
     if record.source:
         kept = {key: value for key, value in overrides.items() if not key.endswith(STEPS_KEY)}
         kept |= {STEPS_KEY: steps, "sweep.output": f"{data.folder}-longer"}
-        if record.minutes is not None:  # it would cut the steps again
-            kept[MINUTES_KEY] = None
         words = [shlex.quote(str(Path(record.source))), *(format_override(*one) for one in kept.items())]
         command = f"lorasweep sweep {' '.join(words)}"
     seconds = record.makespan_s * steps / run.steps_planned or None

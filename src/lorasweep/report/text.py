@@ -328,10 +328,6 @@ def list_warnings(findings: Findings) -> list[str]:
     unlearned = [f"`{name}`" for name in learning.unlearned if name not in learning.failed]
     if unlearned and not learning.has_failed:
         warnings.append(f"Not shown to beat {learning.baseline} on test data: {join_words(unlearned)}.")
-    run, minutes = findings.data.longest_run, findings.data.record.minutes
-    if run and minutes is not None and run.epochs and run.epochs < 1:
-        steps = f"{run.steps_planned:,} steps of {run.config['trainer']['batch_size']:,}"
-        warnings.append(f"To fit `--minutes`, each run had {steps} ({run.epochs:.2g} epochs).")
     if moved := findings.hardly_moved:
         losses = join_words([f"{format_score(loss)} for `{name}`" for name, loss in moved.items()])
         warnings.append(

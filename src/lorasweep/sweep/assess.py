@@ -90,10 +90,9 @@ def _describe_steps(definition: Definition, inputs_cache: InputsCache) -> Iterat
             "So few steps may not get beyond the answer that is always the most frequent label (accuracy "
             f"{format_share(most_frequent)})."
         )
-    is_cut = definition.sweep_config.sweep.minutes is not None
-    remedy = "More `--minutes` make" if is_cut else f"`trainer.max_steps={math.ceil(num_examples / batch_size)}` makes"
     kind: Literal["warning", "sweep"] = "sweep" if most_frequent is None else "warning"
-    yield Note(kind=kind, text=" ".join([*sentences, f"{remedy} one epoch."]))
+    sentences.append(f"`trainer.max_steps={math.ceil(num_examples / batch_size)}` makes one epoch.")
+    yield Note(kind=kind, text=" ".join(sentences))
 
 
 def _describe_test_data(definition: Definition, inputs_cache: InputsCache) -> str:

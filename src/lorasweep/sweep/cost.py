@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from lorasweep.config.compose import choose_evaluation_interval
 from lorasweep.config.run import MIN_STEPS, STEPS_KEY, RunConfig
-from lorasweep.config.sweep import DEFAULT_MARGIN, MINUTES_KEY, RayWorkers, parse_margin
+from lorasweep.config.sweep import DEFAULT_MARGIN, RayWorkers, parse_margin
 from lorasweep.errors import ConfigError
 from lorasweep.record import QuestionName
 from lorasweep.sweep.controller.proposals import find_batch_start
@@ -59,8 +59,6 @@ class Budget:
     """Steps of a run."""
     without: tuple[str, ...] = ()
     """Names of the arms that are left out."""
-    minutes: float | None = None
-    """The time to which the sweep is cut."""
 
     def find_ranks(self, definition: Definition) -> dict[str, list[Any]]:
         """Returns the values of `confirm_each` that stay, by the key below `arms`, for each arm that loses some."""
@@ -71,7 +69,7 @@ class Budget:
     def find_settings(self, definition: Definition) -> dict[str, Any]:
         """Returns the settings that cut a sweep to this budget, but for `confirm_each` and numbers that one arm has."""
         confirm, data = definition.sweep_config.confirm, definition.arms[0].base.data
-        settings: dict[str, Any] = {MINUTES_KEY: self.minutes, STEPS_KEY: self.steps, "sweep.trials": self.trials}
+        settings: dict[str, Any] = {STEPS_KEY: self.steps, "sweep.trials": self.trials}
         if self.looks is not None:
             settings["confirm.seeds"] = self.looks[-1] if isinstance(confirm.seeds, int) else list(self.looks)
         if (examples := self.examples) is not None:
@@ -247,7 +245,7 @@ def fit_minutes(
     """
     cuts, available_s = list_cuts(definition, rates, typed=typed), 60 * minutes - spent_s
     own_trials = tuple(arm.name for arm in definition.arms if f"arms.{arm.name}.trials" in typed)
-    budgets = [Budget(minutes=minutes, own_trials=own_trials)]
+    budgets = [Budget(own_trials=own_trials)]
     for cut in cuts:
         budgets.append(replace(budgets[-1], **{cut.field: cut.value}))
 

@@ -155,18 +155,7 @@ def test_a_mapping_by_layer_is_a_value_and_no_range(read, content, override):
     assert not any(key.startswith("method.rank_pattern") for key in lora.space)
 
 
-def test_an_arm_can_be_typed_and_a_definition_comes_back_from_its_record(read, content):
-    word = "arms.more={settings: {method: lora, method.scaling: alpha}, space: {optim.lr: [0.01, 0.02]}, trials: 2}"
-    definition = read(content, word, "arms.more.trials=3")
-    assert [(arm.name, arm.trials) for arm in definition.arms] == [
-        ("frozen", 1),
-        ("full", 3),
-        ("lora", 6),
-        ("more", 3),
-    ]
-    assert arms_of(definition)["more"].space == {"optim.lr": Range(choices=[0.01, 0.02])}
-    assert arms_of(definition)["more"].compose({"optim.lr": 0.02}).method.scaling == "alpha"
-    assert restore_definition(definition.raw, source=definition.source) == definition
+def test_a_definition_comes_back_from_its_record(read, content):
     definition = read(content, "optim.eps=1e-6", "method.rank=choice(1,8)", "sweep.trials=2")
     restored = restore_definition(json.loads(json.dumps(definition.raw)), source=definition.source)
     assert restored == definition

@@ -54,7 +54,7 @@ def test_an_override_is_for_all_arms_or_for_the_arm_that_it_names():
     overrides = Overrides.parse(parse_overrides(words))
     assert overrides.common == {"optim.lr": 0.1}
     assert overrides.own == {"lora": {"optim.lr": Range(choices=[1, 2]), "seed": 2}}
-    assert (overrides.fields, overrides.arms) == ({"lora": {"trials": 3}}, {"full": None})
+    assert (overrides.fields, overrides.left_out) == ({"lora": {"trials": 3}}, {"full"})
 
 
 def test_no_arm_is_left_out_if_it_is_the_last(read, content):

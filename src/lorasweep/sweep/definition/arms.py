@@ -115,8 +115,8 @@ class Definition:
         if config.retain.data and not (frozen and config.confirm.list_looks()):
             raise ConfigError(
                 "`retain.data` must be empty without a confirm stage and an arm with `method=frozen`, which are "
-                f"compared, but names {join_words(list(config.retain.data))}. Write `confirm.seeds=[3,6,10]` and "
-                "`arms.frozen={settings: {method: frozen}}`, or `retain.data={}`."
+                f"compared, but names {join_words(list(config.retain.data))}. Set `confirm.seeds=[3,6,10]` and add "
+                "such an arm to the sweep file, or set `retain.data={}`."
             )
         for arm in self.arms if config.retain.data else ():
             if (why := arm.base.capabilities.retains) is not True:
@@ -169,7 +169,7 @@ def read_definition(source: Path | Mapping[str, Any], overrides: Sequence[str] |
 def restore_definition(raw: dict[str, Any], *, source: Path | None) -> Definition:
     """Returns the definition whose `raw` is given. Raises the errors of `read_definition`."""
     typed = Overrides.parse(raw["overrides"])
-    file = typed.change_arms(build(SweepFile, raw["file"]))
+    file = typed.drop_arms(build(SweepFile, raw["file"]))
     common = {name: _select_overrides(name, file, typed) for name in file.arms}
     given = [*typed.own.items(), *typed.fields.items()]
     unused = [key for key in typed.common if not any(key in layer for layer in common.values())]

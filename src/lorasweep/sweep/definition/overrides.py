@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from lorasweep.config.build import TARGET, Positive, build, convert
+from lorasweep.config.build import TARGET, Positive, convert
 from lorasweep.config.compose import SWEEP_GROUPS, default_options, is_hydra_override, merge_settings
 from lorasweep.config.run import DECLARED_TYPES
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.ranges import Range, Space
-from lorasweep.sweep.definition.sweep_file import ArmConfig, SweepFile
+from lorasweep.sweep.definition.sweep_file import SweepFile
 from lorasweep.wording import suggest_nearest
 
 ARM_FIELDS: Mapping[str, Any] = {"trials": Positive | None, "confirm_each": str | None}
@@ -32,20 +32,20 @@ class Overrides:
     """The settings and ranges of one arm (`arms.NAME.KEY`), by its name."""
     fields: Mapping[str, Mapping[str, Any]]
     """The `ARM_FIELDS` of one arm, by its name."""
-    arms: Mapping[str, ArmConfig | None]
-    """The arms that `arms.NAME={settings: ...}` adds, and None for those that `arms.NAME=null` leaves out."""
+    left_out: Collection[str]
+    """The arms that `arms.NAME=null` leaves out."""
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Overrides:
         """Returns overrides from the keys and values of `config.command_line.parse_overrides`.
 
         Raises:
-            ConfigError: A key is no override of a sweep, or a range or an arm is wrong.
+            ConfigError: A key is no override of a sweep, or a range is wrong.
         """
         common: dict[str, Any] = {}
         own: dict[str, dict[str, Any]] = {}
         fields: dict[str, dict[str, Any]] = {}
-        arms: dict[str, ArmConfig | None] = {}
+        left_out: set[str] = set()
         for name, content in raw.items():
             if is_hydra_override(name):
                 raise ConfigError(
@@ -53,8 +53,13 @@ class Overrides:
                     "train`; write a value, an option such as `logger=none`, or `arms.ARM=null` to leave out an arm."
                 )
             match name.split(".", 2):
-                case ["arms", arm]:
-                    arms[arm] = None if content is None else build(ArmConfig, content, key=name)
+                case ["arms", arm] if content is None:
+                    left_out.add(arm)
+                case ["arms", _]:
+                    raise ConfigError(
+                        f"`{name}` must be null, which leaves out an arm of the sweep file, but got {content!r}. Set "
+                        f"one key of an arm with `{name}.KEY=VALUE`, and add an arm in the file."
+                    )
                 case ["arms", arm, key] if key in ARM_FIELDS:
                     fields.setdefault(arm, {})[key] = convert(ARM_FIELDS[key], content, key=name)
                 case ["arms", arm, key]:
@@ -64,25 +69,21 @@ class Overrides:
                     own.setdefault(arm, {})[key] = _parse_content(key, content)
                 case _:
                     common[name] = _parse_content(name, content)
-        return cls(raw=raw, common=common, own=own, fields=fields, arms=arms)
+        return cls(raw=raw, common=common, own=own, fields=fields, left_out=left_out)
 
-    def change_arms(self, file: SweepFile) -> SweepFile:
-        """Returns a sweep file with the added arms, and without those that are left out.
+    def drop_arms(self, file: SweepFile) -> SweepFile:
+        """Returns a sweep file without the arms that are left out.
 
         Raises:
-            ConfigError: An added arm is in the file, an arm that is left out is not, or no arm remains.
+            ConfigError: An arm that is left out is not in the file, or no arm remains.
         """
-        for name, added in self.arms.items():
-            if (name in file.arms) is not (added is None):
-                key = f"arms.{name}"
-                given = self.raw[key]
+        for name in self.left_out:
+            if name not in file.arms:
                 raise ConfigError(
-                    f"`{key}` must be the settings of a new arm, or null to leave out an arm of the sweep file "
-                    f"({', '.join(file.arms)}), but got {'null' if given is None else repr(given)}."
-                    f"{suggest_nearest(key, [f'arms.{name}' for name in file.arms])} "
-                    f"Set one key of an arm with `{key}.KEY=VALUE`."
+                    f"`arms.{name}=null` must leave out an arm of the sweep file ({', '.join(file.arms)}), but it has "
+                    f"no such arm.{suggest_nearest(f'arms.{name}', [f'arms.{one}' for one in file.arms])}"
                 )
-        arms = {name: arm for name, arm in {**file.arms, **self.arms}.items() if arm is not None}
+        arms = {name: arm for name, arm in file.arms.items() if name not in self.left_out}
         if not arms:
             raise ConfigError("a sweep must have at least one arm, but `arms.ARM=null` leaves out all. Keep one.")
         return replace(file, arms=arms)
