@@ -44,6 +44,15 @@ def test_the_rule_depends_on_device_dtype_dropout_and_length(
     assert choose_attention(model, **arguments) == choice
 
 
+def test_dropout_in_the_settings_of_the_text_part_counts():
+    text = {**SIZES, "hidden_size": 64, "head_dim": 32, "num_key_value_heads": 1, "attention_dropout": 0.1}
+    config = transformers.Gemma3Config(text_config=text, vision_config={"num_hidden_layers": 1, "image_size": 28})
+    with torch.device("meta"):
+        model = transformers.Gemma3ForConditionalGeneration._from_config(config)
+    arguments = {"device": torch.device("cpu"), "max_tokens": 64, "has_cpu_bf16": True}
+    assert choose_attention(model, dtype=torch.float32, **arguments).name == "eager"
+
+
 def test_model_with_one_implementation_keeps_it(monkeypatch):
     model = make_model(attention="eager")
 

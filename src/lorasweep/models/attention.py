@@ -70,8 +70,10 @@ def choose_attention(
 
 
 def has_attention_dropout(model: nn.Module) -> bool:
-    """Returns whether the configuration of a transformers model has a rate for dropout of attention probabilities."""
-    return any(value for name, value in vars(model.config).items() if "att" in name and "drop" in name)
+    """Returns whether the configuration of a transformers model, or of its text part, drops attention probabilities."""
+    config: Any = model.config
+    rates = {**vars(config), **vars(config.get_text_config())}
+    return any(value for name, value in rates.items() if "att" in name and "drop" in name)
 
 
 def _set_attention(model: PreTrainedModel, name: str) -> bool:

@@ -2,7 +2,7 @@
 
 The decoder computes the hidden states of a batch once. Then the model's own forward pass computes the logits of one
 chunk of scored tokens after another, while its decoder returns the hidden states of the chunk. So a soft cap, a scale,
-a bias and an adapter of the head are the model's own. At most one chunk of logits is kept for backward.
+a bias and an adapter of the head are the model's own. Backward keeps no logits. A head that trains computes all logits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 
 from lorasweep.data.rows import IGNORED, Batch, select_model_inputs
 
@@ -48,9 +47,8 @@ def score_tokens(
     # calling the decoder alone would skip the compiled code, and FSDP would not gather the weights of the head
     must_call_whole = getattr(model, "_compiled_call_impl", None) is not None or isinstance(model, FSDPModule)
     head = _list_head(model) if by_chunk else []
-    # a dropout mask must have the shape of the batch, because slots differ in their number of scored tokens
-    drops = model.training and any(_get_dropout(module) for module in head)
-    if not by_chunk or must_call_whole or drops:
+    is_trained = torch.is_grad_enabled() and any(p.requires_grad for module in head for p in module.parameters(False))
+    if not by_chunk or must_call_whole or is_trained:
         logits = compute_logits(model, batch)
         return _compute_losses(logits, targets), logits.argmax(-1) if with_predicted else None
     groups = next((module for module in head if isinstance(module, RowGroups)), None)
@@ -66,22 +64,17 @@ def score_tokens(
     states, project = _compute_states(model, batch)
     hidden, targets_at_places = states[places], targets.flatten()[places]  # (groups, width, size), (groups, width)
     size = max(1, MAX_CHUNK_BYTES[hidden.device.type] // (4 * num_groups * _get_vocabulary_size(model)))
-    is_trained = any(parameter.requires_grad for module in head for parameter in module.parameters(recurse=False))
-    chunks = list(zip(torch.split(hidden, size, 1), torch.split(targets_at_places, size, 1), strict=True))
+    chunks = zip(torch.split(hidden, size, 1), torch.split(targets_at_places, size, 1), strict=True)
     losses, predicted = [], []
-    for index, (part, chunk_targets) in enumerate(chunks):
+    for part, chunk_targets in chunks:
         # a contiguous copy, because torch would copy the weight for a product with a strided view
         chunk = part.clone(memory_format=torch.contiguous_format)
         if not torch.is_grad_enabled():
             logits = project(chunk)
             losses.append(_compute_losses(logits, chunk_targets))
             predicted += [logits.argmax(-1)] if with_predicted else []
-        elif not is_trained:
+        else:
             losses.append(_ScoreFrozen.apply(chunk, chunk_targets, project))  # type: ignore[no-untyped-call]
-        elif index < len(chunks) - 1:
-            losses.append(checkpoint(_score, chunk, chunk_targets, project, use_reentrant=False))
-        else:  # backward begins with this chunk, so computing it again would save nothing
-            losses.append(_score(chunk, chunk_targets, project))
 
     def put_back(values: list[Tensor]) -> Tensor:
         joined = torch.cat(values, 1).flatten()
@@ -93,10 +86,6 @@ def score_tokens(
 def _list_head(model: nn.Module) -> list[nn.Module]:
     """Returns the modules that are not part of the decoder."""
     return [module for _, module in model.named_modules(memo={model.get_decoder()})]  # type: ignore[operator]
-
-
-def _get_dropout(module: nn.Module) -> float:
-    return module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout_rate", 0.0)
 
 
 def can_score_by_chunk(model: nn.Module) -> bool:
@@ -147,10 +136,6 @@ def _get_vocabulary_size(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
-def _score(hidden: Tensor, targets: Tensor, project: Project) -> Tensor:
-    return _compute_losses(project(hidden), targets)
-
-
 def _compute_losses(logits: Float[Tensor, "rows length vocabulary"], targets: Tensor) -> Float[Tensor, "rows length"]:
     losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
     return losses.view(targets.shape)
@@ -168,7 +153,7 @@ class _ScoreFrozen(torch.autograd.Function):
         no_hooks = torch.autograd.graph.saved_tensors_hooks(nn.Identity(), nn.Identity())
         with torch.enable_grad(), no_hooks:
             leaf = hidden.detach().requires_grad_()
-            losses = _score(leaf, targets, project)
+            losses = _compute_losses(project(leaf), targets)
             ctx.save_for_backward(*torch.autograd.grad(losses.sum(), leaf))
         return losses.detach()
 

@@ -45,7 +45,9 @@ def add_reference(
 
 
 def _add(split: Rows, *, objective: Objective, base: BaseModel, trainer: TrainerConfig, folder: Path | None) -> Rows:
-    digest = hashlib.sha256(f"{base.fingerprint} {next(base.model.parameters()).dtype} {type(objective)}".encode())
+    # the batch size, because rounding depends on the shape of a batch
+    facts = (base.fingerprint, next(base.model.parameters()).dtype, type(objective), trainer.eval_batch_size)
+    digest = hashlib.sha256(str(facts).encode())
     for sequences in split.sequences.values():
         for tensor in (sequences.starts, sequences.lengths, sequences.values):
             digest.update(tensor.numpy().tobytes())
@@ -54,7 +56,6 @@ def _add(split: Rows, *, objective: Objective, base: BaseModel, trainer: Trainer
     if file is not None and file.exists():
         return split.fill_reference(load_file(file)["values"])
     values = torch.empty(len(split.sequences["input_ids"]), dtype=torch.float64)
-    # the same batches in every process, because rounding depends on the shape of a batch
     batches = EvaluationSampler(split, batch_size=trainer.eval_batch_size).batches
     device, model = get_device(trainer), copy_sharing_weights(base.model)
     with convert_memory_errors(), torch.no_grad():

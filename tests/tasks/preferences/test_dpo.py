@@ -228,6 +228,8 @@ def test_a_second_process_reads_the_numbers_of_the_first(tmp_path, calls):
     second = make_inputs(config, folder=tmp_path)
     assert calls == []
     assert torch.equal(second.data.train.columns["reference"], first.data.train.columns["reference"])
+    make_inputs(make_config({"trainer.eval_batch_size": 3}), folder=tmp_path)  # other batches round in another way
+    assert sum(calls) == 48
 
 
 def test_another_base_or_precision_has_its_own_numbers(tmp_path, calls):

@@ -28,6 +28,7 @@ class Dpo(PairObjective):
     settings_type = DpoConfig
     needs_reference: ClassVar[bool] = True
     metrics = {**PairObjective.metrics, "chosen_shift": "maximize", "rejected_shift": "maximize"}  # noqa: RUF012
+    detail_names = (*PairObjective.detail_names, "chosen_shift", "rejected_shift")
 
     settings: DpoConfig = field(default_factory=DpoConfig)
 

@@ -36,13 +36,12 @@ class PairObjective(TokenObjective):
         "loss": "minimize",
         **dict.fromkeys(("chosen_log_probability", "rejected_log_probability"), "maximize"),
     }
+    detail_names: ClassVar[tuple[str, ...]] = ("chosen_log_probability", "rejected_log_probability")
+    """The metrics that are means of the further numbers of `compare`."""
 
     @abstractmethod
     def compare(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the margin and the loss of each pair, (pairs,), and the numbers of the metrics after `loss`.
-
-        These are the log probabilities of the chosen and the rejected answer, and perhaps more: (pairs, numbers).
-        """
+        """Returns the margin and the loss of each pair, (pairs,), and the numbers of `detail_names`, (pairs, names)."""
 
     def sum_log_probabilities(self, model: nn.Module, batch: Batch) -> Float[Tensor, " rows"]:
         """Returns the log probability of each row's answer.
@@ -75,7 +74,7 @@ class PairObjective(TokenObjective):
         assert scores.details is not None
         margins = scores.prediction.double()
         by_metric = {"preference_accuracy": (margins.sign() + 1) / 2, "reward_margin": margins}
-        by_metric |= dict(zip([*self.metrics][3:], scores.details.double().unbind(1), strict=True))
+        by_metric |= dict(zip(self.detail_names, scores.details.double().unbind(1), strict=True))
         return by_metric.get(metric, scores.loss.double())
 
 
