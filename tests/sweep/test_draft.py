@@ -10,7 +10,6 @@ from lorasweep.cli import run
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.outcome import DONE, WRONG_REQUEST
 from lorasweep.sweep.controller.lifecycle import read_saved_definition
-from lorasweep.sweep.cost import Budget, cut_sweep
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.packing import explain_solo_arms
 from lorasweep.sweep.draft import draft_definition, draft_sweep
@@ -210,13 +209,12 @@ def test_a_draft_for_few_minutes_has_smaller_numbers(here):
     settings = parse_overrides([MODEL, "data.train=topics.csv", "arms.full=null"])
     cache = InputsCache()
     whole = draft_sweep(Path("mine.yaml"), settings, cache).definition
-    budget = Budget(trials=8, looks=(3,), examples=20, steps=30, ranks=2)
-    (ranks,) = budget.find_ranks(whole).values()
-    changes = {**budget.find_settings(whole), "method.rank": ranks}
+    changes = {"sweep.trials": 8, "confirm.seeds": [3], "trainer.max_steps": 30, "arms.lora.method.rank": [1, 64]}
+    changes |= {"data.max_validation_examples": 20, "data.max_test_examples": 20}
     made = draft_sweep(Path("mine.yaml"), {**settings, **changes}, cache)
     assert "# LoRA beside the frozen base." in made.text
     assert ("share one search" in made.text, "gets half" in made.text) == (True, False)
-    cut = cut_sweep(whole, budget)
+    cut = whole.with_overrides(changes)
     assert [arm.name for arm in made.definition.arms] == [arm.name for arm in cut.arms] == ["frozen", "lora"]
     for one, other in zip(made.definition.arms, cut.arms, strict=True):
         assert (one.subjects, one.base.data, one.trials) == (other.subjects, other.base.data, other.trials)

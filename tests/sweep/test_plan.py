@@ -13,7 +13,7 @@ from tests.conftest import SHORT_RUN
 
 import lorasweep.sweep.measure as measure_file
 from lorasweep.errors import ConfigError, OutOfMemory
-from lorasweep.sweep.cost import WHOLE, Budget, Rates, cut_sweep, estimate_cost, fit_minutes, list_cuts
+from lorasweep.sweep.cost import Rates, estimate_cost, fit_minutes, list_cuts
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.measure import measure_sweep
@@ -61,8 +61,8 @@ def test_the_cost_counts_the_steps_and_evaluations_of_the_sweep(define, rates_of
     definition, arms = define("confirm.seeds=3")
     run_s = 0.5 + 8 + 4 * 10
 
-    def cost(name, definition=definition, budget=WHOLE, **measured):
-        return estimate_cost(definition, [rates_of(arms[name], **measured)], budget=budget)
+    def cost(name, definition=definition, **measured):
+        return estimate_cost(definition, [rates_of(arms[name], **measured)])
 
     # packs share their time; at most, each batch of 4 trials takes whole packs
     assert cost("lora", slots=3)[:2] == pytest.approx((8 / 3 * run_s, (2 + 2) * run_s))
@@ -73,8 +73,21 @@ def test_the_cost_counts_the_steps_and_evaluations_of_the_sweep(define, rates_of
     assert cost("lora", definition=define("sampler=qmc")[0], slots=3)[:2] == pytest.approx(  # one batch
         (8 / 3 * run_s, 3 * run_s)
     )
-    cut = Budget(trials=4, steps=4, looks=(2,))  # two evaluations
-    assert cost("lora", budget=cut) == pytest.approx((4 * 24.5, 4 * 24.5, 2 * 24.5))
+    cut = define("sweep.trials=4", "trainer.max_steps=4", "confirm.seeds=2")[0]  # two evaluations
+    assert cost("lora", definition=cut) == pytest.approx((4 * 24.5, 4 * 24.5, 2 * 24.5))
+
+
+def test_workers_share_the_time_but_no_run_and_no_batch_is_divided(define, rates_of):
+    run_s = 0.5 + 8 + 4 * 10
+
+    def cost(*worker):
+        definition, arms = define("confirm.seeds=3", *worker)
+        return estimate_cost(definition, [rates_of(arms["lora"])])
+
+    assert cost("worker=ray", "worker.num=2") == pytest.approx((8 / 2 * run_s, 8 / 2 * run_s, 3 / 2 * run_s))
+    slurm = "worker=slurm", "worker.jobs=4", "worker.processes_per_job=2"
+    assert cost(*slurm) == pytest.approx((8 / 8 * run_s, 2 * run_s, run_s))  # two batches, one after the other
+    assert cost(*slurm, "trainer.devices=2").search_low_s == pytest.approx(8 / 4 * run_s)
 
 
 @pytest.mark.parametrize(
@@ -186,40 +199,48 @@ def fit(definition, minutes, **given):
     return fit_minutes(definition, step_rates(definition, **given), minutes, **spent)
 
 
+def count_steps(fitted):
+    return fitted.definition.find_arm("lora").base.num_steps
+
+
+def list_names(definition):
+    return [arm.name for arm in definition.arms]
+
+
 def test_seeds_ranks_and_trials_go_before_steps_and_full_last(quickstart):
-    assert fit(quickstart, 30)[0] == Budget()
-    assert fit(quickstart, 29)[0] == Budget(looks=(3, 6))
-    budget, given_up = fit(quickstart, 12)
-    assert budget.steps is None
-    assert "3 of 10 seeds" in given_up
-    budget, given_up = fit(quickstart, 4)
-    assert (budget.looks, budget.ranks, budget.without) == ((3,), 2, ())
-    assert f"{budget.steps} of 240 steps" in given_up
-    assert "`method.rank` 1 and 64 alone" in given_up
-    budget, given_up = fit(quickstart, 1.2)
-    assert (budget.without, "whether LoRA is as good" in given_up) == (("full",), True)
+    whole = fit(quickstart, 30)
+    assert (whole.definition, whole.overrides) == (quickstart, {})
+    assert fit(quickstart, 29).overrides == {"confirm.seeds": [3, 6]}
+    fitted = fit(quickstart, 12)
+    assert count_steps(fitted) == 240
+    assert "3 of 10 seeds" in fitted.given_up
+    fitted = fit(quickstart, 4)
+    assert fitted.overrides["confirm.seeds"] == [3]
+    assert fitted.overrides["arms.lora.method.rank"] == [1, 64]
+    assert "full" in list_names(fitted.definition)
+    assert f"{count_steps(fitted)} of 240 steps" in fitted.given_up
+    assert "`method.rank` 1 and 64 alone" in fitted.given_up
+    fitted = fit(quickstart, 1.2)
+    assert list_names(fitted.definition) == ["frozen", "lora"]
+    assert "whether LoRA is as good" in fitted.given_up
 
 
 @pytest.mark.parametrize("minutes", [3, 5, 8, 14, 29, 30])
-def test_a_sweep_that_was_cut_costs_what_its_budget_costs(quickstart, minutes):
-    budget, _ = fit(quickstart, minutes)
-    cut, rates = cut_sweep(quickstart, budget), step_rates(quickstart)
-    before = [group.limit(budget, quickstart.find_arm(group.arms[0]).base) for group in rates]
-    cost = estimate_cost(cut, before, look=-1)
-    assert cost == pytest.approx(estimate_cost(quickstart, rates, budget=budget, look=-1))
-    assert cost.high_s <= 60 * minutes
-    assert cut.sweep_config.confirm.seeds == (budget.looks or (3, 6, 10))
-    assert len(cut.find_arm("lora").subjects) == (budget.ranks or 4)
+def test_a_sweep_that_was_cut_fits_and_its_overrides_give_it_again(quickstart, minutes):
+    fitted = fit(quickstart, minutes)
+    assert estimate_cost(fitted.definition, step_rates(quickstart), look=-1).high_s <= 60 * minutes
+    assert quickstart.with_overrides(fitted.overrides) == fitted.definition
 
 
 def test_a_run_keeps_one_epoch_and_the_smallest_number_of_steps(quickstart):
     def fit_epochs(minutes, num_steps):
         rates = [replace(group, num_train=8 * num_steps) for group in step_rates(quickstart)]
         assert quickstart.find_arm("lora").base.trainer.batch_size == 8
-        return fit_minutes(quickstart, rates, minutes)[0]
+        return fit_minutes(quickstart, rates, minutes)
 
-    budget = fit_epochs(4, 100)
-    assert (budget.without, budget.steps >= 100) == ((), True)
+    fitted = fit_epochs(4, 100)
+    assert "full" in list_names(fitted.definition)
+    assert count_steps(fitted) >= 100
     with pytest.raises(
         ConfigError, match=r"`--minutes` must be at least \d .*which `method.rank` is enough.* 80 of 240 st"
     ):
@@ -231,12 +252,14 @@ def test_a_run_keeps_one_epoch_and_the_smallest_number_of_steps(quickstart):
 
 def test_what_was_typed_is_not_cut(quickstart):
     rates = step_rates(quickstart)
-    typed = ["trainer.max_steps", "confirm.seeds", "arms.lora.method.rank", "arms.full.optim.lr"]
-    fields = [{cut.field for cut in list_cuts(quickstart, rates, typed=typed[:end])} for end in range(5)]
-    assert fields[0] - fields[1] == {"steps"}
-    assert fields[1] - fields[2] == {"looks"}
-    assert fields[2] - fields[3] == {"ranks"}
-    assert fields[3] - fields[4] == {"without"}
+    typed = ["trainer.max_steps", "confirm.seeds", "method.rank", "arms.full.optim.lr"]
+    names = [{cut.name for cut in list_cuts(quickstart, rates, typed=typed[:end])} for end in range(5)]
+    assert names[0] - names[1] == {"steps"}
+    assert names[1] - names[2] == {"seeds"}
+    assert names[2] - names[3] == {"ranks"}
+    assert names[3] - names[4] == {"full"}
+    of_arm = [f"arms.lora.{key}" for key in ("trainer.max_steps", "method.rank")]
+    assert not {"steps", "ranks"} & {cut.name for cut in list_cuts(quickstart, rates, typed=of_arm)}
     with pytest.raises(ConfigError, match="at least"):
         fit_minutes(quickstart, rates, 1, typed=typed)
 
@@ -244,8 +267,7 @@ def test_what_was_typed_is_not_cut(quickstart):
 def test_trials_that_were_typed_for_one_arm_leave_those_of_others_to_be_cut(quickstart):
     definition = quickstart.with_overrides({"arms.full.trials": 4})
     rates = step_rates(definition)
-    budget, _ = fit_minutes(definition, rates, 9, typed=["arms.full.trials", "trainer.max_steps"])
-    cut = cut_sweep(definition, budget)
+    cut, *_ = fit_minutes(definition, rates, 9, typed=["arms.full.trials", "trainer.max_steps"])
     assert cut.find_arm("full").trials == 4
     assert cut.find_arm("lora").trials < definition.find_arm("lora").trials
 
@@ -254,33 +276,30 @@ def test_the_minutes_that_ask_every_question_are_named_where_full_fine_tuning_go
     rates = step_rates(quickstart)
     for minutes in (3, 2.5, 2, 1.5):
         with suppress(ConfigError):
-            budget, given_up = fit_minutes(quickstart, rates, minutes)
-            if budget.without:
+            given_up = fit_minutes(quickstart, rates, minutes).given_up
+            if "NOT ASKED" in given_up:
                 break
     assert given_up.index("NOT ASKED") < given_up.index("seeds")
     needed = int(re.search(r"`--minutes (\d+)` asks it", given_up)[1])
-    assert not fit_minutes(quickstart, rates, needed)[0].without
+    assert "full" in list_names(fit_minutes(quickstart, rates, needed).definition)
 
 
 def test_time_that_is_left_goes_into_steps(quickstart):
-    budget, given_up = fit(quickstart, 4)
-    rates = step_rates(quickstart)
-    more = estimate_cost(quickstart, rates, budget=replace(budget, steps=budget.steps + 2), look=-1)
-    assert more.low_s > 4 * 60
-    assert f"{budget.steps} of 240 steps" in given_up
+    fitted = fit(quickstart, 4)
+    longer = fitted.definition.with_overrides({"trainer.max_steps": count_steps(fitted) + 2})
+    assert estimate_cost(longer, step_rates(quickstart), look=-1).low_s > 4 * 60
 
 
-def test_every_budget_above_the_smallest_yields_a_sweep(quickstart):
+def test_every_time_above_the_least_yields_a_sweep(quickstart):
     with pytest.raises(ConfigError, match=r"`--minutes` must be at least \d+ .* but got 1.*60 of 240 steps") as refused:
         fit(quickstart, 1, spent_s=30.0)
     least = int(re.search(r"at least (\d+)", str(refused.value))[1])
     for minutes in (least, least + 0.5, least + 1, 5, 8, 12, 20):
-        budget, _ = fit(quickstart, minutes, spent_s=30.0)
-        assert cut_sweep(quickstart, budget).find_arm("lora").trials >= 6
+        assert fit(quickstart, minutes, spent_s=30.0).definition.find_arm("lora").trials >= 6
 
 
 def test_time_that_was_spent_is_no_time_for_the_sweep(quickstart):
-    assert fit(quickstart, 30, spent_s=30.0)[0] == Budget(looks=(3, 6))
+    assert fit(quickstart, 30, spent_s=30.0).overrides == {"confirm.seeds": [3, 6]}
 
 
 def test_fewer_examples_are_cut_where_scoring_takes_the_time(quickstart, write_file, content):
@@ -289,40 +308,44 @@ def test_fewer_examples_are_cut_where_scoring_takes_the_time(quickstart, write_f
             replace(group, test_s=test_s, answers_s=answers_s or {}, num_scored={"validation": num, "test": num})
             for group in step_rates(definition, step_s=0.0)
         ]
-        budget, given_up = fit_minutes(definition, rates, 8)
-        cut_sweep(definition, budget)
-        assert f"of {num:,} scored examples" in given_up
-        return budget
+        fitted = fit_minutes(definition, rates, 8)
+        assert f"of {num:,} scored examples" in fitted.given_up
+        return max(value for key, value in fitted.overrides.items() if key.startswith("data.max_"))
 
-    assert fit_scored(quickstart, test_s=60.0).examples < 1000
+    assert fit_scored(quickstart, test_s=60.0) < 1000
     settings = {"model": "tiny", "data": "chat", "data.train": "c.jsonl", "data.answers.score": "exact_match"}
     settings |= {"data.answers.max_examples": 400}
     content["settings"] = {"trainer.max_steps": 8, **settings}
     definition = read_definition(write_file(content), ["confirm.seeds=3"])
-    assert fit_scored(definition, answers_s={"test": 100.0}, num=400).examples < 400
+    assert fit_scored(definition, answers_s={"test": 100.0}, num=400) < 400
 
 
 def test_arms_that_search_one_key_keep_the_minimum_of_trials(content, write_file):
     content["arms"] = {"full": content["arms"]["full"] | {"trials": 8}}
     definition = read_definition(write_file(content), ["confirm.seeds=0", "trainer.max_steps=60"])
-    budget, given_up = fit(definition, 0.7)  # 7 trials of 6 s
-    assert [arm.trials for arm in cut_sweep(definition, budget).arms] == [6]
-    assert "6 of 8 trials an arm" in given_up
+    fitted = fit(definition, 0.7)  # 7 trials of 6 s
+    assert [arm.trials for arm in fitted.definition.arms] == [6]
+    assert "6 of 8 trials an arm" in fitted.given_up
 
 
-def test_a_budget_raises_no_number_and_cuts_those_that_are_typed_for_one_arm(content, write_file):
+def test_a_cut_raises_no_number_of_an_arm(content, write_file):
     content["arms"]["lora"]["trials"] = 12
-    typed = ["arms.lora.trials=16", "arms.lora.trainer.max_steps=200", "trainer.max_steps=120"]
-    definition = read_definition(write_file(content), typed)
-    cut = cut_sweep(definition, Budget(trials=12, steps=160))
-    assert {arm.name: arm.trials for arm in cut.arms} == {"frozen": 1, "full": 3, "lora": 12}
-    assert {arm.name: arm.base.num_steps for arm in cut.arms} == {"frozen": 0, "full": 120, "lora": 160}
+    content["arms"]["full"]["settings"]["trainer.max_steps"] = 120
+    content["settings"] |= {"trainer.max_steps": 200, "trainer.eval_every_steps": 10}
+    definition = read_definition(write_file(content), ["confirm.seeds=3"])
+    for cut in list_cuts(definition, step_rates(definition)):
+        arms = definition.with_overrides(cut.overrides).arms
+        for arm in arms:
+            before = definition.find_arm(arm.name)
+            assert arm.trials <= before.trials
+            assert arm.base.num_steps <= before.base.num_steps
+            assert arm.base.num_steps % 10 == 0  # packs need evaluations at the last step
 
 
 def test_the_least_minutes_that_one_measurement_names_are_enough_for_the_next(quickstart):
     with pytest.raises(ConfigError) as refused:
         fit(quickstart, 0.5, step_s=200.0)
     minutes = int(re.search(r"at least (\d+)", str(refused.value))[1])
-    assert fit(quickstart, minutes, step_s=220.0)[1].startswith("within")
+    assert fit(quickstart, minutes, step_s=220.0).given_up.startswith("within")
     with pytest.raises(ConfigError, match="at least"):
         fit(quickstart, minutes, step_s=400.0)

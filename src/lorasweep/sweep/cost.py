@@ -1,29 +1,28 @@
-"""Computes what a sweep costs, and which smaller sweep fits a time (`--minutes`).
-
-A cost is computed from measured rates, without composing the sweep again, so that many numbers can be tried.
-"""
+"""Computes what a sweep costs by measured rates, and which smaller sweep fits a time (`--minutes`)."""
 
 from __future__ import annotations
 
 import math
 import os
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, NamedTuple
 
-from lorasweep.config.compose import choose_evaluation_interval
 from lorasweep.config.run import MIN_STEPS, STEPS_KEY, RunConfig
-from lorasweep.config.sweep import DEFAULT_MARGIN, RayWorkers, parse_margin
+from lorasweep.config.sweep import DEFAULT_MARGIN, RayWorkers, SlurmWorkers, parse_margin
 from lorasweep.errors import ConfigError
 from lorasweep.record import QuestionName
 from lorasweep.sweep.controller.proposals import find_batch_start
-from lorasweep.sweep.definition.arms import Arm, Definition, searches_one_key
+from lorasweep.sweep.definition.arms import Definition, searches_one_key
 from lorasweep.sweep.definition.confirm import count_confirm_runs, list_questions
-from lorasweep.sweep.definition.ranges import Range
 from lorasweep.training.environment import get_device
 from lorasweep.wording import join_words
 
+INTERVAL_KEY = "trainer.eval_every_steps"
+OPEN = "small differences stay open"
 MIN_SEEDS = 3
 """Minimum number of confirm seeds that `--minutes` leaves. Fewer seeds leave nearly every question open."""
 MIN_TRIALS = 6
@@ -39,71 +38,6 @@ ANSWERED: Mapping[QuestionName, str] = {
 """For each kind of question, the clause that says what its answer would tell."""
 MINUTES_TOLERANCE = 0.15
 """The smallest budget may exceed `--minutes` by this fraction, because two measurements differ by as much."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """The largest numbers that a sweep may have. None keeps what the sweep has."""
-
-    looks: tuple[int, ...] | None = None
-    """Numbers of seeds at which the questions are tested."""
-    examples: int | None = None
-    """Number of examples or blocks of a split on which a run is scored."""
-    ranks: int | None = None
-    """Number of values of `confirm_each`."""
-    trials: int | None = None
-    """The setting `sweep.trials`: an arm that searches one key gets half of it."""
-    own_trials: tuple[str, ...] = ()
-    """Names of the arms that keep their trials, because a user typed them."""
-    steps: int | None = None
-    """Steps of a run."""
-    without: tuple[str, ...] = ()
-    """Names of the arms that are left out."""
-
-    def find_ranks(self, definition: Definition) -> dict[str, list[Any]]:
-        """Returns the values of `confirm_each` that stay, by the key below `arms`, for each arm that loses some."""
-        limited = {arm.name: self.limit(arm) for arm in definition.arms}
-        cut = [arm for arm in definition.arms if limited[arm.name].space != arm.space]
-        return {f"{arm.name}.{arm.confirm_each}": [one.value for one in limited[arm.name].subjects] for arm in cut}
-
-    def find_settings(self, definition: Definition) -> dict[str, Any]:
-        """Returns the settings that cut a sweep to this budget, but for `confirm_each` and numbers that one arm has."""
-        confirm, data = definition.sweep_config.confirm, definition.arms[0].base.data
-        settings: dict[str, Any] = {STEPS_KEY: self.steps, "sweep.trials": self.trials}
-        if self.looks is not None:
-            settings["confirm.seeds"] = self.looks[-1] if isinstance(confirm.seeds, int) else list(self.looks)
-        if (examples := self.examples) is not None:
-            settings |= {f"data.{key}": min(examples, getattr(data, key) or examples) for key in data.limit_keys}
-        return {key: value for key, value in settings.items() if value is not None} | self.leave_out(definition)
-
-    def leave_out(self, definition: Definition) -> dict[str, Any]:
-        """Returns the overrides that leave out arms: without full fine-tuning, the margin is no share of its gain."""
-        if not self.without:
-            return {}
-        margin = definition.sweep_config.confirm.margin
-        changes = {"confirm.margin": DEFAULT_MARGIN} if parse_margin(margin).is_share_of_gain else {}
-        return dict.fromkeys(f"arms.{name}" for name in self.without) | changes
-
-    def limit(self, arm: Arm) -> Arm:
-        """Returns an arm with at most the budget's trials and values of `confirm_each`, which are evenly spaced."""
-        trials, key = arm.trials, arm.confirm_each
-        if self.trials is not None and arm.name not in self.own_trials:
-            trials = min(trials, math.ceil(self.trials / 2) if searches_one_key(arm.space) else self.trials)
-        if self.ranks is None or key is None or len(arm.subjects) <= self.ranks:
-            return replace(arm, trials=trials)
-        values = [subject.value for subject in arm.subjects]
-        kept = [values[round(n * (len(values) - 1) / (self.ranks - 1))] for n in range(self.ranks)]
-        return replace(arm, trials=trials, space={**arm.space, key: Range(choices=kept)})
-
-    def limit_steps(self, config: RunConfig) -> tuple[int, int]:
-        """Returns the number of steps of a run, and the number of steps between two of its evaluations."""
-        if self.steps is None or config.num_steps <= self.steps:
-            return config.num_steps, config.trainer.eval_every_steps
-        return self.steps, choose_evaluation_interval(self.steps)
-
-
-WHOLE = Budget()
-"""The budget that cuts nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,25 +80,28 @@ class Rates:
         scored_s = (math.ceil(num_steps / interval) or 1) * (self.evaluation_s + self.saving_s) + self.final_s
         return self.loading_s + num_steps * self.step_s + scored_s + self.answers_s.get("validation", 0.0)
 
-    def limit(self, budget: Budget, config: RunConfig) -> Rates:
-        """Returns the rates after a cut. `config` has the settings of the measured runs."""
-        validation, test = (_share(budget.examples, self.num_scored.get(name)) for name in ("validation", "test"))
+    def limit(self, definition: Definition) -> Rates:
+        """Returns the rates in a smaller sweep, which may lack arms and may score fewer examples."""
+        if not (arms := tuple(arm.name for arm in definition.arms if arm.name in self.arms)):
+            return replace(self, arms=())
+        data = definition.find_arm(arms[0]).base.data
+        limits = {key.split("_")[1]: getattr(data, key) for key in data.limit_keys}  # `max_test_examples`
+        num_scored = {name: min(limits.get(name) or size, size) for name, size in self.num_scored.items()}
+        shares = {name: num_scored[name] / size for name, size in self.num_scored.items() if size}
         answers_s = self.answers_s
-        if answers_s and (answers := config.data.generated):
-            most = {name: min(self.num_scored[name], answers.max_examples or math.inf) for name in answers_s}
-            answers_s = {name: _share(budget.examples, most[name]) * s for name, s in answers_s.items()}
+        if answers_s and (answers := data.generated):
+            most = answers.max_examples or math.inf
+            shorter = {name: min(num_scored[name], most) / min(self.num_scored[name], most) for name in answers_s}
+            answers_s = {name: shorter[name] * seconds for name, seconds in answers_s.items()}
         return replace(
             self,
-            arms=tuple(name for name in self.arms if name not in budget.without),
-            evaluation_s=validation * self.evaluation_s,
-            final_s=validation * self.final_s,
-            test_s=test * self.test_s,
+            arms=arms,
+            evaluation_s=shares.get("validation", 1.0) * self.evaluation_s,
+            final_s=shares.get("validation", 1.0) * self.final_s,
+            test_s=shares.get("test", 1.0) * self.test_s,
             answers_s=answers_s,
+            num_scored=num_scored,
         )
-
-
-def _share(limit: int | None, number: float | None) -> float:
-    return min(1.0, limit / number) if limit and number else 1.0
 
 
 class Cost(NamedTuple):
@@ -184,34 +121,42 @@ class Cost(NamedTuple):
         return self.search_high_s + self.confirm_s
 
 
-def estimate_cost(definition: Definition, rates: Sequence[Rates], *, budget: Budget = WHOLE, look: int = 0) -> Cost:
-    """Returns the cost of the arms that were measured, in a sweep that is cut to a budget.
+def estimate_cost(definition: Definition, rates: Sequence[Rates], *, look: int = 0) -> Cost:
+    """Returns the cost of the arms that were measured, perhaps in a larger sweep, shared by all workers.
 
     The confirm stage goes up to the look with the index `look`. No run is assumed to stop early.
     """
-    looks = definition.sweep_config.confirm.list_looks() if budget.looks is None else budget.looks
+    looks, workers = definition.sweep_config.confirm.list_looks(), count_workers(definition)
     seeds = looks[look] if looks else 0
-    low = high = max((group.reference_s for group in rates), default=0.0)
-    confirm = 0.0
-    for group in rates:
-        config = definition.find_arm(group.arms[0]).base
-        limited = group.limit(budget, config)
-        arms = [budget.limit(definition.find_arm(name)) for name in limited.arms]
-        run_s = limited.estimate_run_s(*budget.limit_steps(config))
+    low = high = confirm = 0.0
+    longest = longest_confirm = 0.0  # what one worker trains in any case, because batches wait for each other
+    for group in (one.limit(definition) for one in rates):
+        arms = [definition.find_arm(name) for name in group.arms]
+        if not arms:
+            continue
+        config = arms[0].base
+        run_s = group.estimate_run_s(config.num_steps, config.trainer.eval_every_steps)
         for arm in arms:
             batches = Counter(find_batch_start(arm, number) for number in range(arm.trials))
             low += arm.trials / group.slots * run_s
             high += sum(math.ceil(size / group.slots) for size in batches.values()) * run_s
+            longest = max(longest, len(batches) * run_s)
         num_runs = sum(count_confirm_runs(arm, seeds=seeds) for arm in arms)
-        num_packs = num_runs / group.slots
+        num_packs, scoring_s = num_runs / group.slots, group.test_s + group.answers_s.get("test", 0.0)
         confirm += (num_packs + find_empty_cost(config) * (math.ceil(num_packs) - num_packs)) * run_s
-        confirm += num_runs * (limited.test_s + limited.answers_s.get("test", 0.0))
-    return Cost(low, high, confirm)
+        confirm += num_runs * scoring_s
+        longest_confirm = max(longest_confirm, min(1.0, num_packs) * run_s + min(1, num_runs) * scoring_s)
+    reference_s = max((group.reference_s for group in rates), default=0.0)
+    search_high_s = reference_s + max(high / workers, longest)
+    return Cost(reference_s + low / workers, search_high_s, max(confirm / workers, longest_confirm))
 
 
 def count_workers(definition: Definition) -> int:
     """Returns the number of workers that the sweep has from its start, as far as it is known."""
-    config = definition.sweep_config.worker
+    config, trainer = definition.sweep_config.worker, definition.arms[0].base.trainer
+    if isinstance(config, SlurmWorkers):
+        processes = 1 if trainer.devices == "auto" else trainer.devices * trainer.num_nodes
+        return max(1, config.jobs * config.processes_per_job // processes)
     return config.num if isinstance(config, RayWorkers) and config.num != "auto" else 1
 
 
@@ -221,10 +166,22 @@ def find_empty_cost(config: RunConfig) -> float:
 
 
 class Cut(NamedTuple):
-    """A smaller value of a field of `Budget`."""
+    """Overrides that make a sweep smaller. Of several cuts with one name the last one holds."""
 
-    field: str
-    value: Any
+    name: str
+    overrides: Mapping[str, Any]
+    given_up: str
+    """A clause on what it gives up. `{minutes}` stands for the time that would ask all questions."""
+
+
+class FittedSweep(NamedTuple):
+    """A sweep that fits a time."""
+
+    definition: Definition
+    overrides: Mapping[str, Any]
+    """The cuts that were made."""
+    given_up: str
+    """A sentence on what is given up."""
 
 
 def fit_minutes(
@@ -234,49 +191,54 @@ def fit_minutes(
     *,
     typed: Collection[str] = (),
     spent_s: float = 0.0,
-) -> tuple[Budget, str]:
-    """Returns the best budget with which a command ends within the minutes, and a sentence on what is given up.
+) -> FittedSweep:
+    """Returns the largest sweep with which a command ends within the minutes.
 
-    The cuts of `list_cuts` are made one after another. Then the fields, the last one first, grow again if that fits.
-    The estimate assumes that no run stops early and all seeds are needed. `typed` are the keys that the user typed,
-    whose values stay. `spent_s` is the time that loading and measuring have taken.
+    The cuts of `list_cuts` are made one after another. Then those of each name, the last name first, are taken back as
+    far as they fit. The estimate assumes that no run stops early and all seeds are needed. `typed` are the keys that
+    the user typed, whose values stay. `spent_s` is the time that loading and measuring have taken.
 
-    Raises ConfigError, with the minutes that it needs, if the smallest budget takes over `MINUTES_TOLERANCE` longer.
+    Raises ConfigError, with the minutes that it needs, if the smallest sweep takes over `MINUTES_TOLERANCE` longer.
     """
-    cuts, available_s = list_cuts(definition, rates, typed=typed), 60 * minutes - spent_s
-    own_trials = tuple(arm.name for arm in definition.arms if f"arms.{arm.name}.trials" in typed)
-    budgets = [Budget(own_trials=own_trials)]
-    for cut in cuts:
-        budgets.append(replace(budgets[-1], **{cut.field: cut.value}))
+    cuts = list_cuts(definition, rates, typed=typed)
+    names = [cut.name for cut in cuts]
 
-    def estimate(budget: Budget) -> float:
-        cost = estimate_cost(definition, rates, budget=budget, look=-1)
-        return cost.low_s + find_empty_cost(definition.arms[0].base) * (cost.high_s - cost.low_s)
+    def find_last(counts: Mapping[str, int]) -> list[Cut]:
+        """Returns the last of the first `counts[name]` cuts of each name."""
+        return [[cut for cut in cuts if cut.name == name][number - 1] for name, number in counts.items() if number]
 
-    budget = next((each for each in budgets if estimate(each) <= available_s), budgets[-1])
-    longest = max(arm.base.num_steps for arm in definition.arms)
-    for name in dict.fromkeys(cut.field for cut in reversed(cuts)):
-        values = [getattr(WHOLE, name), *(cut.value for cut in cuts if cut.field == name)]
-        larger = values[: values.index(getattr(budget, name))]
-        if name == "steps" and budget.steps is not None:  # in finer steps than the cuts
-            larger = [None, *range(longest - 2, budget.steps, -2)]
-        fitting = (replace(budget, **{name: value}) for value in larger)
-        budget = next((each for each in fitting if estimate(each) <= available_s), budget)
-    whole = next(each for each in reversed(budgets) if not each.without)
-    needed = math.ceil((estimate(whole) + spent_s) / 60)
-    seconds = estimate(budget)
-    lost = "; ".join(describe_cuts(definition, rates, budget, needed_minutes=needed)) or "nothing is given up"
+    def list_overrides(counts: Mapping[str, int]) -> dict[str, Any]:
+        overrides = {key: value for cut in find_last(counts) for key, value in cut.overrides.items()}
+        dropped = tuple(f"{key}." for key, value in overrides.items() if value is None)  # arms
+        return {key: value for key, value in overrides.items() if not key.startswith(dropped)}
+
+    def estimate(counts: Mapping[str, int]) -> float:
+        smaller = definition.with_overrides(list_overrides(counts))
+        cost = estimate_cost(smaller, rates, look=-1)
+        return spent_s + cost.low_s + find_empty_cost(smaller.arms[0].base) * (cost.high_s - cost.low_s)
+
+    def fits(counts: Mapping[str, int]) -> bool:
+        return estimate(counts) <= 60 * minutes
+
+    counts = Counter(names[: bisect_left(range(len(cuts)), True, key=lambda number: fits(Counter(names[:number])))])
+    for name in reversed(dict.fromkeys(names)):
+        counts[name] = bisect_left(range(counts[name]), True, key=lambda number: fits({**counts, name: number}))
+    overrides, seconds = list_overrides(counts), estimate(counts)
+    smaller = definition.with_overrides(overrides)
+    whole_s = estimate(Counter(names[: names.index("full")])) if counts["full"] else 0.0
+    lost = [cut.given_up for cut in sorted(find_last(counts), key=lambda cut: cut.name != "full")]
+    given_up = "; ".join(lost).replace("{minutes}", str(math.ceil(whole_s / 60))) or "nothing is given up"
     # with a tolerance, because this message may have named these minutes after an earlier measurement
-    if seconds + spent_s > (1 + MINUTES_TOLERANCE) * 60 * minutes:
-        asked = list_questions(cut_sweep(definition, budget))
+    if seconds > (1 + MINUTES_TOLERANCE) * 60 * minutes:
+        asked = list_questions(smaller)
         answers = join_words([ANSWERED[one.name].format(one=one) for one in asked]) or "which settings are best"
         raise ConfigError(
-            f"`--minutes` must be at least {math.ceil((seconds + spent_s) / 60)} for this sweep on this machine, but "
-            f"got {minutes:g}. That time would answer {answers}, and give up: {lost}. "
+            f"`--minutes` must be at least {math.ceil(seconds / 60)} for this sweep on this machine, but "
+            f"got {minutes:g}. That time would answer {answers}, and give up: {given_up}. "
             f"Shorter examples (`data.max_length`) or a smaller model take less.{_describe_load()}"
         )
-    about = "about " if seconds > available_s else ""
-    return budget, f"within {about}{minutes:g} min: {lost}.{_describe_load()}"
+    about = "about " if seconds > 60 * minutes else ""
+    return FittedSweep(smaller, overrides, f"within {about}{minutes:g} min: {given_up}.{_describe_load()}")
 
 
 def _describe_load() -> str:
@@ -286,92 +248,96 @@ def _describe_load() -> str:
 
 
 def list_cuts(definition: Definition, rates: Sequence[Rates], *, typed: Collection[str] = ()) -> list[Cut]:
-    """Returns cuts in their order: seeds, examples, values of the rank, trials, steps, full fine-tuning, more steps.
+    """Returns cuts in the order in which they are made. A key that was `typed` is not cut.
 
     The training is protected: a run keeps one epoch before full fine-tuning goes, then half an epoch, never fewer than
-    `MIN_STEPS`, and all that it has if that is less. LoRA stays. A key that was `typed` is not cut.
+    `MIN_STEPS`, and all that it has if that is less. LoRA stays.
     """
-
-    def is_free(*endings: str) -> bool:
-        return not any(f".{key}".endswith(f".{ending}") for key in typed for ending in endings)
-
-    cuts, looks = list[Cut](), definition.sweep_config.confirm.list_looks()
-    if looks and is_free("confirm.seeds"):
-        cuts += [Cut("looks", looks[:end]) for end in range(len(looks) - 1, 0, -1)]
-        cuts += [Cut("looks", (MIN_SEEDS,))] if looks[0] > MIN_SEEDS else []
-    limits = definition.arms[0].base.data.limit_keys
-    most = max(size for group in rates for size in (*group.num_scored.values(), 0)) if limits else 0
-    if is_free(*(f"data.{key}" for key in limits)):
-        sizes = (most >> number for number in range(1, 20))
-        cuts += [Cut("examples", size) for size in sizes if size > MIN_EXAMPLES]
-        cuts += [Cut("examples", MIN_EXAMPLES)] if most > MIN_EXAMPLES else []
-    most = max(len(arm.subjects) for arm in definition.arms)
-    if is_free(*(arm.confirm_each for arm in definition.arms if arm.confirm_each)):
-        cuts += [Cut("ranks", number) for number in range(most - 1, 1, -1)]
-    largest = max(definition.arms, key=lambda arm: (arm.trials, not searches_one_key(arm.space)))
-    unit, most = 2 if searches_one_key(largest.space) else 1, largest.trials
-    is_typed = {arm.name: f"arms.{arm.name}.trials" in typed for arm in definition.arms if arm.space}
-    if "sweep.trials" not in typed and not all(is_typed.values()):
-        least = min(MIN_TRIALS, most)
-        numbers = dict.fromkeys(max(least, number) for number in (most * 3 // 4, most // 2, least))
-        cuts += [Cut("trials", unit * number) for number in numbers if number < most]
-    full = [arm.name for arm in definition.arms if arm.base.method.trains_all]
-    has_others = any(arm.space and arm.name not in full for arm in definition.arms)
-    is_full_typed = any(key.startswith(f"arms.{name}.") for key in typed for name in full)
-    longest = max((arm.base for arm in definition.arms), key=lambda config: config.num_steps)
-    epoch, steps = max(group.num_train for group in rates) / longest.trainer.batch_size, longest.num_steps
-    for epochs in (1.0, 0.5):
-        least = max(MIN_STEPS, 2 * math.ceil(epochs * epoch / 2))
-        while steps > least and is_free(STEPS_KEY, "sweep.epochs"):
-            steps = max(least, 2 * (steps // 3))
-            cuts.append(Cut("steps", steps))
-        cuts += [Cut("without", tuple(full))] if epochs == 1 and full and has_others and not is_full_typed else []
-    return cuts
+    epoch = max(group.num_train for group in rates) / definition.arms[0].base.trainer.batch_size
+    steps = [*_cut_steps(definition, least=max(MIN_STEPS, epoch / 2))]
+    order = (
+        _cut_seeds(definition),
+        _cut_examples(definition, rates),
+        _cut_ranks(definition),
+        _cut_trials(definition, typed=typed),
+        [cut for cut in steps if cut.overrides[STEPS_KEY] >= epoch],
+        _cut_full(definition),
+        [cut for cut in steps if cut.overrides[STEPS_KEY] < epoch],
+    )
+    kept = {*typed, STEPS_KEY} if "sweep.epochs" in typed else typed
+    return [cut for cuts in order for cut in cuts if not any(_overlap(*pair) for pair in product(cut.overrides, kept))]
 
 
-def describe_cuts(
-    definition: Definition, rates: Sequence[Rates], budget: Budget, *, needed_minutes: int
-) -> Iterator[str]:
-    """Yields a clause on each number that a budget cuts, and on what that gives up; lost questions first.
+def _overlap(key: str, other: str) -> bool:
+    """Returns whether two keys set the same for an arm, or one belongs to an arm that the other leaves out."""
+    return f".{key}".endswith(f".{other}") or f".{other}".endswith(f".{key}") or other.startswith(f"{key}.")
 
-    The smallest sweep that asks all questions takes `needed_minutes`.
-    """
-    for name in budget.without:
-        yield (
-            f"the arm `{name}`, so whether LoRA is as good as full fine-tuning is NOT ASKED (`--minutes "
-            f"{needed_minutes}` asks it)"
+
+def _cut_seeds(definition: Definition) -> Iterator[Cut]:
+    seeds, looks = definition.sweep_config.confirm.seeds, definition.sweep_config.confirm.list_looks()
+    fewer = [looks[:end] for end in range(len(looks) - 1, 0, -1)]
+    for kept in [*fewer, (MIN_SEEDS,)] if looks and looks[0] > MIN_SEEDS else fewer:
+        value = kept[-1] if isinstance(seeds, int) else list(kept)
+        yield Cut("seeds", {"confirm.seeds": value}, f"at most {kept[-1]} of {looks[-1]} seeds ({OPEN})")
+
+
+def _cut_examples(definition: Definition, rates: Sequence[Rates]) -> Iterator[Cut]:
+    data = definition.arms[0].base.data
+    most = max(size for group in rates for size in (*group.num_scored.values(), 0))
+    halves = [half for number in range(1, 20) if (half := most >> number) > MIN_EXAMPLES]
+    for number in [*halves, MIN_EXAMPLES] if data.limit_keys and most > MIN_EXAMPLES else ():
+        limits = {f"data.{key}": min(number, getattr(data, key) or number) for key in data.limit_keys}
+        yield Cut("examples", limits, f"at most {number:,} of {most:,} scored examples ({OPEN})")
+
+
+def _cut_ranks(definition: Definition) -> Iterator[Cut]:
+    """Yields fewer values of `confirm_each`, evenly spaced."""
+    values = {f"{arm.name}.{arm.confirm_each}": [one.value for one in arm.subjects] for arm in definition.arms}
+    for number in range(max(map(len, values.values())) - 1, 1, -1):
+        places = {key: [round(n * (len(x) - 1) / (number - 1)) for n in range(number)] for key, x in values.items()}
+        fewer = {key: [x[place] for place in places[key]] for key, x in values.items() if len(x) > number}
+        lost = [f"`{key.partition('.')[2]}` {join_words(list(map(str, kept)))} alone" for key, kept in fewer.items()]
+        yield Cut("ranks", {f"arms.{key}": kept for key, kept in fewer.items()}, "; ".join(lost))
+
+
+def _cut_trials(definition: Definition, *, typed: Collection[str]) -> Iterator[Cut]:
+    if not (arms := [arm for arm in definition.arms if arm.space and f"arms.{arm.name}.trials" not in typed]):
+        return
+    largest = max(arms, key=lambda arm: (arm.trials, not searches_one_key(arm.space)))
+    most, least = largest.trials, min(MIN_TRIALS, largest.trials)
+    for number in dict.fromkeys(max(least, number) for number in (most * 3 // 4, most // 2, least) if least < most):
+        shared = 2 * number if searches_one_key(largest.space) else number
+        sizes = [math.ceil(shared / 2) if searches_one_key(arm.space) else shared for arm in arms]
+        fewer = [arm for arm, size in zip(arms, sizes, strict=True) if arm.trials < size]
+        own = {f"arms.{arm.name}.trials": arm.trials for arm in fewer}  # no number grows
+        yield Cut(
+            "trials",
+            {"sweep.trials": shared, **own},
+            f"{number} of {most} trials an arm (a better learning rate may be missed)",
         )
-    looks = definition.sweep_config.confirm.list_looks()
-    if budget.looks is not None:
-        yield f"at most {budget.looks[-1]} of {looks[-1]} seeds (small differences stay open)"
-    if budget.examples is not None:
-        most = max(size for group in rates for size in group.num_scored.values())
-        yield f"at most {budget.examples:,} of {most:,} scored examples (small differences stay open)"
-    for key, values in budget.find_ranks(definition).items():
-        yield f"`{key.partition('.')[2]}` {join_words(list(map(str, values)))} alone"
-    largest = max(definition.arms, key=lambda arm: (arm.trials, not searches_one_key(arm.space)))
-    if budget.trials is not None:
-        yield f"{budget.limit(largest).trials} of {largest.trials} trials an arm (a better learning rate may be missed)"
-    most = max(arm.base.num_steps for arm in definition.arms)
-    if budget.steps is not None:
-        yield f"{budget.steps:,} of {most:,} steps a run (the answers hold for shorter training)"
 
 
-def cut_sweep(definition: Definition, budget: Budget) -> Definition:
-    """Returns a sweep in which no arm has larger numbers than the budget."""
-    changes = budget.find_settings(definition)
-    changes |= {f"arms.{key}": values for key, values in budget.find_ranks(definition).items()}
-    if budget.steps is not None:
-        changes["trainer.eval_every_steps"] = choose_evaluation_interval(budget.steps)
-    cut = definition.with_overrides(changes)
-    # these settings may raise the smaller numbers of an arm, and do not change numbers that are set for one arm
-    corrections: dict[str, int] = {}
-    for after in cut.arms:
-        before = definition.find_arm(after.name)
-        trials, (steps, interval) = budget.limit(before).trials, budget.limit_steps(before.base)
-        if trials != after.trials:
-            corrections[f"arms.{before.name}.trials"] = trials
-        if steps != after.base.num_steps:
-            corrections[f"arms.{before.name}.{STEPS_KEY}"] = steps
-            corrections[f"arms.{before.name}.trainer.eval_every_steps"] = interval
-    return cut.with_overrides(corrections) if corrections else cut
+def _cut_steps(definition: Definition, *, least: float) -> Iterator[Cut]:
+    """Yields fewer steps of a run. If the interval of evaluations is set, packs need a multiple of it."""
+    arms = [arm for arm in definition.arms if arm.base.num_steps]
+    if not arms or any(STEPS_KEY in arm.space for arm in arms):
+        return
+    most = max(arm.base.num_steps for arm in arms)
+    unit = math.lcm(2, *(arm.base.trainer.eval_every_steps for arm in arms if INTERVAL_KEY in arm.settings))
+    for steps in range(unit * ((most - 1) // unit), unit * math.ceil(least / unit) - 1, -unit):
+        own = {f"arms.{arm.name}.{STEPS_KEY}": arm.base.num_steps for arm in arms if arm.base.num_steps < steps}
+        lost = f"{steps:,} of {most:,} steps a run (the answers hold for shorter training)"
+        yield Cut("steps", {STEPS_KEY: steps, **own}, lost)
+
+
+def _cut_full(definition: Definition) -> Iterator[Cut]:
+    """Yields a sweep without full fine-tuning, in which the margin is no share of its gain, if other arms search."""
+    full = [arm.name for arm in definition.arms if arm.base.method.trains_all]
+    if full and any(arm.space and arm.name not in full for arm in definition.arms):
+        is_share = parse_margin(definition.sweep_config.confirm.margin).is_share_of_gain
+        margin = {"confirm.margin": DEFAULT_MARGIN} if is_share else {}
+        lost = (
+            f"the arm {join_words([f'`{name}`' for name in full])}, so whether LoRA is as good as full fine-tuning is "
+            "NOT ASKED (`--minutes {minutes}` asks it)"
+        )
+        yield Cut("full", dict.fromkeys(f"arms.{name}" for name in full) | margin, lost)

@@ -94,8 +94,9 @@ def _list_notes(definition: Definition, rates: Sequence[Rates]) -> Iterator[str]
     parts = f"search {format_seconds_range(cost.search_low_s, cost.search_high_s)}"
     parts += f", confirm {format_seconds_range(cost.confirm_s, cost.confirm_s)}" if cost.confirm_s else ""
     range_note = " The upper end is for packs whose steps take as long with empty slots." if " to " in total else ""
-    shared = f" {workers} workers share this time." if (workers := count_workers(definition)) > 1 else ""
-    yield f"Time on this machine, if it does nothing else: {total} ({parts}).{range_note}{shared}"
+    workers = count_workers(definition)
+    where = f"with {workers} workers as fast as this machine" if workers > 1 else "on this machine"
+    yield f"Time {where}, if it does nothing else: {total} ({parts}).{range_note}"
     if longest.high_s > LONG_PLAN_S:
         yield "`--minutes N` cuts a sweep to a time of your choice, and says what that gives up."
     if longest.confirm_s > cost.confirm_s:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from lorasweep.config.run import RANK
 from lorasweep.console import EscapingConsole, add_clock
 from lorasweep.data.reading.hub import find_hub_settings
 from lorasweep.disk import claim_folder, numbered_folders, write_atomically
@@ -20,7 +19,7 @@ from lorasweep.sweep.assess import Assessment, assess
 from lorasweep.sweep.checks import check_definition, list_retained, list_test_metrics, score_constant_answer
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
-from lorasweep.sweep.cost import Budget, Rates, cut_sweep, fit_minutes
+from lorasweep.sweep.cost import FittedSweep, Rates, fit_minutes
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.draft import complete_definition, draft_definition, draft_sweep
 from lorasweep.sweep.fingerprints import compute_fingerprints
@@ -71,10 +70,8 @@ class Session:
         """
         definition, rates = self._measure(definition, minutes=minutes)
         if minutes is not None:
-            budget, _ = self._fit(definition, rates, minutes, typed=typed)
-            rates = [group.limit(budget, definition.find_arm(group.arms[0]).base) for group in rates]
-            definition = cut_sweep(definition, budget)
-        rates = [group for group in rates if group.arms]
+            definition = self._fit(definition, rates, minutes, typed=typed).definition
+        rates = [limited for group in rates if (limited := group.limit(definition)).arms]
         assessment = assess(definition, self.inputs_cache)
         return SweepPlan(definition=definition, rates=tuple(rates), assessment=assessment)
 
@@ -95,12 +92,9 @@ class Session:
         if minutes is not None:
             self._on_note("measures a few steps of the drafted sweep")
             definition, rates = self._measure(draft.definition, minutes=minutes)
-            budget, given_up = self._fit(definition, rates, minutes, typed=settings)
-            changes = budget.find_settings(definition)
-            for ranks in budget.find_ranks(definition).values():  # one arm of a draft has several ranks
-                changes[RANK] = ranks
-            settings = {**settings, **changes}
-            draft = draft_sweep(path, settings, self.inputs_cache, recipe=recipe, given_up=given_up)
+            fitted = self._fit(definition, rates, minutes, typed=settings)
+            settings = {**settings, **fitted.overrides}
+            draft = draft_sweep(path, settings, self.inputs_cache, recipe=recipe, given_up=fitted.given_up)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, draft.text)
         return NewSweep(
@@ -195,8 +189,8 @@ class Session:
 
     def _fit(
         self, definition: Definition, rates: list[Rates], minutes: float, *, typed: Mapping[str, Any]
-    ) -> tuple[Budget, str]:
+    ) -> FittedSweep:
         spent_s = time.monotonic() - self._began_s + END_S
-        budget, given_up = fit_minutes(definition, rates, minutes, typed=typed, spent_s=spent_s)
-        self._on_note(given_up)
-        return budget, given_up
+        fitted = fit_minutes(definition, rates, minutes, typed=typed, spent_s=spent_s)
+        self._on_note(fitted.given_up)
+        return fitted
