@@ -11,9 +11,8 @@ import lorasweep
 
 
 class DigitClassifier(lightning.LightningModule):
-    def __init__(self, learning_rate=1e-3, layers=2, dropout=0.0, log_as="val_acc", automatic=True):
+    def __init__(self, learning_rate=1e-3, layers=2, dropout=0.0, log_as="val_acc"):
         super().__init__()
-        self.automatic_optimization = automatic
         self.save_hyperparameters()
         config = ViTConfig(
             image_size=8,

@@ -88,7 +88,7 @@ class AnswersConfig(Settings):
     on_validation: bool = False
     """Whether the best weights of each run also answer examples of validation."""
     max_examples: Positive | None = 200
-    """Maximum number of examples of a split that are answered, spread evenly over groups; null answers all."""
+    """Maximum number of examples of a split that are answered, evenly spaced over the groups; null answers all."""
 
     @property
     def metric(self) -> ScoreMetric:
@@ -112,8 +112,6 @@ class DataSettings(Settings):
     """Whether the examples have lengths of their own, which `data.max_length` cuts."""
     is_built_in: ClassVar[bool] = False
     """Whether every installation has the data, so that a run needs no whole epoch of them."""
-    row_keys: ClassVar[tuple[str, ...]] = ("metric",)
-    """Settings that apply to examples after they were read and assigned to splits."""
 
     name: str
     metric: str | MetricComponent
@@ -199,7 +197,6 @@ class RowSettings(SplitSettings):
 
     limit_keys = ("max_validation_examples", "max_test_examples")
     cuts_examples = True
-    row_keys: ClassVar[tuple[str, ...]] = ("metric", "max_length", "group_by_length")
     found_columns: ClassVar[tuple[str, ...]] = ()
     """Settings of columns that a sweep finds in the data if its file and the command line do not name them."""
 

@@ -270,28 +270,6 @@ def describe_lost(splits: Sequence[SplitFacts], *, is_longest: bool) -> dict[str
     return {sentence: bool(left_out) or sum(cut.values()) > MAX_CUT_SHARE * sum(sizes.values())}
 
 
-def choose_evenly(counts: Sequence[int], *, limit: int) -> list[int]:
-    """Returns the indices of `limit` blocks, spread as evenly over documents as their numbers of blocks allow.
-
-    `counts` has the number of blocks of each document, in the order of the blocks; their sum is above `limit`.
-    """
-    # Each round gives one more block to every document that has one left.
-    shares, share = [0] * len(counts), 0
-    while sum(shares) < limit:
-        share += 1
-        shares = [min(count, share) for count in counts]
-    largest = [index for index, count in enumerate(shares) if count == share]
-    surplus = sum(shares) - limit
-    for n in range(surplus):  # the last round gives a block to some of the documents only, evenly spaced among them
-        shares[largest[n * len(largest) // surplus]] -= 1
-    starts = itertools.accumulate(counts, initial=0)
-    return [
-        start + n * count // share
-        for start, count, share in zip(starts, counts, shares, strict=False)
-        for n in range(share)
-    ]
-
-
 def padding_fraction(split: SplitFacts, batches: Sequence[Sequence[int]]) -> float:
     """Returns the fraction of positions that is padding when each batch is padded to its longest example."""
     padded = sum(len(batch) * int(split.padded_lengths[torch.tensor(batch)].max()) for batch in batches)

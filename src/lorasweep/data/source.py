@@ -32,6 +32,7 @@ class AnyExample(Protocol):
         """Yields every text and label, which make the fingerprint of the data."""
 
 
+T = TypeVar("T")
 Example = TypeVar("Example", bound=AnyExample)
 FIRST_BUCKETS: Mapping[str, int] = {"validation": 0, "test": 10}
 """The first of the hash buckets (0 to 99) of a split without a file of its own. Test comes last, so a larger test split
@@ -60,10 +61,10 @@ class Examples(Generic[Example]):
         return len(self.items)
 
     def take(self, limit: int | None) -> Examples[Example]:
-        """Returns `limit` evenly spaced examples, or all for None or a larger limit. `2 * limit` contains them too."""
+        """Returns `limit` evenly spaced examples, or all for None or a larger limit."""
         if limit is None or limit >= len(self):
             return self
-        return collect_examples(self.name, [self.items[n * len(self) // limit] for n in range(limit)], self.notes)
+        return collect_examples(self.name, choose_evenly(self.items, limit), self.notes)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,6 +81,11 @@ class DataSource:
     """Returns the test split. The first call reads it, and later calls return the same object."""
     notes: tuple[str, ...] = ()
     """Notes for the user, for example the number of duplicates, or how a missing split was taken from train."""
+
+
+def choose_evenly(items: Sequence[T], limit: int) -> list[T]:
+    """Returns `limit` evenly spaced items of a longer sequence. `2 * limit` contains them too."""
+    return [items[n * len(items) // limit] for n in range(limit)]
 
 
 def collect_examples(name: str, items: list[Example], notes: tuple[str, ...] = ()) -> Examples[Example]:
@@ -123,8 +129,7 @@ def build_source(
         limit = max_examples.get(name)
         if limit is None or limit >= len(items):
             return items, notes
-        evenly_spaced = [items[n * len(items) // limit] for n in range(limit)]
-        return evenly_spaced, [*notes, f"{name} uses {limit} of {len(items)} examples, evenly spaced."]
+        return choose_evenly(items, limit), [*notes, f"{name} uses {limit} of {len(items)} examples, evenly spaced."]
 
     (train_items, train_notes), (validation_items, validation_notes) = load("train"), load("validation")
     keys = {"train": frozenset(map(key, train_items)), "validation": frozenset(map(key, validation_items))}

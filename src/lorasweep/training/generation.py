@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,8 @@ from lorasweep.config.components import find_function
 from lorasweep.config.data import AnswersConfig, AnswerScore
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import batch_by_length
-from lorasweep.data.rows import Answers, Rows, SplitFacts, choose_evenly
+from lorasweep.data.rows import Answers, Rows, SplitFacts
+from lorasweep.data.source import choose_evenly
 from lorasweep.disk import csv_text
 from lorasweep.errors import ConfigError, describe_error
 from lorasweep.models.pretrained import quiet_transformers
@@ -198,8 +198,7 @@ def _choose_examples(config: RunConfig, split: SplitFacts) -> tuple[AnswersConfi
     places = {group: place for place, group in enumerate(dict.fromkeys(split.groups))}
     usable.sort(key=lambda index: places[split.groups[index]])
     if (limit := settings.max_examples) is not None and limit < len(usable):
-        counts = Counter(split.groups[index] for index in usable)  # in the order of `usable`
-        usable = [usable[place] for place in choose_evenly(list(counts.values()), limit=limit)]
+        usable = choose_evenly(usable, limit)
     return settings, split, answers, sorted(usable)
 
 

@@ -33,7 +33,7 @@ module is another base."""
 class InputsCache:
     """Loads the inputs of runs. Runs with the same model and data share one `RunInputs`.
 
-    Each base model is loaded once and each data set is read once, also for runs that cut the data differently.
+    Each base model is loaded once and each data set is read once for the same settings.
     """
 
     def __init__(self, *, max_inputs: int = MAX_LOADED_INPUTS) -> None:
@@ -42,7 +42,7 @@ class InputsCache:
         self.max_inputs = max_inputs
         self._inputs: dict[tuple[Any, ...], RunInputs] = {}
         self._bases: dict[tuple[ModelConfig, torch.dtype, Labels | None], BaseModel] = {}
-        self._sources: list[tuple[DataConfig, DataSource]] = []
+        self._sources: dict[DataConfig, DataSource] = {}
         self._other_splits: dict[tuple[DataConfig, tuple[Any, ...]], DataSplits] = {}
 
     def load(self, config: RunConfig) -> RunInputs:
@@ -89,13 +89,9 @@ class InputsCache:
 
     def read_source(self, config: DataConfig) -> DataSource:
         """Returns the examples of a data set. Errors as in `Task.read`."""
-        for known, source in self._sources:
-            differences = {name for name, value in vars(config).items() if vars(known).get(name) != value}
-            if differences.issubset(config.row_keys):
-                return source
-        source = read_source(config)
-        self._sources.append((config, source))
-        return source
+        if config not in self._sources:
+            self._sources[config] = read_source(config)
+        return self._sources[config]
 
 
 SHARED_INPUTS = InputsCache(max_inputs=1)

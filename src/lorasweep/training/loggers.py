@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lorasweep.config.build import as_settings
@@ -18,36 +17,8 @@ from lorasweep.config.components import (
     find_class,
     instantiate,
     list_argument_names,
-    require_package,
 )
 from lorasweep.config.run import RunConfig
-
-LOGGER_PACKAGES: Mapping[str, str] = {
-    "WandbLogger": "wandb",
-    "MLFlowLogger": "mlflow",
-    "CometLogger": "comet_ml",
-    "NeptuneLogger": "neptune",
-}
-"""The package that each logger class needs. Lightning does not install these packages."""
-
-
-class EventLogger(TensorBoardLogger):
-    """Writes TensorBoard's event file into the run's folder, without Lightning's `hparams.yaml`.
-
-    It does not log settings. TensorBoard's HParams tab shows settings and score, so both are written at the run's end.
-    """
-
-    def __init__(self, save_dir: str, **arguments: Any) -> None:
-        super().__init__(save_dir, name="", version="", default_hp_metric=False, **arguments)
-
-    @rank_zero_only
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        pass
-
-    @rank_zero_only
-    def save(self) -> None:
-        if self._experiment is not None:
-            self._experiment.flush()
 
 
 def start_loggers(config: RunConfig, folder: Path, *, is_first_process: bool = True) -> list[Logger]:
@@ -99,7 +70,4 @@ def check_components(config: RunConfig) -> None:
         key = f"logger.{name}"
         run_arguments = _find_run_arguments(component, key=key, folder=Path("run"))
         check_component(component, key=key, expected=Logger, **run_arguments)
-        package = LOGGER_PACKAGES.get(component.name)
-        if package is not None:
-            require_package(package, key=key)
     build_callbacks(config)

@@ -20,17 +20,18 @@ import lightning
 import numpy as np
 import torch
 from lightning import LightningDataModule, LightningModule
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves  # see lora.fully_trained
 
-from lorasweep.config.components import Component, instantiate, list_argument_names
+from lorasweep.config.components import Component, instantiate
 from lorasweep.config.data import ScoreMetric
 from lorasweep.config.run import RunConfig
 from lorasweep.data.rows import SplitFacts, Splits
 from lorasweep.disk import csv_text
-from lorasweep.errors import ConfigError
+from lorasweep.errors import ConfigError, first_line
 from lorasweep.lora.layer_kinds import count_parameters
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.methods.method import replace_parameters
@@ -43,7 +44,6 @@ from lorasweep.training.prepare import prepare_model
 from lorasweep.training.processes import find_launch, quiet_lightning
 from lorasweep.training.progress import TrainingProgress
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.wording import join_words, shorten, suggest_nearest
 
 DATA_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 """Hooks of a data module that Lightning calls for each batch, if the class overrides them."""
@@ -140,7 +140,7 @@ def read_own_data(component: Component, score: ScoreMetric, *, batch_size: int) 
     Errors of the data module's own code are raised as they are, with its traceback.
 
     Raises:
-        ConfigError: It is no LightningDataModule, or has a loader that runs can't be compared on.
+        ConfigError: It is no LightningDataModule, or its training batches have another size.
     """
     with random_streams(0):
         data = instantiate(component, key="datamodule", expected=LightningDataModule)
@@ -165,15 +165,7 @@ def read_own_data(component: Component, score: ScoreMetric, *, batch_size: int) 
 def _read_split(data: LightningDataModule, name: str) -> OwnSplit:
     """Returns the size of a split and the fingerprint of its first batch."""
     loader: Any = getattr(data, LOADER_METHODS[name])()
-    try:
-        num_examples, num_batches = len(loader.dataset), len(loader)
-    except (TypeError, AttributeError):
-        num_examples = num_batches = 0
-    if not num_batches:
-        raise ConfigError(
-            f"`{LOADER_METHODS[name]}` of `datamodule` must return one DataLoader with a known number of batches, "
-            f"but got {type(loader).__name__}."
-        )
+    num_examples = len(loader.dataset)
     digest = hashlib.sha256(str(num_examples).encode())
     for leaf in tree_leaves(next(iter(SeededLoader(loader=loader)))):
         is_tensor = isinstance(leaf, Tensor)
@@ -185,32 +177,19 @@ def build_module(config: RunConfig) -> LightningModule:
     """Creates the user's module. Raises `ConfigError` if lorasweep can't train it."""
     component = config.module
     assert component is not None
-    names, takes_any = list_argument_names(component.target, key="module", expected=LightningModule)
-    if component.lr_argument and component.lr_argument not in names and not takes_any:
-        raise ConfigError(
-            f"`module.lr_argument` must name an argument of {component.target!r} ({join_words(names)}), but got "
-            f"{component.lr_argument!r}.{suggest_nearest(component.lr_argument, names)}"
-        )
     learning_rate = {component.lr_argument: config.optim.lr} if component.lr_argument else {}
     with random_streams(0):  # the same weights at each call, whatever the seed of the run
         module = instantiate(component, key="module", expected=LightningModule, **learning_rate)
-    if not module.automatic_optimization:
-        raise ConfigError(f"`module` must have automatic optimization, but {component.target!r} has a manual one.")
-    for step in ("training_step", "validation_step", "test_step"):
-        if not is_overridden(step, module):
-            raise ConfigError(f"`module` must have a `{step}`, but {component.target!r} has none.")
     if is_overridden("configure_optimizers", module) and not component.lr_argument:
         raise ConfigError(
             f"`module.lr_argument` must name the argument of {component.target!r} that takes `optim.lr`, because its "
             "own `configure_optimizers` sets the learning rate."
         )
-    names = sorted(name for name, _ in module.named_modules() if name)
-    for name in component.new_modules:
-        if name not in names:
-            raise ConfigError(
-                f"`module.new_modules` must name submodules, but got {name!r}.{suggest_nearest(name, names)} There are "
-                f"{shorten(names, 400)}."
-            )
+    try:
+        for name in component.new_modules:
+            module.get_submodule(name)
+    except AttributeError as error:
+        raise ConfigError(f"`module.new_modules` must name submodules, but {error}.") from error
     return module
 
 
@@ -356,7 +335,10 @@ def _evaluate(module: Any, *, config: RunConfig, inputs: RunInputs, step: str, n
             enable_model_summary=False,
             inference_mode=False,  # other runs train on the same weights
         )
-        getattr(trainer, step)(module, datamodule=SeededData(_get_data(inputs), seed=0), verbose=False)
+        try:
+            getattr(trainer, step)(module, datamodule=SeededData(_get_data(inputs), seed=0), verbose=False)
+        except MisconfigurationException as error:
+            raise ConfigError(f"`module` must be one that Lightning can train, but: {first_line(error)}") from error
     module.cpu()
     logged = trainer.callback_metrics
     if metric not in logged:

@@ -20,7 +20,6 @@ class TableConfig(RowSettings):
     task_path = "lorasweep.tasks.table.task.TASK"
     model_kind = "classifier"
     found_columns = ("text", "label")
-    row_keys = (*RowSettings.row_keys, "class_weights")
 
     name: Literal["table"]
     text: str

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lorasweep.data.rows import Ragged, Rows, choose_evenly
-from lorasweep.data.source import DataSource, Examples
+from lorasweep.data.rows import Ragged, Rows
+from lorasweep.data.source import DataSource, Examples, choose_evenly
 from lorasweep.data.tokenise import Columns, cache_key, get_end_token, map_cached, tokenise_plain
 from lorasweep.errors import ConfigError
 from lorasweep.tasks.text.read import Document
@@ -41,7 +41,7 @@ def build_blocks(
     owners = torch.searchsorted(documents.starts + documents.lengths, starts + 1, right=True)
     limit = {"validation": config.max_validation_blocks, "test": config.max_test_blocks}.get(examples.name)
     if limit is not None and limit < len(starts):
-        chosen = choose_evenly(torch.bincount(owners, minlength=len(examples)).tolist(), limit=limit)
+        chosen = choose_evenly(range(len(starts)), limit)
         starts, owners = starts[chosen], owners[chosen]
     owning = [examples.items[index] for index in owners.tolist()]
     num_bytes = sum(len(document.text.encode()) for document in examples.items)

@@ -20,7 +20,6 @@ class BlockSettings(DataSettings):
 
     task_path = "lorasweep.tasks.text.task.TASK"
     limit_keys = ("max_validation_blocks", "max_test_blocks")
-    row_keys = ("metric", "block_length", "max_train_documents", *limit_keys)
 
     block_length: AtLeastTwo
     """Tokens per training and evaluation sequence, >= 2."""
