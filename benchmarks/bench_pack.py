@@ -396,11 +396,10 @@ def measure_real_path(
             stop_requested=timer.stop_requested,
             on_phase=timer.clock.switch,
         )
-    padding = records[0].batching["padding_fraction"]["train"]
     ratio, trial_step_ms = statistics.median(timer.ratios), 1000 * statistics.median(timer.step_s) / len(ranks)
     saving_ms = 1000 * timer.clock.read()["saving"] / ((blocks + 1) * block_steps) / len(ranks)
     tokens = round(statistics.mean(timer.tokens) / len(ranks))
-    print_row(variant.name, tokens, padding, trial_step_ms, trial_step_ms / ratio, ratio, saving_ms)
+    print_row(variant.name, tokens, trial_step_ms, trial_step_ms / ratio, ratio, saving_ms)
 
 
 def print_real_path(arguments: argparse.Namespace, dtype: str, device: torch.device) -> None:
@@ -409,7 +408,7 @@ def print_real_path(arguments: argparse.Namespace, dtype: str, device: torch.dev
     if arguments.quick:
         ranks, blocks, block_steps = (1, 64), 1, 2
     print(f"\nThe real path, {len(ranks)} slots, {dtype}\n")
-    print_head("real path", "tokens/slot", "padding", "ms a trial-step", "bare ms", "real / bare", "saving ms")
+    print_head("real path", "tokens/slot", "ms a trial-step", "bare ms", "real / bare", "saving ms")
     with tempfile.TemporaryDirectory() as folder:
         real = prepare_real_task(load_task("minilm", DTYPES[dtype], device), arguments.data, Path(folder))
         for variant in VARIANTS if arguments.all_variants else VARIANTS[:1]:

@@ -177,10 +177,6 @@ OWN_METRICS = [
         lambda logits, targets: (logits[:, 0] - targets).abs().mean(),
     ),
     (
-        ("text", "torchmetrics.classification.MulticlassAccuracy", {"num_classes": 8, "average": "micro"}),
-        lambda logits, targets: (logits.argmax(-1) == targets)[targets != IGNORED].double().mean(),
-    ),
-    (
         ("three classes", f"{__name__}.SquaredGap", {"scale": 0.5}),
         lambda logits, targets: 0.5 * (logits.softmax(-1) - one_hot(targets, 3)).square().sum(-1).mean(),
     ),

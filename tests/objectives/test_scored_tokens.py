@@ -78,7 +78,7 @@ def set_chunk(monkeypatch):
 def differentiate(model, batch, *, by_chunk):
     """Returns the losses and the gradients of a sum in which each row has another weight."""
     model.zero_grad()
-    losses = score_tokens(model, batch, by_chunk=by_chunk)[0]
+    losses = score_tokens(model, batch, by_chunk=by_chunk)
     (losses.sum(-1) * torch.linspace(0.5, 2, len(losses))).sum().backward()
     return losses.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -155,7 +155,7 @@ def test_each_slot_of_a_pack_has_the_losses_and_gradients_of_its_run_alone(confi
         losses, _ = differentiate(pack, joined, by_chunk=True)
     for slot, (solo, batch) in enumerate(zip(solos, batches, strict=True)):
         torch.manual_seed(slot)
-        expected = score_tokens(solo.train(), batch, by_chunk=True)[0]
+        expected = score_tokens(solo.train(), batch, by_chunk=True)
         torch.testing.assert_close(losses.chunk(3)[slot], expected.detach())
         # the weights of `differentiate` for the rows of this slot
         (expected.sum(-1) * torch.linspace(0.5, 2, 12).chunk(3)[slot]).sum().backward()
@@ -163,7 +163,7 @@ def test_each_slot_of_a_pack_has_the_losses_and_gradients_of_its_run_alone(confi
         torch.testing.assert_close(grads, {name: p.grad for name, p in solo.named_parameters() if p.requires_grad})
 
 
-def test_evaluation_has_the_losses_and_predicted_tokens_of_all_logits(set_chunk):
+def test_evaluation_of_a_pack_has_the_losses_of_all_logits(set_chunk):
     set_chunk(2, slots=2)
     pack = make_model(LLAMA).eval()
     inject_packed_lora(pack, [HEADS["adapted"]] * 2)
@@ -171,12 +171,8 @@ def test_evaluation_has_the_losses_and_predicted_tokens_of_all_logits(set_chunk)
         randomise(slot_model(pack, slot))
     batch = repeat_batch(make_batch(), slots=2)
     with torch.no_grad():
-        expected, found = (
-            score_tokens(pack, batch, by_chunk=by_chunk, with_predicted=True) for by_chunk in (False, True)
-        )
-    torch.testing.assert_close(found[0], expected[0])
-    is_scored = batch["targets"] != IGNORED
-    assert torch.equal(found[1][is_scored], expected[1][is_scored])
+        expected, found = (score_tokens(pack, batch, by_chunk=by_chunk) for by_chunk in (False, True))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("config", HEADS.values(), ids=HEADS)
@@ -194,7 +190,7 @@ def test_a_frozen_head_gets_scored_tokens_alone_and_the_model_computes_as_before
     inject_lora(model, HEADS["frozen"])
     before = model(input_ids=batch["input_ids"]).logits
     hook = model.lm_head.register_forward_pre_hook(lambda layer, args: seen.append((args[0].shape, args[0].stride())))
-    losses = score_tokens(model, batch, by_chunk=True)[0]
+    losses = score_tokens(model, batch, by_chunk=True)
     losses.sum().backward()
     hook.remove()
     # the strides are those of a whole tensor: with others, torch copies the weight
@@ -208,7 +204,7 @@ def test_backward_keeps_no_logits_of_a_frozen_head(set_chunk):
     model, batch = make_model(LLAMA), make_batch(scored_from=(0, 0, 0, 0))
     inject_lora(model, HEADS["frozen"])
     saved = [
-        count_saved_bytes(lambda way=way: score_tokens(model, batch, by_chunk=way)[0], model=model)
+        count_saved_bytes(lambda way=way: score_tokens(model, batch, by_chunk=way), model=model)
         for way in (False, True)
     ]
     num_positions, num_scored, token_bytes = batch["targets"].numel(), 23, 8 * VOCABULARY
@@ -245,10 +241,10 @@ def test_a_head_that_is_no_linear_layer_gives_the_losses_and_gradients_of_all_lo
 @pytest.mark.release
 def test_a_compiled_model_computes_all_logits():
     model, batch = make_model(LLAMA), make_batch()
-    expected = score_tokens(model, batch, by_chunk=False)[0]
+    expected = score_tokens(model, batch, by_chunk=False)
     seen = []
     model.lm_head.register_forward_hook(lambda layer, args, output: seen.append(output.shape[:2]))
     model.compile(backend="eager")
-    torch.testing.assert_close(score_tokens(model, batch, by_chunk=True)[0], expected)
+    torch.testing.assert_close(score_tokens(model, batch, by_chunk=True), expected)
     assert seen == [batch["targets"].shape]
     assert compute_logits(model, batch).shape == (*batch["targets"].shape, VOCABULARY)

@@ -92,7 +92,7 @@ class Votes(TokenObjective):
         return self.score(model, batch).loss
 
     def score(self, model: nn.Module, batch: dict[str, Tensor]) -> ExampleScores:
-        losses, _ = score_tokens(model, batch, by_chunk=self.by_chunk)
+        losses = score_tokens(model, batch, by_chunk=self.by_chunk)
         margins = 3 - losses.sum(-1) / (batch["targets"] >= 0).sum(-1)
         votes = 2.0 * batch["liked"] - 1
         hits = (margins * votes > 0).double()

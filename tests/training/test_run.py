@@ -33,7 +33,7 @@ def test_a_run_leaves_exactly_these_files_and_the_base_bit_equal_and_frozen(tmp_
     events = {name for name in set(read_files(tmp_path)) if name.startswith("events.out.tfevents.")}
     weights = {f"best/{name}" for name in KEPT[method]}
     assert len(events) == 1
-    assert set(read_files(tmp_path)) - events == {"run.json", "steps.jsonl"} | weights
+    assert set(read_files(tmp_path)) - events == {"run.json", "steps.jsonl", "hparams.yaml"} | weights
     assert set(record.files) == weights
     for name, described in record.files.items():
         assert described == {"bytes": (tmp_path / name).stat().st_size, "sha256": compute_sha256(tmp_path / name)}

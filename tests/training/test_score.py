@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from tests.small_runs import SMALL_RUN
 from tests.training.runs import settings_of, train_together
 
 from lorasweep.config.compose import compose_run
@@ -114,20 +115,27 @@ def test_rows_of_perplexity_are_losses_of_which_it_is_the_exponential(make_confi
     assert math.exp(mean) == pytest.approx(record.test["perplexity"], rel=1e-12)
 
 
-def test_a_metric_by_its_class_scores_a_slot_as_a_run_alone_and_no_single_example(make_config, tmp_path):
-    name, metric = "MulticlassAccuracy", {"num_classes": 257, "average": "micro"}
-    metric |= {"_target_": f"torchmetrics.classification.{name}"}
-    configs = [
-        make_config({f"data.metric.{key}": value for key, value in metric.items()} | {"seed": n}) for n in (0, 1)
-    ]
+def make_table(folder, **settings):
+    """Returns the settings of a run on 150 labelled texts."""
+    rows = ["text,label", *(f"words {n},{'often' if n % 3 else 'rare'}" for n in range(150))]
+    (folder / "topics.csv").write_text("\n".join(rows) + "\n")
+    words = {"model": "classifier", "model.path": "embedded:tiny", "data": "table", "data.text": "text"}
+    return {**words, "data.label": "label", "data.train": str(folder / "topics.csv"), **settings}
+
+
+def test_a_metric_by_its_class_scores_a_slot_as_a_run_alone_and_no_single_example(tmp_path):
+    name = "MulticlassAUROC"
+    metric = {"data.metric._target_": f"torchmetrics.classification.{name}", "data.metric.num_classes": 2}
+    short = {key: value for key, value in SMALL_RUN.items() if key.startswith("trainer.")}
+    configs = [compose_run(make_table(tmp_path, **metric, **short, seed=n)) for n in (0, 1)]
     inputs, alone = load_inputs(configs[0]), tmp_path / "alone"
     packed = {tmp_path / f"packed-{n}": config for n, config in enumerate(configs)}
     train_together(packed, inputs=inputs, checkpoint_file=tmp_path / "pack.ckpt")
     train_alone(configs[0], RunFolder(path=alone), inputs=inputs)
     one, slot = read_run(alone), read_run(tmp_path / "packed-0")
     assert (one.metric, one.direction) == (slot.metric, slot.direction) == (name, "maximize")
-    # one of 128 tokens may be predicted otherwise, because kernels of other shapes round otherwise
-    assert slot.last[name] == pytest.approx(one.last[name], abs=1.5 / 128)
+    # kernels of other shapes round otherwise, which may swap a few of the pairs of examples
+    assert slot.last[name] == pytest.approx(one.last[name], abs=0.1)
     assert restore_config(slot) == configs[0]
     assert score_run(alone, inputs=inputs).test.keys() >= {name, "loss"}
     assert not (alone / TEST_SCORES_FILE).exists()  # its parts are not the scores of examples
@@ -157,11 +165,7 @@ def test_weights_that_are_missing_or_damaged_are_refused_and_nothing_is_written(
 
 
 def test_a_base_with_a_new_head_gives_the_most_frequent_label_on_every_seed(tmp_path):
-    rows = ["text,label", *(f"words {n},{'often' if n % 3 else 'rare'}" for n in range(150))]
-    (tmp_path / "topics.csv").write_text("\n".join(rows) + "\n")
-    words = {"model": "classifier", "model.path": "embedded:tiny", "data": "table", "data.text": "text"}
-    words |= {"data.label": "label", "data.train": str(tmp_path / "topics.csv"), "method": "frozen"}
-    config, other = (compose_run({**words, "seed": seed}) for seed in (0, 1))
+    config, other = (compose_run(make_table(tmp_path, method="frozen", seed=seed)) for seed in (0, 1))
     inputs = load_inputs(config)
     train_alone(config, RunFolder(path=tmp_path / "a-0", arm="a", trial=0), inputs=inputs)
     record = score_run(tmp_path / "a-0", inputs=inputs)

@@ -270,13 +270,6 @@ def describe_lost(splits: Sequence[SplitFacts], *, is_longest: bool) -> dict[str
     return {sentence: bool(left_out) or sum(cut.values()) > MAX_CUT_SHARE * sum(sizes.values())}
 
 
-def padding_fraction(split: SplitFacts, batches: Sequence[Sequence[int]]) -> float:
-    """Returns the fraction of positions that is padding when each batch is padded to its longest example."""
-    padded = sum(len(batch) * int(split.padded_lengths[torch.tensor(batch)].max()) for batch in batches)
-    real = sum(int(split.lengths[torch.tensor(batch)].sum()) for batch in batches)
-    return 1.0 - real / padded if padded else 0.0
-
-
 def select_model_inputs(batch: Batch) -> Batch:
     return {name: batch[name] for name in MODEL_KEYS if name in batch}
 

@@ -56,18 +56,13 @@ class NextTokens(TokenObjective):
         return replace(self, bytes_per_token=split.bytes_per_token)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        return score_tokens(model, batch, by_chunk=self.by_chunk)[0].sum(-1)
+        return score_tokens(model, batch, by_chunk=self.by_chunk).sum(-1)
 
     def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
-        has_own_metric = self.own_metric is not None
-        losses, predicted = score_tokens(model, batch, by_chunk=self.by_chunk, with_predicted=has_own_metric)
-        targets, own_columns = batch["targets"], {}
-        scored = targets != IGNORED
-        if predicted is not None:
-            own_columns = {"metric_input": predicted[scored], "metric_target": targets[scored]}
+        losses = score_tokens(model, batch, by_chunk=self.by_chunk)
         # fp64, because the tokens of a whole evaluation are added up
-        loss, items = (values.double().sum(-1) for values in (losses, scored))
-        return ExampleScores(loss=loss, items=items, **own_columns)
+        loss, items = (values.double().sum(-1) for values in (losses, batch["targets"] != IGNORED))
+        return ExampleScores(loss=loss, items=items)
 
     def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
         loss = scores.loss.double().sum() / scores.items.double().sum()

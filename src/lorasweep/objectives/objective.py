@@ -38,9 +38,9 @@ class ExampleScores:
     details: Tensor | None = None
     """Further numbers of each example, (examples, numbers), from which an objective computes metrics."""
     metric_input: Tensor | None = None
-    """Predictions for the metric of `data.metric._target_`, (examples, ...); for text (scored tokens,)."""
+    """Predictions for the metric of `data.metric._target_`, (examples, ...)."""
     metric_target: Tensor | None = None
-    """Targets for that metric, (examples, ...); for text (scored tokens,)."""
+    """Targets for that metric, (examples, ...)."""
 
     def map(self, function: Callable[[Tensor], Tensor], *, names: Sequence[str] = SCORE_FIELDS) -> ExampleScores:
         """Returns the tensors of these names, with a function applied to each."""
@@ -56,8 +56,7 @@ class ExampleScores:
 class OwnMetric:
     """A metric that each evaluation computes once, from all examples.
 
-    It gets probabilities of classes (a binary metric: of the second class), predicted numbers, the sigmoid of a pair's
-    margin, or the predicted token of each scored position, because all probabilities of text would fill the memory.
+    It gets probabilities of classes (a binary metric: of the second class), or predicted numbers.
     """
 
     score: ScoreMetric

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
@@ -35,13 +35,10 @@ class RowGroups(Protocol):
     def num_groups(self) -> int: ...
 
 
-def score_tokens(
-    model: nn.Module, batch: Batch, *, by_chunk: bool, with_predicted: bool = False
-) -> tuple[Float[Tensor, "rows length"], Int[Tensor, "rows length"] | None]:
-    """Returns the loss at each position in nats, in fp32 or wider, and the predicted token if `with_predicted`.
+def score_tokens(model: nn.Module, batch: Batch, *, by_chunk: bool) -> Float[Tensor, "rows length"]:
+    """Returns the loss at each position in nats, in fp32 or wider; 0 at positions that are not scored.
 
-    At positions that are not scored, the loss is 0 and the predicted token has no meaning. With `by_chunk`, the base
-    model must be one for which `can_score_by_chunk` is True; it may be adapted or packed.
+    With `by_chunk`, the base model must be one for which `can_score_by_chunk` is True; it may be adapted or packed.
     """
     targets = batch["targets"]
     # calling the decoder alone would skip the compiled code, and FSDP would not gather the weights of the head
@@ -49,8 +46,7 @@ def score_tokens(
     head = _list_head(model) if by_chunk else []
     is_trained = torch.is_grad_enabled() and any(p.requires_grad for module in head for p in module.parameters(False))
     if not by_chunk or must_call_whole or is_trained:
-        logits = compute_logits(model, batch)
-        return _compute_losses(logits, targets), logits.argmax(-1) if with_predicted else None
+        return _compute_losses(compute_logits(model, batch), targets)
     groups = next((module for module in head if isinstance(module, RowGroups)), None)
     num_groups = 1 if groups is None else groups.num_groups
     # each group's scored positions; groups with fewer are filled up with others, whose loss is 0
@@ -65,22 +61,17 @@ def score_tokens(
     hidden, targets_at_places = states[places], targets.flatten()[places]  # (groups, width, size), (groups, width)
     size = max(1, MAX_CHUNK_BYTES[hidden.device.type] // (4 * num_groups * _get_vocabulary_size(model)))
     chunks = zip(torch.split(hidden, size, 1), torch.split(targets_at_places, size, 1), strict=True)
-    losses, predicted = [], []
+    losses = []
     for part, chunk_targets in chunks:
         # a contiguous copy, because torch would copy the weight for a product with a strided view
         chunk = part.clone(memory_format=torch.contiguous_format)
-        if not torch.is_grad_enabled():
-            logits = project(chunk)
-            losses.append(_compute_losses(logits, chunk_targets))
-            predicted += [logits.argmax(-1)] if with_predicted else []
-        else:
+        if torch.is_grad_enabled():
             losses.append(_ScoreFrozen.apply(chunk, chunk_targets, project))  # type: ignore[no-untyped-call]
-
-    def put_back(values: list[Tensor]) -> Tensor:
-        joined = torch.cat(values, 1).flatten()
-        return joined.new_zeros(targets.numel()).index_copy(0, places.flatten(), joined).view_as(targets)
-
-    return put_back(losses), put_back(predicted) if predicted else None
+        else:
+            losses.append(_compute_losses(project(chunk), chunk_targets))
+    joined = torch.cat(losses, 1).flatten()
+    put_back: Tensor = joined.new_zeros(targets.numel()).index_copy(0, places.flatten(), joined)
+    return put_back.view_as(targets)
 
 
 def _list_head(model: nn.Module) -> list[nn.Module]:

@@ -71,7 +71,7 @@ class RunRecord:
     """Sentences on the data (splits, duplicates), the attention and the adapted layers."""
     batching: dict[str, Any] = field(default_factory=dict)
     """`micro_batches` per optimizer step, those that ran out of memory (`too_large`), `bucket_lengths`,
-    `padding_fraction` of training and validation batches, and the automatic choice of `attention`."""
+    and the automatic choice of `attention`."""
     base: dict[str, Any] = field(default_factory=dict)
     """`path`, `fingerprint`, `parameters`, `kind`, `head`, `labels`."""
     fingerprints: dict[str, str] = field(default_factory=dict)

@@ -78,7 +78,7 @@ class TrainingModule(lightning.LightningModule):
         self.progress = TrainingProgress()
         self.step_losses = torch.zeros(0)
         self._micro_losses: list[Tensor] = []
-        self._micro_tokens = self._micro_positions = 0
+        self._micro_tokens = 0
         self._step_began = 0.0
         self.strict_loading = False  # a checkpoint has only the trained parameters
 
@@ -139,7 +139,6 @@ class TrainingModule(lightning.LightningModule):
         share: Tensor = compute_losses(self.model, batch, inputs=self.inputs, configs=[self.config])[0]
         self._micro_losses.append(share.detach())
         self._micro_tokens += int(batch["num_tokens"])
-        self._micro_positions += batch["input_ids"].numel()
         # Each share is already divided by the weight of the whole step, so shares must be added up. Lightning averages
         # over micro-batches, and its strategies average over processes, which this factor reverses.
         return share * self.accumulate * self.trainer.world_size
@@ -148,15 +147,14 @@ class TrainingModule(lightning.LightningModule):
         """Sums losses and tokens of the step over its micro-batches and over processes, and logs them."""
         if self._device_mesh is not None:
             average_gradients(self.model)  # before they are clipped
-        losses, tokens, positions = torch.stack(self._micro_losses), self._micro_tokens, self._micro_positions
-        self._micro_losses, self._micro_tokens, self._micro_positions = [], 0, 0
+        losses, tokens = torch.stack(self._micro_losses), self._micro_tokens
+        self._micro_losses, self._micro_tokens = [], 0
         if self.trainer.world_size > 1:
             # one message for all values, in float64, which represents counts exactly
-            counts = losses.new_tensor([tokens, positions], dtype=torch.float64)
-            totals = self.trainer.strategy.reduce(torch.cat([losses.double(), counts]), reduce_op="sum")
-            losses, (tokens, positions) = totals[:-2], totals[-2:].long().tolist()  # waits for the other processes
+            count = losses.new_tensor([tokens], dtype=torch.float64)
+            totals = self.trainer.strategy.reduce(torch.cat([losses.double(), count]), reduce_op="sum")
+            losses, tokens = totals[:-1], int(totals[-1])  # waits for the other processes
         self.progress.tokens += tokens
-        self.progress.positions += positions
         self.step_losses = losses
         # With a user's `accumulate_grad_batches` a step has several batches. Lightning averages their gradients, so the
         # logged loss is their mean, too.
@@ -169,7 +167,6 @@ class TrainingModule(lightning.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.progress.train_s += time.perf_counter() - self._step_began
         self.log("train/tokens_per_s", torch.tensor(self.progress.tokens_per_s), prog_bar=True)
-        self.log("train/padding_fraction", torch.tensor(self.progress.padding_fraction))
 
     def configure_gradient_clipping(
         self,

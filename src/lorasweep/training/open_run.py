@@ -21,8 +21,7 @@ from torch import Tensor
 from lorasweep.config.build import as_settings
 from lorasweep.config.redaction import redact
 from lorasweep.config.run import RunConfig, TrainerConfig
-from lorasweep.data.batching import EvaluationSampler, cut_buckets
-from lorasweep.data.rows import padding_fraction as measure_padding
+from lorasweep.data.batching import cut_buckets
 from lorasweep.disk import explain_os_error, remove_leftovers, write_atomically
 from lorasweep.errors import Diverged, LoraSweepError, OutOfMemory, WorkerError
 from lorasweep.record import (
@@ -296,17 +295,12 @@ def update_score(record: RunRecord, step: int, metrics: Metrics) -> bool:
 
 def describe_batching(inputs: RunInputs, config: RunConfig, *, accumulate: int) -> dict[str, Any]:
     """Returns how the examples of a run become batches, for its record."""
-    split, trainer = inputs.splits.validation, config.trainer
-    batches = EvaluationSampler(split, batch_size=trainer.eval_batch_size).batches
-    # `TrainingProgress.write_to` later replaces the 0
-    padding = {"train": 0.0, "validation": round(measure_padding(split, batches), 4)}
     attention = None if inputs.attention is None else inputs.attention._asdict()
     lengths, group = inputs.splits.train.row_lengths, config.data.groups_by_length
-    buckets = cut_buckets(lengths, batch_size=trainer.batch_size, group_by_length=group)
+    buckets = cut_buckets(lengths, batch_size=config.trainer.batch_size, group_by_length=group)
     return {
         "micro_batches": accumulate,
         "bucket_lengths": buckets.lengths,
-        "padding_fraction": padding,
         "attention": attention,
     }
 

@@ -287,7 +287,6 @@ class OwnModuleRun(lightning.Callback):
         self.progress.train_s += time.perf_counter() - self._step_began
         first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), ())
         self.progress.tokens += len(first)  # each example counts as one token
-        self.progress.positions += len(first)
         self.step_losses = outputs["loss"].detach().float().reshape(1) if outputs else torch.zeros(1)
 
     def on_save_checkpoint(

@@ -23,8 +23,6 @@ class TrainingProgress:
 
     tokens: int = 0
     """Trained tokens without padding."""
-    positions: int = 0
-    """Trained tokens with padding."""
     train_s: float = 0.0
     """Seconds spent in training steps, without evaluations. A run in a pack counts its share of each step."""
 
@@ -32,10 +30,5 @@ class TrainingProgress:
     def tokens_per_s(self) -> float:
         return self.tokens / self.train_s if self.train_s else 0.0
 
-    @property
-    def padding_fraction(self) -> float:
-        return 1.0 - self.tokens / self.positions if self.positions else 0.0
-
     def write_to(self, record: RunRecord) -> None:
         record.tokens_trained, record.tokens_per_s = self.tokens, self.tokens_per_s
-        record.batching["padding_fraction"]["train"] = round(self.padding_fraction, 4)

@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from lorasweep.config.compose import compose_run
 from lorasweep.data.batching import ProcessShare, StepBatchSampler
-from lorasweep.data.rows import move_batch, padding_fraction
+from lorasweep.data.rows import move_batch
 from lorasweep.errors import ConfigError
 from lorasweep.lora import slot_model
 from lorasweep.lora.packed.inject import find_slots
@@ -195,13 +195,6 @@ def test_processes_and_micro_batches_share_pairs_and_never_part_them():
     whole = compute(micro)
     assert sum(map(compute, shares)) == pytest.approx(whole, rel=1e-5)
     assert sum(map(compute, cut)) == pytest.approx(whole, rel=1e-5)
-
-
-def test_padding_counts_both_rows():
-    split = make_pairs("train", number=6, seed=0)
-    rows = split.sequences["input_ids"].lengths
-    padded = 12 * int(rows.max())
-    assert padding_fraction(split, [[*range(6)]]) == pytest.approx(1 - int(rows.sum()) / padded)
 
 
 def read_files(folder):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from pydantic.dataclasses import dataclass
 
-from lorasweep.config.data import AnswersConfig, MetricComponent, RowSettings
+from lorasweep.config.data import AnswersConfig, RowSettings
 from lorasweep.errors import ConfigError
 from lorasweep.tasks.text.settings import TextMetric
 
@@ -48,8 +48,7 @@ class ConversationSettings(RowSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name, own = self.answers.metric.name, getattr(self.metric, "name", None)
-        if name in (*self.loss_metrics, own):
+        if (name := self.answers.metric.name) in self.loss_metrics:
             raise ConfigError(
                 f"`data.answers.score` must have another name than a metric of the loss, but got {name!r}. Rename it."
             )
@@ -82,8 +81,8 @@ class ChatConfig(ConversationSettings):
     """Column of a list of messages, each with `role` and `content`; instead of `prompt` and `completion`."""
     turns: Literal["all", "last"]
     """Answers of a conversation that are scored: all, or only the last."""
-    metric: TextMetric | MetricComponent
-    """Metric of the answers that is the run's score. Lower is better, except for a `_target_` that says otherwise."""
+    metric: TextMetric
+    """Metric of the answers that is the run's score. Lower is better."""
 
     @property
     def scored_turns(self) -> Literal["all", "last"]:

@@ -48,19 +48,14 @@ class PairObjective(TokenObjective):
 
         The losses of tokens are added up in fp64: a sum has hundreds of nats, and a margin is a small difference.
         """
-        return -score_tokens(model, batch, by_chunk=self.by_chunk)[0].double().sum(-1)
+        return -score_tokens(model, batch, by_chunk=self.by_chunk).double().sum(-1)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.compare(model, batch)[1]
 
     def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
         margins, losses, details = self.compare(model, batch)
-        own_columns = {}
-        if self.own_metric is not None:
-            own_columns = {"metric_input": margins.sigmoid(), "metric_target": torch.ones_like(margins).long()}
-        return ExampleScores(
-            loss=losses, items=torch.ones_like(margins), prediction=margins, details=details, **own_columns
-        )
+        return ExampleScores(loss=losses, items=torch.ones_like(margins), prediction=margins, details=details)
 
     def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
         return {name: self._values(name, scores).mean() for name in self.metrics}

@@ -8,7 +8,6 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import PositiveFloat
-from lorasweep.config.data import MetricComponent
 from lorasweep.config.objective import ObjectiveConfig
 from lorasweep.tasks.chat.settings import ConversationSettings
 
@@ -31,7 +30,7 @@ class PreferencesConfig(ConversationSettings):
     """Column of the preferred answer: a text, a message, or a list of messages."""
     rejected: str
     """Column of the other answer, in the same form."""
-    metric: PreferenceMetric | MetricComponent
+    metric: PreferenceMetric
     """Metric of the pairs that is the run's score. `auto`: the accuracy."""
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import AtLeastTwo, Positive
-from lorasweep.config.data import DataSettings, MetricComponent, SplitSettings
+from lorasweep.config.data import DataSettings, SplitSettings
 from lorasweep.errors import ConfigError
 
 TextMetric = Literal["bits_per_byte", "loss", "perplexity"]
@@ -29,8 +29,8 @@ class BlockSettings(DataSettings):
     """Maximum number of validation blocks, evenly spaced; null uses all."""
     max_test_blocks: Positive | None
     """Maximum number of test blocks, evenly spaced; null uses all."""
-    metric: TextMetric | MetricComponent
-    """Metric that is the run's score. Lower is better, except for a `_target_` that says otherwise."""
+    metric: TextMetric
+    """Metric that is the run's score. Lower is better."""
 
     @property
     def max_tokens(self) -> int:
@@ -46,7 +46,7 @@ class StdlibConfig(BlockSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextConfig(SplitSettings, BlockSettings):
+class TextConfig(BlockSettings, SplitSettings):
     """Plain text, cut into blocks that are predicted token by token."""
 
     name: Literal["text"]

@@ -215,7 +215,7 @@ class PackTrainer:
                 losses.sum().backward()  # type: ignore[no-untyped-call]
                 micro_losses.append(losses.detach())
                 for run, micro in zip(self.runs, micros, strict=True):
-                    run.add_tokens(micro, positions=batch["input_ids"].numel() // len(micros))
+                    run.add_tokens(micro)
         if rng_state_before is not None:
             self.has_shared_draws = rng_state_before != read_rng_state(self.device)
         rates = step_slots([run.optimizer for run in self.runs])

@@ -78,10 +78,9 @@ class SlotRun(OpenRun):
             accumulate=config.trainer.accumulate,
         )
 
-    def add_tokens(self, micro: MicroBatch, *, positions: int) -> None:
-        """Adds a micro-batch to the progress. `positions` includes padding."""
+    def add_tokens(self, micro: MicroBatch) -> None:
+        """Adds the tokens of a micro-batch to the progress."""
         self.progress.tokens += int(self.inputs.splits.train.lengths.numpy()[micro.indices].sum())
-        self.progress.positions += positions
 
     def note_evaluation(self, values: Metrics, *, save: Callable[[Path], None]) -> None:
         """Writes this evaluation, and the steps since the last evaluation, to the run's log and loggers.
@@ -91,7 +90,6 @@ class SlotRun(OpenRun):
         """
         for row in self.flush():
             metrics = {f"train/{name}": row[name] for name in ("loss", "lr", "tokens_per_s")}
-            metrics["train/padding_fraction"] = self.progress.padding_fraction
             for logger in self.loggers:
                 logger.log_metrics(metrics, step=row["step"])
         self.write_evaluation(self.step, values, save=save)
