@@ -9,7 +9,7 @@ from tests.small_runs import SMALL_RUN
 
 import lorasweep
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import read_sweep
+from lorasweep.record import read_sweep, write_record
 from lorasweep.sweep.session import Session
 
 SWEEP = {
@@ -66,7 +66,7 @@ def test_figures_table_and_weights_are_there_and_loading_reads_what_running_retu
 
 
 def test_a_sweep_is_resumed_with_more_seeds_and_nothing_else(result, tmp_path):
-    refused = {"optim.eps": 1e-3}, {"arms.new": {"settings": {"method": "lora"}}}
+    refused = {"optim.eps": 1e-3}, {"arms.frozen": None}
     for overrides in refused:  # and the sweep is not left locked
         with pytest.raises(ConfigError, match=r"`optim.eps` must stay 1e-08|must keep its arms \(frozen, lora\)"):
             lorasweep.resume_sweep(result.folder, overrides=overrides, progress=None)
@@ -91,6 +91,21 @@ def test_changes_are_in_the_record_before_anything_trains(result, monkeypatch, t
     lorasweep.resume_sweep(folder, overrides={"confirm.seeds": 3, "arms.lora.trials": 3}, progress=None)
     (record,) = seen
     assert (record.status, len(record.confirm_seeds), record.arms[1].trials) == ("interrupted", 3, 3)
+
+
+def test_a_resumed_sweep_keeps_the_warnings_of_workers_and_drops_those_that_a_change_has_mended(
+    result, monkeypatch, tmp_path
+):
+    folder = Path(shutil.copytree(result.folder, tmp_path / "copy"))
+    record = read_sweep(folder)
+    assert any("`confirm.seeds` is" in warning for warning in record.warnings)
+    record.warnings.append("A pack broke.")
+    write_record(record, folder)
+    monkeypatch.setattr(Session, "train", lambda self, opened, *, progress: opened.close())
+    lorasweep.resume_sweep(folder, overrides={"confirm.seeds": 3}, progress=None)
+    warnings = read_sweep(folder).warnings
+    assert "A pack broke." in warnings
+    assert not any("`confirm.seeds` is" in warning for warning in warnings)
 
 
 def test_a_measurement_that_takes_all_minutes_ends_with_one_sentence():

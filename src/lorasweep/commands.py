@@ -311,12 +311,16 @@ def _show_report(result: SweepResult, *, verbose: bool) -> None:
 
 
 def _say_how_to_resume(result: SweepResult) -> Outcome:
-    record = result.record
-    done = sum(row.state != "running" for row in record.trials)
-    asked = sum(arm.trials for arm in record.arms)
+    from lorasweep.sweep.status import count_ended, read_status
+
+    arms = read_status(result.folder).arms
+    done, asked, what = sum(count_ended(arm.trials) for arm in arms), sum(arm.row.trials for arm in arms), "trials"
+    if done >= asked:
+        done, asked = sum(count_ended(arm.confirm) for arm in arms), sum(arm.num_confirm for arm in arms)
+        what = "confirm runs"
     remedy = f"lorasweep sweep --resume {result.folder}"
     try:
-        say_error(f"stopped with {done} of {asked} trials done. To resume type:")
+        say_error(f"stopped with {done} of {asked} {what} done. To resume type:")
         say_note(f"    {remedy}")
     except KeyboardInterrupt:  # a further Ctrl-C
         raise KeyboardInterrupt(f"To resume type `{remedy}`") from None

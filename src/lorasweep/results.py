@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.config.data import Direction
 from lorasweep.config.run import refuse_code
+from lorasweep.disk import is_running
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import (
     RunRecord,
@@ -114,7 +115,7 @@ class SweepResult:
     @property
     def status(self) -> str:
         """`complete`, `interrupted` or `running`."""
-        return self.record.status
+        return self.record.find_state(is_running=is_running(self.folder))
 
     @property
     def metric(self) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 from tests.sweep.conftest import UNTRAINED
 
 import lorasweep.sweep.status as status_file
+from lorasweep.commands import _say_how_to_resume
 from lorasweep.config.data import ScoreMetric
 from lorasweep.errors import RecordError
 from lorasweep.record import (
@@ -24,6 +25,7 @@ from lorasweep.record import (
     Trial,
     write_record,
 )
+from lorasweep.results import load_sweep
 from lorasweep.sweep.status import count_ended, read_status, render_status, report_status, show_progress
 
 
@@ -117,6 +119,30 @@ def test_running_trials_have_lines_with_step_and_last_value(running):
     ]
     assert len(lines) == status_file.MAX_SHOWN_RUNS + 1
     assert lines[-1] == f"now: {20 - status_file.MAX_SHOWN_RUNS} more"
+
+
+def test_swept_steps_count_in_the_time_left(running):
+    rows = [trial(0, "complete", 1.5), trial(1, "running")]
+    rows[0].params, rows[0].values = {"trainer.max_steps": 100}, {100: 1.5}
+    rows[1].params = {"trainer.max_steps": 300}
+    write_record(sweep_record(arms=[arm("lora", trials=4)], trials=rows), running)
+    done, total = read_status(running).count_steps()
+    assert (done, total) == (100, 100 + 300 + 2 * 200)  # trials to come have the mean of those so far
+
+
+def test_a_sweep_that_was_killed_is_interrupted(folder, capsys):
+    assert read_status(folder).as_json()["status"] == load_sweep(folder).status == "interrupted"
+
+
+def test_a_sweep_that_is_stopped_says_how_much_of_its_stage_is_done(folder, capsys):
+    _say_how_to_resume(load_sweep(folder))
+    assert "stopped with 4 of 7 trials done" in capsys.readouterr().err
+    trials = [trial(number, "complete", 1.5) for number in range(2)]
+    confirm = [confirm_row(0, "complete", 1.5), confirm_row(1, "running")]
+    given = {"arms": [arm("lora", trials=2)], "settings": [setting()], "looks": [3], "confirm_seeds": [0, 1, 2]}
+    write_record(sweep_record(trials=trials, confirm=confirm, **given), folder)
+    _say_how_to_resume(load_sweep(folder))
+    assert "stopped with 1 of 3 confirm runs done" in capsys.readouterr().err
 
 
 def test_the_time_left_is_that_of_the_steps_left(running):

@@ -195,6 +195,10 @@ class SweepRecord:
     threads: Count = 0
     """Number of CPU threads of one operation."""
 
+    def find_state(self, *, is_running: bool) -> SweepState:
+        """Returns the sweep's state. The record of a killed sweep still has the status `running`."""
+        return self.status if self.status == "complete" else "running" if is_running else "interrupted"
+
     @property
     def verdict_metric(self) -> ScoreMetric:
         """The metric on test data that the verdicts are about."""

@@ -24,7 +24,7 @@ from tensorboard.util.tensor_util import make_tensor_proto
 
 from lorasweep.config.redaction import redact
 from lorasweep.config.run import ALPHA, LR, RANK
-from lorasweep.disk import require_no_links, write_atomically
+from lorasweep.disk import is_running, require_no_links, write_atomically
 from lorasweep.record import Trial, build_frame, is_number
 from lorasweep.report import text
 from lorasweep.report.evidence.verdicts import Answer
@@ -75,7 +75,7 @@ def build_summary(findings: Findings) -> dict[str, Any]:
     headline, remedy = text.describe_failure(findings)
     return {
         "sweep": record.name,
-        "status": record.status,
+        "status": record.find_state(is_running=is_running(data.folder)),
         "headline": headline,
         "remedy": remedy,
         "answers": [_build_answer(answer, data) for answer in findings.answers],

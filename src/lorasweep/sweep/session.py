@@ -18,7 +18,7 @@ from lorasweep.record import write_record
 from lorasweep.sweep.assess import Assessment, assess
 from lorasweep.sweep.checks import check_definition, list_retained, list_test_metrics, score_constant_answer
 from lorasweep.sweep.controller.folder import SweepFolder
-from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
+from lorasweep.sweep.controller.lifecycle import create_sweep, read_saved_definition, reopen_sweep
 from lorasweep.sweep.cost import FittedSweep, Rates, fit_minutes
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.draft import complete_definition, draft_definition, draft_sweep
@@ -131,15 +131,18 @@ class Session:
 
     def reopen(self, folder: Path, *, changes: Mapping[str, Any]) -> SweepFolder:
         """Opens a sweep that has begun, and checks it again. Errors as in `reopen_sweep`."""
+        before = read_saved_definition(folder)
         opened = reopen_sweep(folder, changes=changes)
         cache, definition, record = self.inputs_cache, opened.definition, opened.record
         try:
-            metric, before = check_definition(definition, cache).name, record.search_metric.name
-            if metric != before:
-                raise ConfigError(f"`data.metric` must stay {before!r} for all arms, but got {metric!r}.")
+            metric, recorded = check_definition(definition, cache).name, record.search_metric.name
+            if metric != recorded:
+                raise ConfigError(f"`data.metric` must stay {recorded!r} for all arms, but got {metric!r}.")
             record.fingerprints = compute_fingerprints(definition, cache, recorded=record.fingerprints)
             assessment = assess(definition, cache)
-            record.warnings = [*assessment.warnings, *record.warnings]
+            outdated = {*assess(before, cache).warnings, *assessment.warnings}
+            others = [warning for warning in record.warnings if warning not in outdated]
+            record.warnings = [*assessment.warnings, *others]
             if record.changes:
                 opened.note(assessment.others)
             write_record(record, folder)  # now, because a controller in another process reads the changes from it

@@ -5,6 +5,7 @@ This file only reads the sweep's record, without a lock, so it can show a sweep 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lorasweep.config.run import STEPS_KEY
 from lorasweep.console import RUNNING_TRAINING, repeat_every
 from lorasweep.disk import is_running
 from lorasweep.errors import RecordError
@@ -26,6 +28,7 @@ from lorasweep.record import (
     STATES,
     ArmRow,
     SweepRecord,
+    SweepState,
     Trial,
     describe_confirmation,
     find_winner,
@@ -61,9 +64,13 @@ class ArmStatus:
         Confirm runs count once the search has ended, because more trials may change the settings.
         """
         confirm = self.confirm if count_ended(self.trials) >= self.row.trials else []
-        running = [run for run in (*self.trials, *confirm) if run.state == "running"]
-        num_new = self.row.trials + self.num_confirm - len(self.trials) - len(confirm)
-        return self.row.steps * num_new + sum(max(self.row.steps - run.step, 0) for run in running)
+        steps: list[int] = [
+            run.params.get(STEPS_KEY, self.row.steps) for run in (*self.trials, *confirm)
+        ]  # it may be swept
+        num_new = self.row.trials + self.num_confirm - len(steps)
+        new = num_new * (statistics.fmean(steps) if steps else self.row.steps)
+        running = [pair for pair in zip((*self.trials, *confirm), steps, strict=True) if pair[0].state == "running"]
+        return round(new + sum(max(planned - run.step, 0) for run, planned in running))
 
     def as_json(self, record: SweepRecord) -> dict[str, Any]:
         best = find_winner(self.trials, record=record)
@@ -86,6 +93,10 @@ class SweepStatus:
     is_running: bool
     arms: tuple[ArmStatus, ...]
 
+    @property
+    def state(self) -> SweepState:
+        return self.record.find_state(is_running=self.is_running)
+
     def count_steps(self) -> tuple[int, int]:
         """Returns the number of optimizer steps so far, and that up to the look that is due."""
         done = sum(run.step for arm in self.arms for run in (*arm.trials, *arm.confirm))
@@ -103,11 +114,12 @@ class SweepStatus:
     def as_json(self) -> dict[str, Any]:
         """Returns what `lorasweep status --json` prints."""
         record = self.record
-        shown = ("name", "status", "makespan_s", "looks")
+        shown = ("name", "makespan_s", "looks")
         running = [row for row in (*record.trials, *record.confirm) if row.state == "running"]
         fields = ("arm", "stage", "number", "seed", "run", "params", "step", "last_value")
         return {
             "folder": self.folder,
+            "status": self.state,
             **{name: getattr(record, name) for name in shown},
             "metric": record.search_metric.name,
             "direction": record.search_metric.direction,
@@ -151,19 +163,17 @@ def count_ended(runs: Sequence[Trial]) -> int:
 def render_status(status: SweepStatus) -> RenderableType:
     """Returns a table of the arms. Below the table are the running trials, or how to resume a stopped sweep."""
     record = status.record
-    is_over = record.status == "complete"
-    state = "complete" if is_over else "running" if status.is_running else "interrupted"  # a killed sweep's record lags
-    title = f"{record.name}: {record.search_metric.name} ({record.search_metric.direction}), {state}"
+    title = f"{record.name}: {record.search_metric.name} ({record.search_metric.direction}), {status.state}"
     notes: list[str] = []
-    if status.is_running and not is_over:
+    if status.state == "running":
         left = describe_time_left(status)
         time = f"{format_seconds(record.makespan_s)} so far{f', {left}' if left else ''}"
         notes += [*_list_running_trials(record), time]
-    elif is_over:
+    elif status.state == "complete":
         notes.append(f"• Type `lorasweep compare {status.folder}` for the answers and the test scores.")
     else:
         notes.append(f"• No process runs this sweep. Type `lorasweep sweep --resume {status.folder}` to resume it.")
-    bar = [_build_bar(status)] if status.is_running and not is_over else []
+    bar = [_build_bar(status)] if status.state == "running" else []
     return Group(Text(title, style="bold"), _build_table(status), *bar, *map(Text, notes))
 
 
@@ -203,7 +213,7 @@ def _list_running_trials(record: SweepRecord) -> Iterator[str]:
         yield f"confirm: {describe_confirmation(record.looks)}"
     for row in running[:MAX_SHOWN_RUNS]:
         params = row.shown_params
-        steps = params.get("trainer.max_steps", steps_of.get(row.arm))
+        steps = params.get(STEPS_KEY, steps_of.get(row.arm))
         name = f"trial {row.number}" if row.stage == "search" else "confirm"
         value = "" if row.last_value is None else f"  {row.last_value:.4f}"
         done = f"evaluated at step {row.step}{f'/{steps}' if steps else ''}"

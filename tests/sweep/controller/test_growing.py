@@ -9,7 +9,6 @@ from lorasweep.results import load_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
 MORE = {"arms.lora.trials": 10}
-NEW_ARM = {"settings": {"method": "lora", "method.rank": 2}, "space": {"optim.lr": [0.01, 0.02, 0.05]}}
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ REFUSED = [
     ({"confirm.margin": 0.5}, "`confirm.margin`.* '5%'"),
     ({"sweep.seed": 1}, "`sweep.seed`.* 0"),
     ({"arms.frozen": None}, r"\(frozen, lora\), but got lora"),
-    ({"arms.new": NEW_ARM}, r"\(frozen, lora\), but got frozen, lora, new"),
+    ({"sweep.output": "other"}, "`sweep.output`.* None.* 'other'"),
 ]
 
 

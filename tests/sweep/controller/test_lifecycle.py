@@ -121,6 +121,16 @@ def test_time_of_all_sessions_is_added_and_time_in_between_is_not(stopped, work,
     assert 1000 <= second.makespan_s - first.makespan_s < 1500
 
 
+def test_a_controller_in_another_process_keeps_the_warnings_of_the_record(begin, three_arms):
+    created = begin(three_arms)
+    created.warn("of the data, before the start")
+    created.save()
+    created.close()
+    opened = reopen_sweep(created.path)
+    opened.close()
+    assert opened.record.warnings == ["of the data, before the start"]
+
+
 @pytest.mark.parametrize("becomes", ["moved", "replaced"])
 def test_a_folder_that_was_moved_is_not_written_to(folder, tmp_path, becomes):
     folder.path.rename(tmp_path / "moved")

@@ -41,7 +41,7 @@ from lorasweep.sweep.definition.confirm import draw_confirm_seeds, has_fixed_sco
 from lorasweep.sweep.definition.ranges import describe_space
 from lorasweep.wording import ABSENT, join_words
 
-CHANGEABLE_KEYS = ("sweep.trials", "sweep.output", "confirm.seeds")
+CHANGEABLE_KEYS = ("sweep.trials", "confirm.seeds")
 """Settings that change no trial that has begun, beside those of `worker`. Numbers of trials and seeds are checked
 separately."""
 
@@ -163,6 +163,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
                 )
         has_confirm = any(name_study(arm.name, "confirm") in counts for arm in definition.arms)
         undo.pop_all()
+    earlier = _warn_of_late_growth(record.changes)
     if definition.raw != record.definition:
         change = SweepChange(
             at=utc_now(),
@@ -178,7 +179,8 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
     done, planned = [look.seeds for look in record.looks_done], definition.sweep_config.confirm.list_looks()
     record.looks = sorted({*done, *(look for look in planned if look > max(done, default=0))})
     record.arms = [build_arm_row(arm) for arm in definition.arms]
-    record.warnings = _warn_of_late_growth(record.changes)  # the caller and the confirm stage add theirs again
+    others = [warning for warning in record.warnings if warning not in earlier]
+    record.warnings = [*_warn_of_late_growth(record.changes), *others]
     return SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
 
 
