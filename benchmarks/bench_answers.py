@@ -34,7 +34,7 @@ import multiprocessing
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -50,7 +50,7 @@ from lorasweep.config.data import ScoreMetric
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import Question, Subject, Trial
 from lorasweep.report.evidence.estimates import ConfirmScores
-from lorasweep.report.evidence.questions import AnswerRow, MarginScale, answer_questions, list_subjects_to_train
+from lorasweep.report.evidence.questions import AnswerRow, MarginScale, answer_questions
 from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.controller.proposals import find_batch_start, propose
@@ -369,10 +369,10 @@ class Confirmation:
             search_errors=errors,
         )
 
-    def train(self, subjects: Collection[str], look: int) -> None:
-        """Trains subjects up to a number of seeds, and answers the questions."""
+    def train(self, look: int) -> None:
+        """Trains all subjects up to a number of seeds, and answers the questions."""
         ranks = {name_subject(rank): rank for rank in self.chosen.rates}
-        for index, name in itertools.product(range(look), subjects):
+        for index, name in itertools.product(range(look), ["frozen", *ranks]):
             if index not in self.values.setdefault(name, {}):
                 seed = self.seeds[index]
                 rank, table = ranks.get(name), self.table
@@ -384,11 +384,9 @@ class Confirmation:
 
     def run(self) -> None:
         """Trains up to each planned look, until no open answer may settle."""
-        training = {"frozen", *(name_subject(rank) for rank in self.chosen.rates)}
         for look in self.looks:
-            self.train(training, look)
-            undecided = [answer for answer in self.answers if answer.may_settle]
-            if not (training := list_subjects_to_train(undecided)):
+            self.train(look)
+            if not any(answer.may_settle for answer in self.answers):
                 break
 
 

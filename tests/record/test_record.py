@@ -20,6 +20,7 @@ from lorasweep.record import (
     SweepRecord,
     Trial,
     build_frame,
+    count_seeds_due,
     find_winner,
     get_run_folder,
     list_confirm_runs,
@@ -61,7 +62,7 @@ def make_sweep(**values):
         "questions": [Question(name="as_good_as_full", arm="lora", key=None, subjects=["lora"], reference="full")],
         "looks": [3, 6],
         "settings": [SettingRow(subject="lora", arm="lora", setting=0, params={}, trial=0, score=1.5)],
-        "looks_done": [LookRow(seeds=3, open=["lora"], next=[])],
+        "looks_done": [LookRow(seeds=3, open=["lora"], is_last=True)],
         "confirm": [confirmed],
     }
     return SweepRecord(**(given | values))
@@ -169,11 +170,9 @@ def test_the_table_has_a_row_for_each_run_and_a_column_for_each_dotted_key():
     assert (run["seed"], run["method.rank"], run["test/loss"]) == (7, 1, 1.5)
 
 
-def test_confirm_runs_of_later_looks_are_those_of_subjects_that_the_look_before_names():
-    done = [LookRow(seeds=2, open=["b"], next=["b"]), LookRow(seeds=3, open=["a"], next=["a"])]
-    first, looks = [("a", 0), ("b", 0), ("a", 1), ("b", 1)], [2, 3, 4]
-    for num_done, later in enumerate(([], [("b", 2)], [("b", 2), ("a", 3)])):
-        runs = list_confirm_runs(["a", "b"], looks=looks, looks_done=done[:num_done], is_fixed=False)
-        assert runs == first + later
-    assert list_confirm_runs(["base"], looks=looks, looks_done=done, is_fixed=True) == [("base", 0)]
-    assert list_confirm_runs(["a", "b"], looks=[], is_fixed=False) == []
+def test_confirm_runs_of_all_subjects_are_due_up_to_the_next_look_or_the_last_one():
+    looks, done = [2, 3, 4], [LookRow(seeds=2, open=["b"], is_last=False), LookRow(seeds=3, open=[], is_last=True)]
+    assert [count_seeds_due(looks, done[:num_done]) for num_done in range(3)] == [2, 3, 3]
+    assert count_seeds_due([], []) == 0
+    assert list_confirm_runs(["a", "b"], seeds=2, is_fixed=False) == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert list_confirm_runs(["base"], seeds=2, is_fixed=True) == [("base", 0)]

@@ -167,6 +167,6 @@ def test_shares_of_a_gain_that_is_not_shown_are_nowhere(tmp_path):
 
 def test_why_the_looks_ended_is_a_note(tmp_path):
     sweep = build_rank_sweep(tmp_path, {4: 1.7, 16: 1.662}, noise=0.05)
-    looks = [{"seeds": 5, "open": ["lora-rank-4"], "next": []}]
+    looks = [{"seeds": 5, "open": ["lora-rank-4"], "is_last": True}]
     edit_json(sweep / "sweep.json", lambda raw: raw.update(looks=[3, 5, 10], looks_done=looks))
-    assert any("5 were used; more had no good chance" in note for note in list_notes(read_findings(sweep)))
+    assert any("5 were used; more had nothing to settle" in note for note in list_notes(read_findings(sweep)))

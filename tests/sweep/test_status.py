@@ -254,14 +254,14 @@ def test_the_confirm_stage_asks_for_the_runs_of_the_look_that_is_due(folder):
     asked = []
     for changes in (
         {"settings": settings},
-        {"looks_done": [LookRow(seeds=3, open=["lora-rank-1"], next=["frozen", "full", "lora-rank-1"])]},
-        {"looks_done": [LookRow(seeds=3, open=[], next=[])]},
+        {"looks_done": [LookRow(seeds=3, open=["lora-rank-1"], is_last=False)]},
+        {"looks_done": [LookRow(seeds=3, open=[], is_last=True)]},
     ):
         for key, value in changes.items():
             setattr(record, key, value)
         write_record(record, folder)
         asked.append([found.num_confirm for found in read_status(folder).arms])
-    assert asked == [[1, 3, 6], [1, 6, 9], [1, 3, 6]]
+    assert asked == [[1, 3, 6], [1, 6, 12], [1, 3, 6]]
 
 
 def test_a_callers_function_gets_every_status_and_the_last_one(begin, work, runs, content):

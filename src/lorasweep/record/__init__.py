@@ -32,6 +32,7 @@ from lorasweep.record.sweep import (
     SweepChange,
     SweepRecord,
     SweepState,
+    count_seeds_due,
     describe_confirmation,
     find_winner,
     get_run_folder,

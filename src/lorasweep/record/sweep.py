@@ -66,8 +66,8 @@ class LookRow:
     seeds: NumSeeds
     open: list[str]
     """The subjects of the questions that were still open."""
-    next: list[str]
-    """The subjects that trained on the seeds of the next look; empty if this look was the last."""
+    is_last: bool
+    """Whether the stage ended: all planned looks are done, or further seeds may settle no open question."""
 
 
 @dataclass(kw_only=True)
@@ -257,22 +257,19 @@ def find_winner(trials: Iterable[Trial], *, record: SweepRecord) -> Trial | None
     )
 
 
-def list_confirm_runs(
-    subjects: Sequence[str], *, looks: Sequence[int], looks_done: Sequence[LookRow] = (), is_fixed: bool
-) -> list[tuple[str, int]]:
-    """Returns the confirm runs of an arm up to the look that is due, each by its subject and the index of its seed.
+def count_seeds_due(looks: Sequence[int], looks_done: Sequence[LookRow]) -> int:
+    """Returns the number of seeds up to which all subjects train now: that of the next look, or of the last one."""
+    if looks_done and looks_done[-1].is_last:
+        return looks_done[-1].seeds
+    return looks[len(looks_done)] if looks else 0
 
-    For the first look all of the arm's subjects train, for each later look those in `next` of the look before. An arm
-    whose score does not depend on the seed (`is_fixed`) trains once.
+
+def list_confirm_runs(subjects: Sequence[str], *, seeds: int, is_fixed: bool) -> list[tuple[str, int]]:
+    """Returns the confirm runs of an arm up to a number of seeds, each by its subject and the index of its seed.
+
+    An arm whose score does not depend on the seed (`is_fixed`) trains once.
     """
-    due = [subjects, *(done.next for done in looks_done)]
-    runs = [
-        (subject, index)
-        for first, last, names in zip([0, *looks], looks, due, strict=False)
-        for index in range(first, last)
-        for subject in subjects
-        if subject in names
-    ]
+    runs = [(subject, index) for index in range(seeds) for subject in subjects]
     return runs[:1] if is_fixed else runs
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,10 @@ from lorasweep.config.run import MIN_STEPS, STEPS_KEY
 from lorasweep.disk import is_running
 from lorasweep.record import ArmRow
 from lorasweep.report.caveats import Learning
-from lorasweep.report.evidence.advice import PROBABLE_CHANCE, find_step
-from lorasweep.report.evidence.verdicts import Answer, AnswerRow, NextStep, StepName
+from lorasweep.report.evidence.verdicts import Answer, NextStep, StepName
 from lorasweep.report.recommend import choose_arm
 from lorasweep.report.sweep_data import SweepData
 
-MAX_COST_RATIO = 2.0
-"""A step is affordable if it takes at most this many times as long as the sweep."""
 MIN_USEFUL_SEEDS = 3
 """Number of seeds that is advised where one seed was used. Fewer give a warning."""
 MAX_STEPS_RATIO = 10
@@ -53,32 +50,14 @@ def find_next_step(answer: Answer, data: SweepData, learning: Learning) -> NextS
         return NextStep(name="none", needs=("no margin",))
     if blocking.blocker == "one seed":
         seeds = max(MIN_USEFUL_SEEDS, *record.looks)  # an unplanned look may not be below the planned ones
-        return _resume("seeds", {"confirm.seeds": seeds}, data, number=seeds)
-    if answer.name in ("present", "retained"):
-        seeds = 2 * max(record.looks)
-        return None if _had_more_seeds(data) else _resume("seeds", {"confirm.seeds": seeds}, data, number=seeds)
-    return _settle(answer, blocking, data)
-
-
-def _settle(answer: Answer, blocking: AnswerRow, data: SweepData) -> NextStep | None:
-    """Returns further seeds if they probably settle a question, else trials if the search has the largest error."""
-    record, present = data.record, data.evidence
-    trained = present.list_trained()
-    line = [question for question in record.questions if (question.name, question.arm) == (answer.name, answer.arm)]
-    step = None
-    if not _had_more_seeds(data):
-        step = find_step(
-            line,
-            present,
-            cost=lambda seeds: _estimate_seconds(seeds, trained, data),
-            max_cost=MAX_COST_RATIO * record.makespan_s or math.inf,
-        )
-    if step:
-        is_likely, seconds = step.chance >= PROBABLE_CHANCE, _estimate_seconds(step.seeds, trained, data) or None
-        command = _resume("seeds", {"confirm.seeds": step.seeds}, data, number=step.seeds)
-        return replace(command, is_likely=is_likely, seconds=seconds)
-    rows = [row for row in record.arms if row.space and (row.name == answer.arm or row.method == "full")]
+        return _add_seeds(seeds, data)
+    seeds, is_asked = 2 * max(record.looks), answer.name not in ("present", "retained")
+    if not _had_more_seeds(data) and (not is_asked or data.evidence.may_settle(answer, seeds=seeds)):
+        return _add_seeds(seeds, data)
+    if not is_asked:
+        return None
     if blocking.blocker == "few trials":
+        rows = [row for row in record.arms if row.space and (row.name == answer.arm or row.method == "full")]
         return _add_trials(rows, data)
     return NextStep(name="none", needs=(blocking.blocker,)) if blocking.blocker else None
 
@@ -136,19 +115,21 @@ def _add_trials(rows: Sequence[ArmRow], data: SweepData) -> NextStep | None:
 
 def _had_more_seeds(data: SweepData) -> bool:
     """Returns whether the sweep was resumed with more seeds, beyond those that give an error at all."""
-    typed = [change.settings.get("confirm.seeds") for change in data.record.changes]
-    return any(isinstance(seeds, int) and seeds > MIN_USEFUL_SEEDS for seeds in typed)
+    typed = [change.settings.get("confirm.seeds", 0) for change in data.record.changes]
+    looks = [look for seeds in typed for look in (seeds if isinstance(seeds, list | tuple) else [seeds])]
+    return any(isinstance(look, int) and look > MIN_USEFUL_SEEDS for look in looks)
 
 
-def _estimate_seconds(num_seeds: int, trained: Collection[str], data: SweepData) -> float:
-    """Returns the time of confirm runs up to a number of seeds, at the pace of the sweep; 0 if no run has a time."""
+def _add_seeds(num_seeds: int, data: SweepData) -> NextStep:
+    """Returns confirm runs of all subjects up to a number of seeds, with their time at the pace of the sweep."""
     added, total = 0.0, sum(trial.record.wall_s for trial in data.trials if trial.record)
     for one in data.subjects:
         seconds = [run.record.wall_s for run in one.confirm_runs if run.record]
         total += sum(seconds)
-        if seconds and one.name in trained:
+        if seconds and not one.row.has_fixed_score:
             added += max(num_seeds - len(seconds), 0) * statistics.fmean(seconds)
-    return data.record.makespan_s * added / total if total else 0.0
+    step = _resume("seeds", {"confirm.seeds": num_seeds}, data, number=num_seeds)
+    return replace(step, seconds=data.record.makespan_s * added / total if added else None)
 
 
 def _resume(name: StepName, changes: Mapping[str, Any], data: SweepData, *, number: int | None = None) -> NextStep:

@@ -75,7 +75,7 @@ STEPS: Mapping[StepName, str] = {
     "complete": "completes the sweep",
     "confirm": "adds the confirm stage",
     "longer": "a longer run, {} steps",
-    "seeds": "{} seeds in all",
+    "seeds": "{} seeds in all may settle it",
     "trials": "twice the trials, {} in all",
 }
 PURPOSES = {"train": "To train {} on all data", "export": "To get the adapter of the best confirm run of {}"}
@@ -236,9 +236,8 @@ def describe_step(step: NextStep) -> str:
     if step.name == "none":
         needs = join_words([NEEDS[blocker] for blocker in step.needs if blocker in NEEDS], last="or")
         return f"No command settles this. A new sweep may, with {needs}."
-    likely = {True: "likely to settle it", False: "may settle it", None: ""}[step.is_likely]
     time = f"about {format_seconds(step.seconds)}" if step.seconds else ""
-    parts = [STEPS[step.name].format(step.number), likely, time]
+    parts = [STEPS[step.name].format(step.number), time]
     return f"Next ({', '.join(filter(None, parts))})" + ("" if step.command else ".")
 
 
@@ -401,8 +400,8 @@ def _list_notes(findings: Findings) -> Iterator[str]:
             yield f"At another α: lr = u/√α with u = {lr * math.sqrt(alpha):.3g}."
     if evidence.answers:
         looks, used = join_words([str(look) for look in record.looks]), max(row.num_seeds for row in evidence.answers)
-        done = record.looks_done
-        ended = "; more had no good chance" if done and not done[-1].next and done[-1].seeds < max(record.looks) else ""
+        is_early = bool(record.looks_done) and record.looks_done[-1].is_last and used < max(record.looks)
+        ended = "; more had nothing to settle" if is_early else ""
         yield (
             f"The questions are stated in the sweep and tested at {looks} seed{'' if looks == '1' else 's'} ({used} "
             f"were used{ended}). The chance of any false verdict is at most 5 % over all questions and looks, so the "

@@ -30,6 +30,7 @@ from lorasweep.record import (
     SweepRecord,
     SweepState,
     Trial,
+    count_seeds_due,
     describe_confirmation,
     find_winner,
     list_confirm_runs,
@@ -139,14 +140,13 @@ def read_status(folder: str | Path) -> SweepStatus:
     """
     folder = Path(folder)
     record = read_sweep(folder)
-    arms = []
+    num_due, arms = count_seeds_due(record.looks, record.looks_done), []
     for row in record.arms:
         trials = [trial for trial in record.trials if trial.arm == row.name]
         runs = [run for run in record.confirm_runs if run.arm == row.name]
         chosen = [setting.subject for setting in record.settings if setting.arm == row.name]
         subjects = chosen or [subject.name for subject in row.subjects]  # before the settings are chosen
-        looks, done = record.looks, record.looks_done
-        due = list_confirm_runs(subjects, looks=looks, looks_done=done, is_fixed=row.has_fixed_score)
+        due = list_confirm_runs(subjects, seeds=num_due, is_fixed=row.has_fixed_score)
         arms.append(ArmStatus(row=row, trials=trials, confirm=runs, num_confirm=max(len(due), len(runs))))
     return SweepStatus(
         folder=folder,

@@ -10,14 +10,13 @@ from scipy.stats import norm
 from lorasweep.config.data import ScoreMetric
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import Question
-from lorasweep.report.evidence.estimates import ConfirmScores, estimate_sum
+from lorasweep.report.evidence.estimates import ConfirmScores
 from lorasweep.report.evidence.questions import (
     NEGATIVE_VERDICTS,
     POSITIVE_VERDICTS,
     MarginScale,
     answer_questions,
     compute_look_level,
-    list_subjects_to_train,
 )
 
 RANKS = ["r1", "r4", "r16"]
@@ -169,36 +168,6 @@ def test_more_seeds_are_planned_where_they_may_settle_it_and_not_where_test_exam
     assert (of_seeds.verdict, of_groups.verdict) == ("open", "open")
     assert (of_seeds.may_settle, of_groups.may_settle) == (True, False)
     assert of_seeds.blocker != of_groups.blocker
-
-
-def test_references_whose_seeds_cannot_change_an_open_answer_do_not_train_on():
-    """`r1` is worse than `r16`, and as good as `r4`: one refutation is enough, and the gain is known well enough."""
-    seeds = np.array([-1.0, 0.0, 1.0])
-    columns = {"base": 2 + 0 * seeds, "full": 1 + 0.002 * seeds, "r1": 1.1 + 0.03 * seeds, "r4": 1.1, "r16": 1.0}
-    values = {name: {n: np.full(1, x) for n, x in enumerate(row + 0 * seeds)} for name, row in columns.items()}
-    scores = ConfirmScores(values=values, shares=np.ones(1), num_examples=0, problems=())
-    found = answer(SMALLEST, scores)["r1"]
-    assert (found.may_settle, found.compared_with, found.awaits) == (True, ("r4", "r16"), ("r16",))
-    assert list_subjects_to_train([found]) == {"r1", "r16"}
-    # with a margin of half of the gain, an error of the gain counts
-    noisy = replace(scores, values=values | {"full": {n: np.full(1, 1 + 0.1 * x) for n, x in enumerate(seeds)}})
-    half = replace(SHARE, margin=parse_margin("50%"))
-    assert list_subjects_to_train([answer(SMALLEST, noisy, half)["r1"]]) >= {"base", "full"}
-
-
-def test_a_gain_with_fewer_seeds_counts_with_the_error_of_the_seeds_that_it_has():
-    rng, found, values = np.random.default_rng(3), [], []
-    for _ in range(2000):
-        runs = {"r1": rng.normal(0, 0.1, 10), "full": rng.normal(0, 1.0, 4)}
-        scores = {name: {n: np.full(1, x) for n, x in enumerate(row)} for name, row in runs.items()}
-        scores = ConfirmScores(values=scores, shares=np.ones(1), num_examples=0, problems=(), filled={"full"})
-        found.append(estimate_sum(scores, {"r1": 1.0, "full": -1.0}))
-        values.append(runs["r1"].mean() - runs["full"].mean())
-    assert [one.value for one in found] == pytest.approx(values)
-    assert {len(one.seeds) for one in found} == {10}
-    expected = 0.1**2 / 10 + 1.0**2 / 4
-    spread = np.std([one.seeds_variance for one in found]) / 2000**0.5
-    assert np.mean([one.seeds_variance for one in found]) == pytest.approx(expected, abs=4 * spread)
 
 
 QUIET = {"seed_spread": 0.001, "group_spread": 0.001, "own_spread": 0.001}

@@ -57,7 +57,7 @@ def test_a_first_look_that_settles_everything_is_the_last_one_until_more_seeds_a
     assert work(folder)
     assert count_seeds(folder.path) == {name: 1 if name == "frozen" else 3 for name in SUBJECTS}
     (look,) = read_sweep(folder.path).looks_done
-    assert (look.seeds, look.open, look.next) == (3, [], [])
+    assert (look.seeds, look.open, look.is_last) == (3, [], True)
     before, begun = outcome(folder.path), len(runs.begun)
     assert work(reopen_sweep(folder.path))
     assert (outcome(folder.path), len(runs.begun)) == (before, begun)
@@ -72,27 +72,17 @@ def test_a_first_look_that_settles_everything_is_the_last_one_until_more_seeds_a
     assert sum("false verdict" in said for said in read_sweep(folder.path).warnings) == 1
 
 
-def test_only_subjects_of_open_questions_and_their_references_train_on(begin, work, runs, asking):
+def test_all_subjects_train_on_while_a_question_is_open(begin, work, runs, asking):
     set_scores(runs, noisy=[2])
     folder = begin(asking)
     assert work(folder)
     record = read_sweep(folder.path)
-    assert record.looks_done[0].open == ["lora-rank-2"]
-    assert record.looks_done[0].next == ["full", "lora-rank-2", "lora-rank-4"]
+    assert (record.looks_done[0].open, record.looks_done[0].is_last) == (["lora-rank-2"], False)
     counts, last = count_seeds(folder.path), record.looks_done[-1].seeds
-    assert counts == {"frozen": 1, "full": last, "lora-rank-1": 3, "lora-rank-2": last, "lora-rank-4": last}
     assert last in LOOKS[1:]
+    assert counts == {name: 1 if name == "frozen" else last for name in SUBJECTS}
     for name, count in counts.items():
         assert [row.seed for row in record.confirm if row.subject == name] == record.confirm_seeds[:count]
-
-
-def test_a_grown_stage_trains_the_subjects_of_open_questions_on_and_no_settled_ones(begin, work, runs, asking):
-    set_scores(runs, noisy=[2])
-    folder = begin(asking, "confirm.seeds=[3]")
-    assert work(folder)
-    assert read_sweep(folder.path).looks_done[0].open == ["lora-rank-2"]
-    assert work(reopen_sweep(folder.path, changes={"confirm.seeds": 6}))
-    assert count_seeds(folder.path) == {"frozen": 1, "full": 6, "lora-rank-1": 3, "lora-rank-2": 6, "lora-rank-4": 6}
 
 
 def test_the_last_look_ends_the_stage_whatever_is_open_and_each_subject_has_its_setting(begin, work, runs, asking):
@@ -102,7 +92,7 @@ def test_the_last_look_ends_the_stage_whatever_is_open_and_each_subject_has_its_
     record = read_sweep(folder.path)
     assert [look.seeds for look in record.looks_done] == [2, 3]
     assert record.looks_done[-1].open
-    assert record.looks_done[-1].next == []
+    assert record.looks_done[-1].is_last
     assert [row.subject for row in record.settings] == SUBJECTS
     trials = {(row.arm, row.number): row for row in record.trials}
     for row in record.settings:

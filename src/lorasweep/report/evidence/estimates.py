@@ -1,7 +1,7 @@
 """Test scores of the confirm stage, and weighted sums of the mean scores of subjects with their errors.
 
-Runs vary over seeds and over groups of test examples. All subjects of a sum are taken on the same examples and, except
-for those that are `filled`, on the same seeds, so differences are paired.
+Runs vary over seeds and over groups of test examples. All subjects of a sum are taken on the same seeds and
+examples, so differences are paired.
 """
 
 from __future__ import annotations
@@ -72,10 +72,6 @@ class ConfirmScores:
     """Per subject, how much better its best setting is expected to be than the confirmed one, by the search's model.
 
     Estimates are then about each subject's best settings, and their error includes that of the search."""
-
-    filled: Collection[str] = ()
-    """Subjects that may lack seeds of the other subjects of a sum. A missing score is their mean over the seeds that
-    they have (`_fill_seeds`)."""
 
     @property
     def of_settings(self) -> ConfirmScores:
@@ -306,14 +302,12 @@ def estimate_sum(scores: ConfirmScores, coefficients: Coefficients, *, constant:
     if any(not scores.values.get(subject) for subject in coefficients):
         return None
     seeds = sorted(set.intersection(*(set(scores.values[subject]) for subject in coefficients)))
-    if len(seeds) > 1 and (complete := coefficients.keys() - set(scores.filled)):
-        seeds = sorted(set.intersection(*(set(scores.values[subject]) for subject in complete)))
     if not seeds:
         return None
     sums = np.full((len(seeds), len(scores.shares)), constant)
     used = {subject: coefficient for subject, coefficient in coefficients.items() if coefficient}  # 0 · inf is NaN
     for subject, coefficient in used.items():
-        sums += coefficient * _fill_seeds(scores.values[subject], seeds)
+        sums += coefficient * np.array([scores.values[subject][seed] for seed in seeds])
     ends = [[coefficient * end for end in scores.score_range] for coefficient in used.values()]
     errors = [c * scores.search_errors.get(subject, 0.0) for subject, c in coefficients.items()]
     shares, (num_seeds, num_groups) = scores.shares, sums.shape
@@ -339,19 +333,6 @@ def estimate_sum(scores: ConfirmScores, coefficients: Coefficients, *, constant:
         num_groups=scores.num_groups,
         bounds=(constant + sum(map(min, ends)), constant + sum(map(max, ends))),
     )
-
-
-def _fill_seeds(found: Mapping[int, Array], seeds: Sequence[int]) -> Array:
-    """Returns a subject's scores on these seeds, (seeds, groups), with its mean where it has no score.
-
-    Deviations from the mean are then made larger, so that the variance of the mean is that of the scores that it has.
-    """
-    known = [found[seed] for seed in seeds if seed in found]
-    if len(known) == len(seeds):
-        return np.array(known)
-    mean = np.mean(known, axis=0)
-    factor = math.sqrt(len(seeds) * (len(seeds) - 1) / (len(known) * (len(known) - 1)))
-    return np.array([mean + factor * (found[seed] - mean) if seed in found else mean for seed in seeds])
 
 
 def estimate_means(scores: ConfirmScores) -> dict[str, Estimate]:

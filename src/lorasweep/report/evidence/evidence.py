@@ -40,7 +40,6 @@ from lorasweep.report.evidence.questions import (
     compare_pair,
     compute_level,
     judge_difference,
-    list_subjects_to_train,
 )
 from lorasweep.report.evidence.verdicts import Answer, AnswerName, AnswerRow, Blocker
 from lorasweep.wording import format_metric
@@ -112,9 +111,12 @@ class Evidence:
         rows = tuple(row for row in self.answers if (row.name, row.arm) == (name, arm))
         return Answer(name=name, arm=arm, rows=rows)
 
-    def list_trained(self) -> set[str]:
-        """Returns the subjects that get further seeds."""
-        return list_subjects_to_train([row for row in self.answers if not row.is_settled])
+    def may_settle(self, answer: Answer, *, seeds: int) -> bool:
+        """Returns whether a further look at this number of seeds may settle a question, if all values stay the same."""
+        looks = sorted({*self.looks_done, seeds})
+        rows = answer_questions(self.questions, self.scores, self.scale, looks=looks)
+        own = [row for row in rows if (row.name, row.arm) == (answer.name, answer.arm) and not row.is_settled]
+        return all(row.may_settle for row in own if row.blocker != "another value")
 
     def estimate_difference(self, first: str, second: str | None) -> Estimate | None:
         """Returns `first - second` on the same seeds and examples, without the chance in the search."""

@@ -51,9 +51,6 @@ LOWEST_SCORE = -8.0
 
 FAMILY_LEVEL = 0.05
 """Maximum chance that a sweep gives any false verdict."""
-MAX_GAIN_ERROR = 1.05
-"""Further seeds of the gain are trained if its error makes that of an open comparison larger by more than this factor,
-because the margin is a share of the gain."""
 
 
 @functools.cache
@@ -152,7 +149,6 @@ class MarginScale:
         """Returns by how much a subject is better than a reference, plus this number of margins."""
         better = subtract({reference: float(self.sign)}, {subject: float(self.sign)}, 1.0)
         if self.is_share:  # also for no margin, so that all estimates are over the same seeds
-            scores = self._let_gain_have_fewer_seeds(scores, subject, reference)
             return estimate_sum(scores, subtract(better, self.gain, -margins * self.margin.value))
         return estimate_sum(scores, better, constant=margins * self.margin.value)
 
@@ -169,25 +165,15 @@ class MarginScale:
         """Returns 1 + advantage over the reference / gain as one ratio, with its interval; unknown without a gain."""
         if not self.has_gain or reference is None:
             return None, None
-        scores = self._let_gain_have_fewer_seeds(scores, subject, reference)
         better = {reference: float(self.sign), subject: -float(self.sign)}
         kept = subtract(better, self.gain, -1.0)
         ratio = estimate_ratio(scores, kept, self.gain, confidence=confidence)
         return ratio or (None, None)
 
-    def _let_gain_have_fewer_seeds(self, scores: ConfirmScores, subject: str, reference: str) -> ConfirmScores:
-        """Returns scores for a comparison in which the gain is only the unit of the margin."""
-        return replace(scores, filled=self.gain.keys() - {subject, reference})
-
 
 def compute_level(questions: Sequence[Question], looks: Sequence[int]) -> float:
     """Returns the one-sided level of each test: chains share the family's level, and looks share a chain's level."""
     return compute_look_level(tuple(looks), level=FAMILY_LEVEL / 2 / max(len(questions), 1))
-
-
-def list_subjects_to_train(answers: Sequence[AnswerRow]) -> set[str]:
-    """Returns the subjects whose further seeds may change these answers; empty without answers."""
-    return {name for answer in answers for name in (answer.subject, *answer.awaits)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,29 +199,6 @@ class _Comparison:
         )
 
 
-def judge_chain(question: Question, scores: ConfirmScores, scale: MarginScale, *, level: float) -> dict[str, Verdict]:
-    """Returns the verdict on each subject of a question, smallest value first, without values and intervals."""
-    _, alone = _compare_chain(question, scores, scale, level=level)
-    return _apply_order(alone)
-
-
-def _compare_chain(
-    question: Question, scores: ConfirmScores, scale: MarginScale, *, level: float
-) -> tuple[dict[str, list[_Comparison]], dict[str, Verdict]]:
-    """Returns the comparisons of each subject, and the verdict that each would have alone."""
-    if question.reference is None:
-        # values of one arm share a search, so an error of it moves them together
-        scores = scores.of_settings
-    judge = _choose_test(question)
-    compared: dict[str, list[_Comparison]] = {}
-    alone: dict[str, Verdict] = {}
-    for subject, names in _list_references(question).items():
-        found = [compare_pair(subject, name, scores, scale) for name in names]
-        compared[subject] = [pair for pair in found if pair]
-        alone[subject] = judge(compared[subject], level=level) if all(found) else "open"
-    return compared, alone
-
-
 def _list_references(question: Question) -> dict[str, list[str]]:
     """Returns the subjects that each subject of a question is compared with: for `smallest`, all larger values."""
     if question.reference is None:
@@ -259,11 +222,17 @@ def _answer_chain(
     question: Question, scores: ConfirmScores, scale: MarginScale, *, level: float, max_seeds: int
 ) -> list[AnswerRow]:
     references, judge = _list_references(question), _choose_test(question)
-    of_gain = (*scale.gain,) if scale.is_share else ()
-    compared, alone = _compare_chain(question, scores, scale, level=level)
     is_gain_shown = scale.find_gain(scores, level=level) is not None
     if question.reference is None:
+        # values of one arm share a search, so an error of it moves them together
         scores = scores.of_settings
+    compared: dict[str, list[_Comparison]] = {}
+    alone: dict[str, Verdict] = {}
+    """The verdict that each subject would have without the others."""
+    for subject, names in references.items():
+        found = [compare_pair(subject, name, scores, scale) for name in names]
+        compared[subject] = [pair for pair in found if pair]
+        alone[subject] = judge(compared[subject], level=level) if all(found) else "open"
     answers = []
     for subject, verdict in _apply_order(alone).items():
         worst = _find_worst(compared[subject], verdict)
@@ -281,7 +250,6 @@ def _answer_chain(
             subject=subject,
             reference=shown_reference,
             compared_with=tuple(references[subject]),
-            awaits=(*references[subject], *of_gain),
             verdict=verdict,
             value=value,
             interval=interval,
@@ -295,7 +263,7 @@ def _answer_chain(
         else:
             known = compared[subject] if len(compared[subject]) == len(references[subject]) else []
             explain = functools.partial(_explain_open, answer, known, judge=judge, level=level, max_seeds=max_seeds)
-            answers.append(explain(of_gain=of_gain, has_share=share[1] is not None))
+            answers.append(explain(has_gain=not scale.is_share or share[1] is not None))
     return answers
 
 
@@ -313,8 +281,7 @@ def _explain_open(
     found: Sequence[_Comparison],
     *,
     judge: Callable[..., Verdict],
-    of_gain: tuple[str, ...],
-    has_share: bool,
+    has_gain: bool,
     level: float,
     max_seeds: int,
 ) -> AnswerRow:
@@ -324,8 +291,7 @@ def _explain_open(
     """
     if not found:
         return replace(answer, blocker="no scores")
-    with_margin = [(pair, pair.plus_margin) for pair in found if pair.plus_margin is not None]
-    if len(with_margin) < len(found):
+    if any(pair.plus_margin is None for pair in found):
         return replace(answer, blocker="no margin")
     numbers = [len(pair.advantage.seeds) for pair in found]
     if min(numbers) < 2:
@@ -340,18 +306,8 @@ def _explain_open(
     # The boundary is one standard error nearer, so that only a hopeless question is given up.
     nearer = float(ndtr(ndtri(level) + 1.0))
     projected = [pair.project(num_seeds=max_seeds) for pair in found]
-    verdict, awaited = judge(projected, level=nearer), with_margin
-    if verdict == "insufficient":  # one refutation is enough
-        awaited = [min(awaited, key=lambda one: one[1].project(num_seeds=max_seeds).p_negative)]
-    elif verdict == "sufficient":
-        awaited = [(pair, margin) for pair, margin in awaited if margin.p_positive >= level]
-    needs_gain = not has_share or any(margin.error > MAX_GAIN_ERROR * pair.advantage.error for pair, margin in awaited)
-    return replace(
-        answer,
-        blocker="no gain" if of_gain and not has_share else largest,
-        may_settle=max(numbers) < max_seeds and verdict != "open",
-        awaits=(*(pair.reference for pair, _ in awaited), *(of_gain if needs_gain else ())),
-    )
+    may_settle = max(numbers) < max_seeds and judge(projected, level=nearer) != "open"
+    return replace(answer, blocker=largest if has_gain else "no gain", may_settle=may_settle)
 
 
 def _choose_test(question: Question) -> Callable[..., Verdict]:

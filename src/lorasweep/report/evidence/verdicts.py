@@ -49,8 +49,6 @@ class NextStep:
     command: str | None = None
     number: int | None = None
     """The steps of a run, or the seeds or trials in all, after the command."""
-    is_likely: bool | None = None
-    """Whether further seeds settle the answer with a chance of at least `PROBABLE_CHANCE`; None for other steps."""
     seconds: float | None = None
     """The time that it takes, at the pace of the sweep; None if it is not known."""
     needs: tuple[Blocker, ...] = ()
@@ -82,8 +80,6 @@ class AnswerRow:
     """None if it is settled."""
     may_settle: bool = False
     """Whether it is open and the seeds of later looks may settle it."""
-    awaits: tuple[str, ...] = ()
-    """The other subjects whose further seeds may settle it: references, and those of the gain."""
 
     @property
     def is_settled(self) -> bool:

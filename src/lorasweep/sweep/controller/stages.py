@@ -10,9 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
-from lorasweep.record import LookRow, SettingRow, Trial, find_winner, list_confirm_runs, read_run
+from lorasweep.record import (
+    LookRow,
+    SettingRow,
+    Trial,
+    count_seeds_due,
+    find_winner,
+    list_confirm_runs,
+    read_run,
+)
 from lorasweep.report.evidence.evidence import answer_sweep, read_confirm_scores
-from lorasweep.report.evidence.questions import list_subjects_to_train
 from lorasweep.sweep.controller.arm_trials import SEED, SETTING, SETTINGS_ATTRIBUTE, ArmTrials
 from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.folder import SweepFolder, name_study
@@ -100,9 +107,9 @@ class Search:
 class Confirmation:
     """The setting of each subject is trained again on fresh seeds, each run to its end, and scored once on test data.
 
-    Seeds come in groups, up to each planned look. After a look, only subjects of open questions that further seeds may
-    settle train on more seeds, and the references that these answers await. The decisions depend on the scores alone,
-    so a resumed stage makes the same decisions. Runs that began before a sweep grew are kept, and are not repeated.
+    All subjects train up to each planned look, until no open question may be settled by further seeds. The decisions
+    depend on the scores alone, so a resumed stage makes the same decisions. Runs that began before a sweep grew are
+    kept, and are not repeated.
     """
 
     name: Literal["confirm"] = "confirm"
@@ -113,7 +120,7 @@ class Confirmation:
         self._settings = {(row.arm, row.setting): row for row in settings}
         self._looks = looks
         self._plan: dict[str, list[tuple[int, int]]] = {}
-        """Setting and seed of the runs of the looks so far, by arm."""
+        """Setting and seed of the runs up to the look that is due, by arm."""
         self.looks_done: list[LookRow] = []
         chosen = {row.arm for row in settings}
         arms = [arm for arm in sweep.definition.arms if arm.name in chosen]
@@ -132,7 +139,7 @@ class Confirmation:
 
     @property
     def has_next_look(self) -> bool:
-        return len(self.looks_done) < len(self._looks) and (not self.looks_done or bool(self.looks_done[-1].next))
+        return not self.looks_done or not self.looks_done[-1].is_last
 
     def begin_next_look(self) -> bool:
         """Tests the questions after all runs of a look have ended. Returns whether further runs are planned."""
@@ -145,24 +152,19 @@ class Confirmation:
         answers = answer_sweep(record, scores)
         # where more seeds were asked for, also those that the plan had given up
         stops_early = isinstance(self._sweep.definition.sweep_config.confirm.seeds, tuple)
-        undecided = [answer for answer in answers if answer.may_settle or not (stops_early or answer.is_settled)]
-        subjects = list_subjects_to_train(undecided)
-        if not stops_early and not subjects:
-            subjects = {row.subject for row in self._settings.values()}
-        if num_done + 1 == len(self._looks):
-            subjects = set()
+        is_over = stops_early and not any(answer.may_settle for answer in answers)
+        is_last = is_over or num_done + 1 == len(self._looks)
         still_open = dict.fromkeys(answer.subject for answer in answers if not answer.is_settled)
-        self.looks_done.append(LookRow(seeds=self._looks[num_done], open=list(still_open), next=sorted(subjects)))
+        self.looks_done.append(LookRow(seeds=self._looks[num_done], open=list(still_open), is_last=is_last))
         record.looks_done = list(self.looks_done)
         self._plan_runs()
-        return bool(subjects)
+        return not is_last
 
     def _plan_runs(self) -> None:
-        seeds = self._sweep.record.confirm_seeds
+        seeds, num_due = self._sweep.record.confirm_seeds, count_seeds_due(self._looks, self.looks_done)
         for name, trials in self.arms.items():
             settings = {row.subject: row.setting for row in self._settings.values() if row.arm == name}
-            is_fixed = has_fixed_score(trials.arm)
-            runs = list_confirm_runs([*settings], looks=self._looks, looks_done=self.looks_done, is_fixed=is_fixed)
+            runs = list_confirm_runs([*settings], seeds=num_due, is_fixed=has_fixed_score(trials.arm))
             self._plan[name] = [(settings[subject], seeds[index]) for subject, index in runs]
             trials.planned = len(_list_begun(trials) | set(self._plan[name]))
 

@@ -77,7 +77,7 @@ def has_fixed_score(arm: Arm) -> bool:
 def count_confirm_runs(arm: Arm, *, seeds: int) -> int:
     """Returns the number of confirm runs of an arm, if the questions are settled with this number of seeds."""
     subjects = [subject.name for subject in arm.subjects]
-    return len(list_confirm_runs(subjects, looks=[seeds], is_fixed=has_fixed_score(arm)))
+    return len(list_confirm_runs(subjects, seeds=seeds, is_fixed=has_fixed_score(arm)))
 
 
 def find_warnings(definition: Definition) -> list[str]:
