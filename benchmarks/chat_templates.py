@@ -106,8 +106,7 @@ def check(tokenizer, case, examples, config):
     wrong = [fault for index in range(len(case["messages"])) if (fault := find_fault(tokenizer, case, index, rows))]
     if wrong:
         return f"WRONG: {wrong[0]}"
-    omitted = " without reasoning" if int(columns["omits_reasoning"].values.sum()) else ""
-    return f"exact{omitted}" if len(rows) == 1 else f"exact{omitted}, {len(rows)} examples"
+    return "exact" if len(rows) == 1 else f"exact, {len(rows)} examples"
 
 
 def serve(tokenizer, messages, case):

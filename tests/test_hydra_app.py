@@ -163,7 +163,6 @@ def test_pairs_of_answers_train_with_a_chat_template_and_their_prompts_are_answe
     rows = [json.loads(line) for line in (here / "chat.jsonl").read_text().splitlines()]
     pairs = [{"prompt": [{"role": "user", "content": row["prompt"]}], "chosen": row["completion"]} for row in rows]
     pairs = [{**pair, "rejected": f"w{(n + 7) % 40} w1"} for n, pair in enumerate(pairs)]
-    pairs[3]["rejected"] = pairs[3]["chosen"]
     (here / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     changed = {"data": "preferences", "data.train": "pairs.jsonl", "data.answers.on_validation": True}
     words = [f"{key}={value}" for key, value in {**chats, **changed, "trainer.max_steps": 30}.items()]
@@ -171,7 +170,6 @@ def test_pairs_of_answers_train_with_a_chat_template_and_their_prompts_are_answe
     record = read_run(here / "run")
     assert record.metric == "preference_accuracy"
     assert record.score > 0.5
-    assert any("have equal answers and are not used: rows [4]." in note for note in record.notes)
     with (here / "run" / "validation_answers.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == record.data["validation"]["examples"] == record.answers["validation"]["examples"]

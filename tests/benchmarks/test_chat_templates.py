@@ -16,7 +16,7 @@ def test_each_case_of_a_template_has_a_cell_and_what_it_refuses_a_reason(tmp_pat
     monkeypatch.setattr(sys, "argv", ["chat_templates.py", str(tmp_path)])
     assert chat_templates.main() == 0
     shown = capsys.readouterr().out
-    assert "| keeps | exact | exact | exact | exact without reasoning | refused [1] |" in shown
+    assert "| keeps | exact | exact | exact | exact | refused [1] |" in shown
     assert "[1] " in shown
     assert "5 checks: 4 exact, 1 refused" in shown
 

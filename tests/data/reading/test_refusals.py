@@ -100,7 +100,7 @@ PAIRS = [
     ({"prompt": "a", "chosen": [ANSWER], "rejected": [said("bot", "c")]}, ["'bot'", "message 1", "in `rejected`"]),
     ({"prompt": "a", "chosen": 5, "rejected": 6}, ["must have a text", "5"]),
     ({"prompt": None, "chosen": "b", "rejected": "c"}, ["must have a text", "None"]),
-    ({"prompt": "a", "chosen": "b", "rejected": "b"}, ["`data.train`", "pairs of different answers", "rows [1]"]),
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, ["row 1 of 'train.jsonl'", "different answers"]),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, ["`data.train`", "at least 3 different examples", "has 1"]),
 ]
 # kind of data, files, settings, words of the message

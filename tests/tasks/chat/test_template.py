@@ -200,14 +200,14 @@ def test_what_a_template_can_not_say_is_refused_in_one_sentence(tokenizer, templ
     assert [word for word in words if word not in str(raised.value)] == []
 
 
-def test_conversations_that_a_template_does_not_write_are_named_and_counted(tokenizer):
+def test_a_conversation_that_a_template_does_not_write_is_named(tokenizer):
     tokenizer.chat_template = KEEPS
     template = read_template(make_data("chat", train="x", template="model"), tokenizer)
     talks = [talk(*(CALLING if n in (2, 5) else TALK))._replace(number=n, source="c.jsonl") for n in range(1, 6)]
     with pytest.raises(ConfigError) as raised:
         list(template.render_turns(talks, only_last=False))
     said = str(raised.value)
-    assert said.endswith("Or remove such rows, 2 of the 5 that were rendered together: row 2 and row 5 of 'c.jsonl'.")
+    assert "row 2 of 'c.jsonl'" in said
     assert "'get'" in said
 
 

@@ -5,6 +5,8 @@ import json
 import pytest
 from tests.data.conftest import SPLITS, jsonl_of, said
 
+from lorasweep.errors import ConfigError
+
 
 def read_rows(read, *rows, **settings):
     return read("preferences", {f"{split}.jsonl": jsonl_of(*rows) for split in SPLITS}, **settings)
@@ -94,23 +96,18 @@ def test_pairs_of_one_prompt_are_one_group_unless_a_column_says_otherwise(read):
     assert {pair.rejected.group for pair in read_rows(read, *rows, group="user").train.items} == {"me"}
 
 
-def test_pairs_with_an_empty_answer_or_equal_ones_are_left_out_counted_and_named(read):
+@pytest.mark.parametrize("wrong", [{"chosen": " "}, {"rejected": None}, {"chosen": []}, {"chosen": "no"}])
+def test_a_pair_with_an_empty_answer_or_equal_ones_is_refused_with_its_row(read, wrong):
     rows = [{"prompt": "hi", "chosen": f"yes {n}", "rejected": "no"} for n in range(8)]
-    rows[1]["chosen"], rows[3]["rejected"], rows[4]["chosen"], rows[6]["chosen"] = " ", None, [], "no"
-    source = read_rows(read, *rows)
-    assert [pair.chosen.number for pair in source.train.items] == [1, 3, 6, 8]
-    assert "3 of 8 pairs of train have an empty answer and are not used: rows [2, 4, 5]." in source.notes
-    assert "1 of 8 pairs of train have equal answers and are not used: rows [7]." in source.notes
-    assert "1 of 8 pairs of test have equal answers and are not used: rows [7]." in source.test().notes
+    rows[4] |= wrong
+    with pytest.raises(ConfigError, match=r"row 5 of 'train.jsonl' must have two (different )?answers"):
+        read_rows(read, *rows)
 
 
 def test_a_text_that_ends_with_the_prompt_has_an_empty_answer(read):
-    texts = ["Human: hi Assistant: ", "Human: hi Assistant: hello", "Human: hi Assistant: go"]
-    rows = [{"chosen": text, "rejected": texts[1]} for text in texts] + [{"chosen": texts[2], "rejected": texts[0]}]
-    source = read_rows(read, *rows)
-    assert [pair.chosen.messages[-1].content for pair in source.train.items] == [" go"]
-    assert "2 of 4 pairs of train have an empty answer and are not used: rows [1, 4]." in source.notes
-    assert "1 of 4 pairs of train have equal answers and are not used: rows [2]." in source.notes
+    texts = ["Human: hi Assistant: ", "Human: hi Assistant: hello"]
+    with pytest.raises(ConfigError, match=r"row 1 .* one is empty"):
+        read_rows(read, {"chosen": texts[0], "rejected": texts[1]})
 
 
 def test_another_order_of_the_answers_is_other_data(read):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -57,15 +54,18 @@ def build_conversations(
         "left_out": len(is_kept) - len(items),
         "fingerprint": examples.fingerprint,
         "conversations": len(examples),
-        "without_reasoning": int(columns["omits_reasoning"].values.sum()),
-        "after_added_end": int(columns["follows_added_end"].values.sum()),
         **describe_chat_format(config, tokenizer),
     }
-    of_train = _describe_template(len(kept), facts) if examples.name == "train" else ()
+    notes = list(examples.notes)
+    if examples.name == "train" and len(kept) > size * len(examples):
+        notes.append(
+            f"{len(examples)} conversations of train are {len(kept)} examples, because the chat template rewrites "
+            "earlier turns or ends no answer: each answer follows the prompt that a server gives."
+        )
     return Rows(
         name=examples.name,
         fingerprint=examples.fingerprint,
-        notes=(*examples.notes, *of_train),
+        notes=tuple(notes),
         groups=tuple(examples.items[item].group or str(item) for item in items),
         sequences={"input_ids": columns["input_ids"].select(kept), "targets": targets.select(kept)},
         weights=num_scored.float() if size == 1 else torch.ones(len(items)),
@@ -81,18 +81,3 @@ def count_scored(targets: Ragged) -> Tensor:
     """Returns the number of scored tokens of each row, (rows,)."""
     counts = torch.cat([targets.values.new_zeros(1), (targets.values != IGNORED).cumsum(0)])
     return counts[targets.starts + targets.lengths] - counts[targets.starts]
-
-
-def _describe_template(number: int, facts: Mapping[str, Any]) -> Iterator[str]:
-    """Yields sentences on how a chat template changed the conversations of train, which became `number` examples."""
-    if number > facts["conversations"]:
-        # most of the examples that begin inside a conversation
-        is_end = 2 * facts["after_added_end"] > number - facts["conversations"]
-        cause = "ends no answer with a special token, so the end-of-text token is added"
-        cause = cause if is_end else "rewrites earlier turns"
-        yield (
-            f"{facts['conversations']} conversations of train are {number} examples, because the chat template "
-            f"{cause}: each answer follows the prompt that a server gives."
-        )
-    if facts["without_reasoning"]:
-        yield f"{facts['without_reasoning']} examples of train lack reasoning: the template leaves it out."

@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from lorasweep.data.source import MAX_NAMED_ROWS
 from lorasweep.data.tokenise import read_template_file
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.tasks.chat.read import Conversation
 from lorasweep.tasks.chat.settings import ConversationSettings
-from lorasweep.wording import join_words, shorten
+from lorasweep.wording import shorten
 
 OPEN_THINKING = re.compile(r"<think>\s*\Z")
 """The end of a generation prompt after which the model has to reason."""
@@ -100,10 +99,6 @@ class Turn(NamedTuple):
     """The text that a server gives to the model."""
     answer: list[tuple[str, bool]]
     """The texts that the model generates after the prompt, up to its end-of-turn token; and whether each is scored."""
-    adds_end: bool
-    """Whether the answer ends with the end-of-text token, which the template does not write."""
-    omits_reasoning: bool
-    """Whether the template leaves out the reasoning that the message has."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -123,24 +118,12 @@ class ChatTemplate:
         Raises:
             ConfigError: The template fails, leaves out an answer, or contradicts its own prompt.
         """
-        problems: list[tuple[Conversation, ConfigError]] = []
         for conversation in conversations:
             try:
-                turns = self._render_conversation(conversation, only_last=only_last)
-            except ConfigError as error:  # go on and count such rows, because removing a few may be a remedy
-                problems.append((conversation, error))
-            else:
-                yield turns
-        if problems:
-            (conversation, first), count = problems[0], len(problems)
-            if count == len(conversations):
-                raise first
-            rows = [f"row {wrong.number}" for wrong, _ in problems[:MAX_NAMED_ROWS]]
-            named = join_words([*rows, *(["others"] if count > len(rows) else [])])
-            raise ConfigError(
-                f"{first} Or remove such rows, {count} of the {len(conversations)} that were rendered together: "
-                f"{named} of {conversation.source!r}."
-            ) from first
+                yield self._render_conversation(conversation, only_last=only_last)
+            except ConfigError as error:
+                row = f"row {conversation.number} of {conversation.source!r}"
+                raise ConfigError(f"{error} It is {row}, which you may also remove.") from error
 
     def _render_conversation(self, conversation: Conversation, *, only_last: bool) -> list[Turn]:
         messages = [
@@ -195,7 +178,7 @@ class ChatTemplate:
         texts[1 if spans else 0] = opening + texts[1 if spans else 0]
         texts[-2 if spans else 0] += end_token
         answer = [(text, index % 2 == 1) for index, text in enumerate(texts) if text]
-        return Turn(prompt, answer, bool(end_token), omits_reasoning=_get_reasoning(message) not in "".join(texts))
+        return Turn(prompt, answer)
 
     def _find_answer(self, prompt: str, full: str, message: Mapping[str, Any]) -> tuple[int, str]:
         """Returns the index in `full` at which the answer starts, and what the model generates before that text.

@@ -27,11 +27,6 @@ class ChatTokens:
     """The same tokens, with `IGNORED` in the place of those that are not scored."""
     answer_start: int = 0
     """The number of tokens before the last answer."""
-    omits_reasoning: bool = False
-    """Whether the template left out the reasoning of an answer."""
-
-    follows_added_end: bool = False
-    """Whether it begins here only because the turn before ends with a token that the template does not write."""
 
     def extend(self, ids: Sequence[int], *, is_scored: bool) -> None:
         self.ids += ids
@@ -51,8 +46,7 @@ def tokenise_chats(
     answer whose prompt does not is the first of a new example.
 
     - `input_ids`, and `targets`: the next token at each position if the assistant wrote it, otherwise `IGNORED`.
-    - `row`: the index of the example's conversation. `omits_reasoning`: 1 if the template left out reasoning.
-    - `follows_added_end`: 1 if only the end-of-text token that was added to the answer before made it an example.
+    - `row`: the index of the example's conversation.
     - `answer_start`: the number of tokens before the last answer.
     - `full_length`: the number of tokens before truncation.
     - `scored_bytes`: the number of UTF-8 bytes of the scored tokens.
@@ -78,8 +72,6 @@ def tokenise_chats(
                 result["targets"].append(following[:max_length])
                 result["row"].append([row])
                 result["answer_start"].append([tokens.answer_start])
-                result["omits_reasoning"].append([int(tokens.omits_reasoning)])
-                result["follows_added_end"].append([int(tokens.follows_added_end)])
                 result["full_length"].append([len(following)])
                 answer = [token for token in following[:max_length] if token != IGNORED]
                 result["scored_bytes"].append([len(str(tokenizer.decode(answer, skip_special_tokens=True)).encode())])
@@ -131,20 +123,17 @@ def _template_encoder(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
 
     def encode(turns: Sequence[Turn]) -> list[ChatTokens]:
         examples: list[ChatTokens] = []
-        added = ""  # the text up to an answer to which the end-of-text token was added
         for turn in turns:
             prompt, text = tokenise(turn.prompt), turn.prompt
             if not examples or prompt[: len(examples[-1].ids)] != examples[-1].ids:
                 # the first turn, or the template rewrites earlier turns, or writes no token at their end
-                examples.append(ChatTokens(follows_added_end=bool(added) and turn.prompt.startswith(added)))
+                examples.append(ChatTokens())
             tokens = examples[-1]
-            tokens.omits_reasoning |= turn.omits_reasoning
             tokens.extend(prompt[len(tokens.ids) :], is_scored=False)
             tokens.answer_start = len(prompt)
             for more, is_scored in turn.answer:
                 tokens.extend(tokenise_after(text, tokens.ids, more), is_scored=is_scored)
                 text += more
-            added = text.removesuffix(str(tokenizer.eos_token)) if turn.adds_end else ""
         return examples
 
     return lambda conversations: map(encode, template.render_turns(conversations, only_last=only_last))
@@ -173,7 +162,6 @@ def _plain_encoder(tokenizer: PreTrainedTokenizerBase, separator: str, *, only_l
             tokens.answer_start = len(tokens.ids)
             is_last = index == len(conversation.messages) - 1
             tokens.extend([*answer, end], is_scored=message.is_trained and (is_last or not only_last))
-            tokens.omits_reasoning |= "reasoning_content" in message.fields
             prompt = ""
         return [tokens]
 

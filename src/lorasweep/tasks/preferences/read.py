@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from lorasweep.config.data import AnswerScore
 from lorasweep.data.reading.tables import choose_columns, open_tables, parse_rows
 from lorasweep.data.source import DataSource, ReadExamples, build_source
-from lorasweep.errors import ConfigError
 from lorasweep.tasks.chat.read import (
     TOOLS_COLUMN,
     Conversation,
@@ -58,20 +57,8 @@ def read_preferences(config: PreferencesConfig) -> DataSource:
     def read(split: str) -> ReadExamples[Preference]:
         table, source = tables.pop(split), config.sources[split]
         parsed, notes = parse_rows(table, functools.partial(_parse_pair, columns=table.columns))
-        notes = [f"Pairs of {split} are read from {join_words(table.columns)}.", *notes]
-        pairs: list[Preference] = []
-        unused: dict[str, list[int]] = {}
-        for number, pair in enumerate(parsed, start=1):
-            if isinstance(pair, str):
-                unused.setdefault(pair, []).append(number)
-            else:
-                pairs.append(pair.replace_both(number=number, source=source))
-        for problem, rows in unused.items():
-            of_all = f"{len(rows)} of {len(parsed)} pairs of {split}"
-            notes.append(f"{of_all} have {problem} and are not used: rows {shorten(rows)}.")
-        if not pairs:
-            raise ConfigError(f"`data.{split}` must have pairs of different answers, but has none. {notes[-1]}")
-        return pairs, notes
+        pairs = [pair.replace_both(number=number, source=source) for number, pair in enumerate(parsed, start=1)]
+        return pairs, [f"Pairs of {split} are read from {join_words(table.columns)}.", *notes]
 
     return build_source(
         read("train"),
@@ -93,20 +80,20 @@ def _choose_columns(config: PreferencesConfig, names: Sequence[str], source: str
     return choose_columns(wanted, names, source)
 
 
-def _parse_pair(*values: Any, columns: Sequence[str], **of_row: Any) -> Preference | str:
-    """Returns the conversations of a row, or what it has so that nothing can be learned from it."""
+def _parse_pair(*values: Any, columns: Sequence[str], **of_row: Any) -> Preference:
+    """Returns the conversations of a row."""
     tools = values[-1:] if columns[-1] == TOOLS_COLUMN else ()
     *prompt, chosen, rejected = values[: len(values) - len(tools)]
     # LLaMA-Factory has a message as an answer, not a list of messages
     chosen, rejected = ([answer] if isinstance(answer, dict) else answer for answer in (chosen, rejected))
     if _is_empty(chosen) or _is_empty(rejected):
-        return "an empty answer"
+        raise ValueError("must have two answers, but one is empty")
     if isinstance(chosen, list) != isinstance(rejected, list):
         raise ValueError("must have two texts or two lists of messages as answers, but has one of each")
     if not prompt and isinstance(chosen, str) and isinstance(rejected, str):
         prompt, chosen, rejected = _split_texts(chosen, rejected)
         if not (chosen.strip() and rejected.strip()):
-            return "an empty answer"
+            raise ValueError("must have two answers, but one is empty")
     given = parse_messages(prompt[0], "user") if prompt else []
     sides: list[Conversation] = []
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
@@ -126,7 +113,7 @@ def _parse_pair(*values: Any, columns: Sequence[str], **of_row: Any) -> Preferen
     if any(first.role == second.role != "tool" for first, second in itertools.pairwise(messages)):
         raise ValueError(f"must have roles that alternate, but has {shorten([message.role for message in messages])}")
     if messages == others:
-        return "equal answers"
+        raise ValueError("must have two different answers, but they are equal")
     return Preference(sides[0], sides[1], has_messages=any(isinstance(value, list) for value in (*prompt, chosen)))
 
 
