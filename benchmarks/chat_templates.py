@@ -184,7 +184,7 @@ def main():
         print(f"| {template} | {' | '.join(cells)} |")
     for reason, number in reasons.items():
         print(f"\n[{number}] {shorten(reason, 400)}")
-    kinds = [re.split(r"[:,]", result)[0].removesuffix(" without reasoning") for result in results.values()]
+    kinds = [re.split(r"[:,]", result)[0] for result in results.values()]
     print(f"\n{len(kinds)} checks: " + ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))))
     return 1 if "WRONG" in kinds else 0
 

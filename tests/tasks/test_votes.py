@@ -17,7 +17,7 @@ from lorasweep.tasks import DATA
 LIMITS = dict.fromkeys(("path", "subset", "revision", "validation", "test", "test_fraction", "group", "columns"))
 LIMITS |= {f"max_{split}_examples": None for split in ("train", "validation", "test")}
 OPTION = LIMITS | {"name": "votes", "train": "???", "max_length": 32, "group_by_length": True}
-OPTION |= {"delimiter": "auto", "quoting": "auto"}
+OPTION |= {"delimiter": "auto"}
 SETTINGS = {key: value for key, value in TWO_STEPS.items() if not key.startswith("data.")}
 SETTINGS |= {"data": "votes", "data.train": "votes.jsonl", "logger": "none"}
 

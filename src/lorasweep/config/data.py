@@ -24,7 +24,6 @@ AnswerMetric = Literal["exact_match", "last_number"]
 LabelKind = Literal["single_label", "regression"]
 """Whether a label is one of several classes, or a number."""
 Delimiter = Literal["auto", "comma", "semicolon", "tab", "pipe"]
-Quoting = Literal["auto", "csv", "none"]
 
 DEFAULT_SPLIT_PERCENT = 10
 """Percentage of the training data that a split gets if neither its source nor its share is set."""
@@ -203,10 +202,8 @@ class RowSettings(SplitSettings):
     columns: tuple[str, ...] | None
     """Names of all columns of csv, tsv and txt files without a header; null takes the names from the first line."""
     delimiter: Delimiter
-    """Character between two fields. `auto`: a comma in csv files, a tab in tsv and txt files."""
-    quoting: Quoting
-    """`csv`: a field may stand in quotes (RFC 4180); `none`: a quote is a character like others. `auto`: `none` for tsv
-    and txt files, unless each quote there stands around a whole field; else `csv`."""
+    """Character between two fields. `auto`: a comma in csv files, a tab in tsv and txt files. Fields may stand in
+    quotes, except between tabs."""
     max_length: AtLeastTwo
     """Maximum number of tokens per example, >= 2. Longer examples are cut off."""
     max_train_examples: Positive | None

@@ -28,7 +28,7 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import ALPHA, LR, MIN_STEPS, RANK, STEPS_KEY
 from lorasweep.config.sweep import DEFAULT_MARGIN
 from lorasweep.data.reading.files import find_files, find_suffix, open_text
-from lorasweep.data.reading.local import DEFAULT_DIALECTS, TABLE_SUFFIXES
+from lorasweep.data.reading.local import DEFAULT_DELIMITERS, TABLE_SUFFIXES
 from lorasweep.data.reading.tables import load_tables
 from lorasweep.data.rows import MAX_CUT_SHARE
 from lorasweep.errors import ConfigError
@@ -360,7 +360,7 @@ def _read_given(config: RowSettings, settings: Mapping[str, Any]) -> GivenTable:
     """Returns the columns of the first file or split of training."""
     table, *_ = load_tables(config, "train", lambda names, source: names)
     is_unsure = config.path is None and "data.columns" not in settings
-    is_unsure = is_unsure and find_suffix(find_files(config.train, key="data.train")[0]) in DEFAULT_DIALECTS
+    is_unsure = is_unsure and find_suffix(find_files(config.train, key="data.train")[0]) in DEFAULT_DELIMITERS
     columns = {name: table.get_values(name) for name in table.columns}
     return GivenTable(columns=columns, settings=settings, unsure_header=config.train if is_unsure else None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import glob
 import gzip
 import os
@@ -62,7 +61,10 @@ def refuse_unreadable(path: Path) -> Iterator[None]:
     except ConfigError:
         raise
     except UnicodeDecodeError as error:
-        raise ConfigError(_describe_encoding(path)) from error
+        raise ConfigError(
+            f"{str(path)!r} must be in UTF-8, but is not: {first_line(error)}. Convert it, perhaps by "
+            f"`iconv -f cp1252 -t utf-8 {path} > {path.with_stem(f'{path.stem}-utf8')}`."
+        ) from error
     except Exception as error:  # each reader raises its own classes
         kind = find_suffix(path)[1:] or "text"
         raise ConfigError(f"{str(path)!r} must be a {kind} file, but can't be read: {first_line(error)}.") from error
@@ -77,17 +79,3 @@ def open_text(path: Path) -> Iterator[TextIO]:
     is_compressed = path.suffix.lower() == ".gz"
     with refuse_unreadable(path), (gzip.open if is_compressed else open)(path, "rt", encoding="utf-8-sig") as file:
         yield file
-
-
-def _describe_encoding(path: Path) -> str:
-    """Returns the error message for a file that is not UTF-8, with the line and a command that converts it."""
-    content = (gzip.decompress if path.suffix.lower() == ".gz" else bytes)(path.read_bytes())
-    line = 1
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        line += content.count(b"\n", 0, error.start)
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    command = f"iconv -f {'utf-16' if is_utf16 else 'cp1252'} -t utf-8 {path} > {path.with_stem(f'{path.stem}-utf8')}"
-    convert = "" if path.suffix.lower() == ".gz" else f", perhaps by `{command}`"
-    return f"{str(path)!r} must be in UTF-8, but line {line} is not. Convert it{convert}."

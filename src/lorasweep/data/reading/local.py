@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 from pandas.errors import EmptyDataError, ParserError, ParserWarning
 
-from lorasweep.config.data import Delimiter, Quoting, RowSettings
+from lorasweep.config.data import Delimiter, RowSettings
 from lorasweep.data.reading.files import find_files, find_suffix, open_text, refuse_unreadable
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import shorten
@@ -25,18 +24,9 @@ from lorasweep.wording import shorten
 ChooseColumns = Callable[[Sequence[str], str], Sequence[str]]
 """Takes the column names of a table and its name. Returns the columns to read. Raises ConfigError if one is missing."""
 DELIMITERS: Mapping[Delimiter, str] = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
-DEFAULT_DIALECTS: Mapping[str, tuple[Delimiter, Quoting]] = {
-    ".csv": ("comma", "csv"),
-    ".tsv": ("tab", "none"),
-    ".txt": ("tab", "none"),
-}
-"""Delimiter and quoting under `auto`, unless quotes stand only around whole fields: then the quoting is `csv`."""
-PARSER_HINTS = {
-    "EOF inside string": "See also `data.quoting`",
-    "fields in line": "Put quotes around a text that contains the delimiter, or set `data.delimiter`",
-}
-"""What to do about errors of pandas, by a part of their message."""
-TABLE_SUFFIXES = (*DEFAULT_DIALECTS, ".jsonl", ".json", ".parquet")
+DEFAULT_DELIMITERS: Mapping[str, Delimiter] = {".csv": "comma", ".tsv": "tab", ".txt": "tab"}
+"""The delimiter under `auto`, by suffix."""
+TABLE_SUFFIXES = (*DEFAULT_DELIMITERS, ".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,8 +38,6 @@ class Table:
     """The values of each column, of equal number."""
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Names of the classes of a column whose values are their indices, in the order that the data set states."""
-    notes: Sequence[str] = ()
-    """Notes for the user on what is not read."""
 
     def get_values(self, column: str) -> Sequence[Any]:
         """Returns the values of a column. A class index becomes a name, and a negative one (a hidden label) None."""
@@ -80,16 +68,13 @@ def read_file(path: Path, config: RowSettings, choose: ChooseColumns) -> Table:
     kind = find_suffix(path)
 
     def choose_checked(names: Sequence[str]) -> list[str]:
-        if len(set(names)) < len(names):
-            repeated = next(name for name in names if names.count(name) > 1)
-            raise ConfigError(f"{str(path)!r} must have columns of different names, but has {repeated!r} twice.")
         try:
             return list(dict.fromkeys(choose(names, repr(str(path)))))
         except ConfigError as error:
             hint = " See also `data.columns` (for a file without a header) and `data.delimiter`."
-            raise ConfigError(f"{error}{hint if kind in DEFAULT_DIALECTS else ''}") from error
+            raise ConfigError(f"{error}{hint if kind in DEFAULT_DELIMITERS else ''}") from error
 
-    read = _read_delimited if kind in DEFAULT_DIALECTS else _read_parquet if kind == ".parquet" else _read_json
+    read = _read_delimited if kind in DEFAULT_DELIMITERS else _read_parquet if kind == ".parquet" else _read_json
     with refuse_unreadable(path):
         table = read(path, config, choose_checked)
     if not any(table.columns.values()):
@@ -98,18 +83,14 @@ def read_file(path: Path, config: RowSettings, choose: ChooseColumns) -> Table:
 
 
 def _read_delimited(path: Path, config: RowSettings, choose: Callable[[Sequence[str]], list[str]]) -> Table:
-    default_delimiter, quoting = DEFAULT_DIALECTS[find_suffix(path)]
-    separator = DELIMITERS[default_delimiter if config.delimiter == "auto" else config.delimiter]
-    if config.quoting != "auto":
-        quoting = config.quoting
-    elif quoting == "none" and _has_csv_quotes(path, separator):
-        quoting = "csv"  # quotes that pandas wrote around fields would become part of the texts
+    delimiter = DEFAULT_DELIMITERS[find_suffix(path)] if config.delimiter == "auto" else config.delimiter
     try:
         with warnings.catch_warnings(action="error", category=ParserWarning):  # rows with more fields than the header
             frame = pandas.read_csv(
                 path,
-                sep=separator,
-                quoting=csv.QUOTE_MINIMAL if quoting == "csv" else csv.QUOTE_NONE,
+                sep=DELIMITERS[delimiter],
+                # between tabs a quote is a character: pandas would join rows silently at a text that begins with one
+                quoting=csv.QUOTE_NONE if delimiter == "tab" else csv.QUOTE_MINIMAL,
                 names=None if config.columns is None else list(config.columns),
                 header=0 if config.columns is None else None,
                 dtype=str,
@@ -120,25 +101,10 @@ def _read_delimited(path: Path, config: RowSettings, choose: Callable[[Sequence[
     except EmptyDataError:
         return Table(name=str(path), columns={})
     except (ParserError, ParserWarning) as error:
-        said = first_line(error)
-        hints = [hint for part, hint in PARSER_HINTS.items() if part in said]
-        raise ValueError(". ".join([said, *hints])) from error
+        hint = "Put quotes around a text that contains the delimiter, or set `data.delimiter`"
+        raise ValueError(f"{first_line(error)}. {hint}") from error
     frame.columns = [str(name).strip() for name in frame.columns]
-    columns = {name: frame[name].tolist() for name in choose(list(frame.columns))}
-    # pandas names a column without a name `Unnamed: 2`; surplus commas make one, or a text with commas
-    surplus = frame[[name for name in frame.columns if name.startswith("Unnamed: ")]]
-    num_surplus = int((surplus != "").any(axis=1).sum())
-    note = f"{num_surplus} rows of {str(path)!r} have values in columns without a name, which are not read."
-    return Table(name=str(path), columns=columns, notes=[note] if num_surplus else [])
-
-
-def _has_csv_quotes(path: Path, separator: str) -> bool:
-    """Returns whether a file has quotes, and they stand only around whole fields, or doubled inside such fields."""
-    with open_text(path) as file:
-        text = file.read()
-    end = re.escape(separator)
-    rest = re.sub(rf'(?:(?<=[{end}\n])|\A)"(?:[^"]|"")*+"(?=[{end}\n]|\Z)', "", text)
-    return '"' not in rest and rest != text
+    return Table(name=str(path), columns={name: frame[name].tolist() for name in choose(list(frame.columns))})
 
 
 def _read_json(path: Path, config: RowSettings, choose: Callable[[Sequence[str]], list[str]]) -> Table:
@@ -176,11 +142,7 @@ def _read_parquet(path: Path, config: RowSettings, choose: Callable[[Sequence[st
     with pyarrow.parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
         table = file.read(columns=choose(schema.names))
-    columns: dict[str, list[Any]] = {name: table[name].to_pylist() for name in table.column_names}
-    for name, values in columns.items():
-        kind = schema.field(name).type
-        if "arrow.json" in str(kind):
-            columns[name] = [_decode_json(value, kind) for value in values]
+    columns = {name: table[name].to_pylist() for name in table.column_names}
     # `datasets` writes its own types beside those of arrow
     stated = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     class_names = {
@@ -189,14 +151,3 @@ def _read_parquet(path: Path, config: RowSettings, choose: Callable[[Sequence[st
         if name in columns and isinstance(kind, dict) and kind.get("_type") == "ClassLabel" and kind.get("names")
     }
     return Table(name=str(path), columns=columns, class_names=class_names)
-
-
-def _decode_json(value: Any, kind: pyarrow.DataType) -> Any:
-    """Returns a value of an arrow type with the objects that are stored as JSON texts in it."""
-    if value is None:
-        return None
-    if isinstance(value, list):
-        return [_decode_json(item, kind.value_type) for item in value]
-    if isinstance(value, dict):
-        return {key: _decode_json(item, kind.field(key).type) for key, item in value.items()}
-    return json.loads(value) if isinstance(kind, pyarrow.JsonType) else value

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from lorasweep.config.data import RowSettings, SplitSettings
 from lorasweep.console import say_note
-from lorasweep.data.reading.files import find_suffix, refuse_unreadable
-from lorasweep.data.reading.local import DEFAULT_DIALECTS, ChooseColumns, Table, find_tables, read_file
+from lorasweep.data.reading.files import refuse_unreadable
+from lorasweep.data.reading.local import ChooseColumns, Table, find_tables, read_file
 from lorasweep.data.source import MAX_NAMED_ROWS
 from lorasweep.errors import ConfigError
 from lorasweep.wording import format_bytes, join_words, shorten, suggest_nearest
@@ -71,15 +71,9 @@ def _open_split(config: SplitSettings, split: str, choose: ChooseColumns, *, kee
 def load_tables(config: SplitSettings, split: str, choose: ChooseColumns) -> list[Table]:
     """Returns the chosen columns of a split: one table for each file, or one of the hub. Errors as in `open_tables`."""
     given, key = config.sources[split], f"data.{split}"
-    rules = (config.columns, config.delimiter, config.quoting) if isinstance(config, RowSettings) else None
-    files = [] if config.path is not None else find_tables(given, key=key)
-    if rules not in (None, (None, "auto", "auto")) and not (files and find_suffix(files[0]) in DEFAULT_DIALECTS):
-        raise ConfigError(
-            "`data.columns` must be null, and `data.delimiter` and `data.quoting` auto, unless the files are csv, tsv "
-            f"or txt, but got {rules}."
-        )
     if config.path is None:
         assert isinstance(config, RowSettings)  # settings of other tasks read whole files
+        files = find_tables(given, key=key)
         _announce(sum(file.stat().st_size for file in files), split)
         return [read_file(path, config, choose) for path in files]
     from lorasweep.data.reading.hub import load_hub  # noqa: PLC0415 (`datasets` is slow to import)
@@ -100,7 +94,7 @@ def _announce(num_bytes: int, split: str) -> None:
 
 
 def parse_rows(split: SplitTables, parse: Callable[..., T]) -> tuple[list[T], list[str]]:
-    """Returns each row parsed with `parse`, and notes on rows that are skipped and on values that are not read.
+    """Returns each row parsed with `parse`, and a note on rows that are skipped.
 
     `parse` takes the values of a row, and `group` (the value of `data.group`). For an unusable row it raises ValueError
     with the message "must have X, but has Y".
@@ -110,10 +104,8 @@ def parse_rows(split: SplitTables, parse: Callable[..., T]) -> tuple[list[T], li
     """
     parsed: list[T] = []
     problems: list[tuple[str, str]] = []  # the place of a row, and what is wrong there
-    notes: list[str] = []
     for table in split.tables:
         name, columns = table.name, {column: table.get_values(column) for column in table.columns}
-        notes += table.notes
         groups = columns[split.group] if split.group else None
         for index, values in enumerate(zip(*(columns[column] for column in split.columns), strict=True)):
             try:
@@ -125,7 +117,7 @@ def parse_rows(split: SplitTables, parse: Callable[..., T]) -> tuple[list[T], li
                 shown = ", ".join(f"`{column}` {shorten(value, 40)}" for column, value in fields)
                 problems.append((f"row {index + 1} of {name!r}", f"{error}. The row has {shown}."))
     if not problems:
-        return parsed, notes
+        return parsed, []
     first = " ".join(problems[0])
     if not split.is_from_hub:
         of_file = "".join(problems[0][0].partition(" of ")[1:])
@@ -135,7 +127,7 @@ def parse_rows(split: SplitTables, parse: Callable[..., T]) -> tuple[list[T], li
     if not parsed:
         raise ConfigError(f"{name!r} must have usable rows, but has none. The first problem: {first}")
     skipped = f"{len(problems)} of {len(parsed) + len(problems)} rows of {name!r} are skipped."
-    return parsed, [*notes, f"{skipped} The first problem: {first}"]
+    return parsed, [f"{skipped} The first problem: {first}"]
 
 
 def _require_group(value: Any) -> str:
