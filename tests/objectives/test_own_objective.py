@@ -7,7 +7,6 @@ import lorasweep
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.prepare import check_run
 
@@ -24,7 +23,7 @@ def test_a_sweep_with_the_objective_ends_with_verdicts(tmp_path):
             "lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}},
         },
     }
-    assert plan_packing(read_definition(sweep))["lora"].key is not None
+    assert read_definition(sweep).find_arm("lora").packing.key is not None
     result = lorasweep.run_sweep(sweep, output=tmp_path / "sweep", progress=None)
     assert result.metric == "token_accuracy"
     assert len(result.confirm_dataframe()) == 1 + 2 + 2  # the frozen base has the same score on every seed

@@ -11,7 +11,6 @@ import lorasweep
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.tasks import DATA
 
 LIMITS = dict.fromkeys(("path", "subset", "revision", "validation", "test", "test_fraction", "group", "columns"))
@@ -51,7 +50,7 @@ def test_a_sweep_packs_its_trials_and_ends_with_verdicts(votes):
             "lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2], "optim.lr": rates(1e-3, 1e-2)}},
         },
     }
-    assert plan_packing(read_definition(sweep))["lora"].key is not None
+    assert read_definition(sweep).find_arm("lora").packing.key is not None
     result = lorasweep.run_sweep(sweep, output=votes / "sweep", progress=None)
     assert result.metric == "vote_accuracy"
     assert any("answers of train are liked" in note for note in result.load_run(result.best("full")).record.notes)

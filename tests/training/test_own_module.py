@@ -13,7 +13,6 @@ from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError
 from lorasweep.record import read_run, read_steps
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.training.finished_run import restore_model, score_run
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunFolder
@@ -153,6 +152,6 @@ def test_the_sweep_file_of_the_page_is_a_sweep_whose_trials_run_alone():
     for arm in definition.arms:
         for config in arm.corner_configs:
             check_run(config, load_inputs(config).base)
-    plan = plan_packing(definition)["lora"]
+    plan = definition.find_arm("lora").packing
     assert plan.key is None
     assert "module._target_" in plan.reason

@@ -14,7 +14,7 @@ from lorasweep.record import RetainedRow
 from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.definition.arms import Definition
-from lorasweep.sweep.definition.packing import plan_packing
+from lorasweep.sweep.definition.packing import check_packing
 from lorasweep.sweep.definition.sweep_file import name_in_errors
 from lorasweep.sweep.workers.train import check_workers
 from lorasweep.training.generation import check_answers
@@ -39,7 +39,7 @@ def check_definition(
         remedy = f"To resume a sweep type `lorasweep sweep --resume {new_folder}`."
         require_new_folder(Path(new_folder), key="sweep.output", remedy=remedy)
     check_workers(definition)
-    plan_packing(definition)
+    check_packing(definition)
     list_retained(definition, inputs_cache)
     for arm in definition.arms:
         with name_in_errors(f"arm `{arm.name}`"):

@@ -38,17 +38,14 @@ from lorasweep.sweep.checks import check_rows
 from lorasweep.sweep.definition.arms import Definition, read_definition
 from lorasweep.sweep.definition.confirm import MAX_LAW_FACTOR
 from lorasweep.sweep.definition.overrides import ARM_FIELDS, Overrides
-from lorasweep.sweep.definition.ranges import Range
 from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS, make_paths_absolute
-from lorasweep.sweep.definition.typed import ROW_DATA, ROW_KEYS
+from lorasweep.sweep.definition.typed import COLUMNS, ROW_DATA, ROW_KEYS
 from lorasweep.tasks import DATA, PLAIN_TEXT
 from lorasweep.tasks.task import GivenTable, find_task
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.wording import format_count, format_share, join_words, shorten, suggest_nearest
 
-COLUMN_KEYS = frozenset(("prompt", "input", "completion", "messages", "chosen", "rejected"))
-"""Settings of data that name columns of a recipe's table."""
 DATA_KEYS = frozenset(("data", "data.train", "data.path"))
 SOURCE_KEYS = ("data.path", "data.train", "data.subset", "data.revision")
 RANKS = (1, 4, 16, 64)
@@ -94,8 +91,7 @@ def draft_definition(
     `on_note` is called with each sentence on the columns of the data.
     """
     typed = Overrides.parse(parse_overrides(overrides))
-    values = {key: value for key, value in typed.common.items() if not isinstance(value, Range)}
-    settings = {key: value for key, value in values.items() if re.match(r"(model|data|trainer)\b", key)}
+    settings = {key: value for key, value in typed.values.items() if re.match(r"(model|data|trainer)\b", key)}
     source = str(settings.get("data.path") or settings.get("data.train") or settings.get("data", ""))
     name = re.sub(r"\W+", "-", Path(source).name.split(".")[0])[:MAX_NAME_CHARACTERS].strip("-")
     draft = draft_sweep(Path(f"{name or 'sweep'}.yaml"), settings, inputs_cache)
@@ -260,11 +256,11 @@ def _choose_data(
     columns = given.columns
     if expected.get("data.input") not in columns:
         expected = {key: value for key, value in expected.items() if key != "data.input"}
-    of_expected = {value for key, value in expected.items() if key.partition("data.")[2] in COLUMN_KEYS}
-    is_expected = bool(of_expected) and of_expected <= columns.keys()
+    kinds = {name: kind for name, kind in DATA.items() if kind.task_path}
+    of_expected = {value for key, value in expected.items() if key.partition("data.")[2] in COLUMNS}
+    is_expected = bool(of_expected) and of_expected <= columns.keys() and expected.get("data") in kinds
     given = replace(given, settings={**expected, **settings} if is_expected else settings)
     typed = {key for key in settings if key.startswith("data.")}
-    kinds = {name: kind for name, kind in DATA.items() if kind.task_path}
     fitting = {name: kind for name, kind in kinds.items() if typed <= _list_keys(kind)}
     if is_expected:
         fitting = {expected["data"]: kinds[expected["data"]]}

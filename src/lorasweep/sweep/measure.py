@@ -27,8 +27,8 @@ from lorasweep.methods import copy_sharing_weights
 from lorasweep.record import RunRecord, read_run
 from lorasweep.sweep.cost import Rates, count_workers
 from lorasweep.sweep.definition.arms import Arm, Definition
-from lorasweep.sweep.definition.packing import plan_packing
-from lorasweep.sweep.workers.worker import choose_slots, list_pack_arms
+from lorasweep.sweep.definition.packing import list_pack_arms
+from lorasweep.sweep.workers.worker import choose_slots
 from lorasweep.tasks.splits import DataSplits
 from lorasweep.training.generation import score_answers
 from lorasweep.training.inputs import InputsCache
@@ -118,7 +118,7 @@ def measure(
     """Measures one training of an arm and of those that share its packs. Errors as in `measure_sweep`."""
     size = choose_slots(definition, arm, inputs_cache=inputs_cache, num_workers=count_workers(definition))
     arms = list_pack_arms(definition, arm) if size.slots > 1 else [arm]
-    largest = plan_packing(definition)[arm.name].largest
+    largest = arm.packing.largest
     inputs = inputs_cache.load(largest)
     while True:
         phrase = f"{size.slots} trials in a pack" if size.slots > 1 else "1 trial"
@@ -138,7 +138,7 @@ def scale_up(
     training: BriefTraining, size: PackSize, arms: Sequence[Arm], *, definition: Definition, inputs_cache: InputsCache
 ) -> Rates:
     """Returns what the whole trainings of arms take."""
-    largest = {arm.name: plan_packing(definition)[arm.name].largest for arm in arms}
+    largest = {arm.name: arm.packing.largest for arm in arms}
     config = largest[arms[0].name]
     inputs = inputs_cache.load(config)
     train, validation = inputs.splits.train, inputs.splits.validation

@@ -65,13 +65,11 @@ class ArmStatus:
         Confirm runs count once the search has ended, because more trials may change the settings.
         """
         confirm = self.confirm if count_ended(self.trials) >= self.row.trials else []
-        steps: list[int] = [
-            run.params.get(STEPS_KEY, self.row.steps) for run in (*self.trials, *confirm)
-        ]  # it may be swept
-        num_new = self.row.trials + self.num_confirm - len(steps)
-        new = num_new * (statistics.fmean(steps) if steps else self.row.steps)
-        running = [pair for pair in zip((*self.trials, *confirm), steps, strict=True) if pair[0].state == "running"]
-        return round(new + sum(max(planned - run.step, 0) for run, planned in running))
+        runs = (*self.trials, *confirm)
+        steps: list[int] = [run.params.get(STEPS_KEY, self.row.steps) for run in runs]  # they may be swept
+        left = [max(planned - run.step, 0) for run, planned in zip(runs, steps, strict=True) if run.state == "running"]
+        num_new = self.row.trials + self.num_confirm - len(runs)
+        return round(sum(left) + num_new * (statistics.fmean(steps) if steps else self.row.steps))
 
     def as_json(self, record: SweepRecord) -> dict[str, Any]:
         best = find_winner(self.trials, record=record)

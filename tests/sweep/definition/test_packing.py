@@ -4,13 +4,18 @@ import pytest
 
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.packing import explain_solo_arms, plan_packing
+from lorasweep.sweep.definition.packing import check_packing, explain_solo_arms
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
 
 @pytest.fixture
 def plan(read):
-    return lambda content, *overrides: plan_packing(read(content, *overrides))
+    def plan(content, *overrides):
+        definition = read(content, *overrides)
+        check_packing(definition)
+        return {arm.name: arm.packing for arm in definition.arms}
+
+    return plan
 
 
 def test_lora_trials_and_arms_that_differ_in_what_a_slot_owns_share_packs(plan, content):
@@ -46,9 +51,9 @@ def test_a_setting_that_slots_do_not_have_runs_alone_and_says_what_mends_it(plan
 def test_trials_of_the_shipped_qlora_share_packs(tmp_path):
     (tmp_path / "chat.jsonl").write_text('{"prompt": "a", "completion": "b"}')
     overrides = {"model.path": "m", "data.train": str(tmp_path / "chat.jsonl")}
-    plans = plan_packing(read_definition(find_sweep_file("qlora"), overrides))
-    assert plans["lora"].largest.trainer.activation_checkpointing
-    assert plans["lora"].key is not None
+    packing = read_definition(find_sweep_file("qlora"), overrides).find_arm("lora").packing
+    assert packing.largest.trainer.activation_checkpointing
+    assert packing.key is not None
 
 
 def test_an_adapter_of_peft_trains_alone_and_its_keys_are_swept(read, content):
@@ -105,7 +110,6 @@ def test_arms_on_different_bases_share_no_packs(read, content):
     for kind in ("none", "nf4"):
         content["arms"][f"lora-{kind}"] = lora | {"settings": {"method": "lora", "model.quantization": kind}}
     definition = read(content)
-    plans = plan_packing(definition)
-    keys = [plans[f"lora-{kind}"].key for kind in ("none", "nf4")]
+    keys = [definition.find_arm(f"lora-{kind}").packing.key for kind in ("none", "nf4")]
     assert None not in keys
     assert len(set(keys)) == 2

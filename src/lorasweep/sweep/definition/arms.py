@@ -23,7 +23,7 @@ from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
 from lorasweep.record import Subject, is_number
 from lorasweep.sweep.definition.overrides import Layer, Overrides, merge_layers
-from lorasweep.sweep.definition.ranges import Range, Space, describe_space
+from lorasweep.sweep.definition.ranges import Space, describe_space
 from lorasweep.sweep.definition.sweep_file import (
     ArmConfig,
     SweepFile,
@@ -42,6 +42,23 @@ DEFAULT_TRIALS = 16
 """Number of trials of an arm that searches several keys, if neither sweep file nor command line sets it."""
 TRIAL_SETTINGS = {"trainer.progress": False}
 """Settings of every trial, because a sweep shows the progress of all its trials together."""
+
+
+SLOT_GROUPS = ("method", "optim", "schedule", "logger", "seed", "seeds")
+"""Groups of settings that each slot of a pack has for itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmPacking:
+    """Whether the trials of one arm can share packs."""
+
+    key: tuple[Any, ...] | None
+    """Trials of arms with equal keys share packs; None means that each trial runs alone."""
+    reason: str
+    """Sentences that say what keeps the trials from sharing packs, and which setting would change that. Empty if they
+    share packs."""
+    largest: RunConfig
+    """The arm's run with the highest rank, on which memory and time are measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +90,29 @@ class Arm:
         if all(map(is_number, values)):
             values = sorted(values)
         return tuple(Subject(arm=self.name, key=key, value=value) for value in values)
+
+    @cached_property
+    def packing(self) -> ArmPacking:
+        """Whether the trials can share packs.
+
+        They do if they differ only in settings that each slot has for itself: `SLOT_GROUPS` and those that the
+        objective names.
+        """
+        config, objective, own = self.base, self.base.objective, [*SLOT_GROUPS]
+        own += [f"objective.{name}" for name in objective.slot_keys]
+        obstacles = [
+            f"`{key}` is swept, but all slots of a pack must have the same value. Write an arm for each value, and "
+            "the trials of each arm share packs."
+            for key in self.space
+            if not {key, key.split(".")[0]} & {*own}
+        ]
+        capabilities = [corner.capabilities.packs for corner in self.corner_configs]
+        obstacles += [sentence for sentence in capabilities if sentence is not True]
+        return ArmPacking(
+            key=None if obstacles else (config.model, config.data, objective.shared, config.trainer),
+            reason=" ".join(dict.fromkeys(obstacles)),
+            largest=max(self.corner_configs, key=lambda config: getattr(config.method, "rank", 0)),
+        )
 
     def name_subject(self, params: Mapping[str, Any]) -> str:
         """Returns the name of the subject to which a trial with these values of the swept keys belongs."""
@@ -197,7 +237,7 @@ def _select_overrides(name: str, file: SweepFile, typed: Overrides) -> Layer:
     An arm that searches nothing takes no range, and no arm takes a setting that its method lacks.
     """
     arm = file.arms[name]
-    taken = {key: content for key, content in typed.common.items() if arm.space or not isinstance(content, Range)}
+    taken = typed.common if arm.space else typed.values
     of_method = [key for key in taken if key.startswith("method.")]
     if of_method:
         with name_in_errors(f"arm `{name}`"):

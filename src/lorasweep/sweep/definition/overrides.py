@@ -71,6 +71,11 @@ class Overrides:
                     common[name] = _parse_content(name, content)
         return cls(raw=raw, common=common, own=own, fields=fields, left_out=left_out)
 
+    @property
+    def values(self) -> Layer:
+        """The settings of all arms without the ranges."""
+        return {key: value for key, value in self.common.items() if not isinstance(value, Range)}
+
     def drop_arms(self, file: SweepFile) -> SweepFile:
         """Returns a sweep file without the arms that are left out.
 

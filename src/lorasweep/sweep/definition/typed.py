@@ -15,7 +15,6 @@ from lorasweep.data.reading.tables import choose_columns, load_tables
 from lorasweep.errors import ConfigError
 from lorasweep.models.paths import find_local_path
 from lorasweep.sweep.definition.overrides import Overrides
-from lorasweep.sweep.definition.ranges import Range
 from lorasweep.tasks import DATA
 
 COLUMNS = ("text", "text_pair", "label", "prompt", "input", "completion", "messages", "chosen", "rejected", "group")
@@ -30,7 +29,7 @@ ROW_KEYS = frozenset(f"data.{field.name}" for field in fields(RowSettings)) - {"
 
 def check_typed(settings: Mapping[str, Any]) -> None:
     """Raises ConfigError if a setting of a sweep that will be drafted is wrong, or names what does not exist."""
-    typed = {key: value for key, value in Overrides.parse(settings).common.items() if not isinstance(value, Range)}
+    typed = Overrides.parse(settings).values
     for key in typed:
         near = (one for one in DECLARED_TYPES if f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}."))
         if key.startswith(("model.", "data.")) and not any(near):

@@ -21,7 +21,7 @@ from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import PACK_FILE, check_disk
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.confirm import has_fixed_score
-from lorasweep.sweep.definition.packing import plan_packing
+from lorasweep.sweep.definition.packing import list_pack_arms
 from lorasweep.training.checkpoint import PackCheckpoint, read_pack
 from lorasweep.training.finished_run import score_run, write_base_answers
 from lorasweep.training.inputs import InputsCache
@@ -59,7 +59,6 @@ class Worker:
     def __post_init__(self) -> None:
         self.inputs_cache.folder = self.path
         self._pack_file = self.path / (f"pack-{self.name}.ckpt" if self.name else PACK_FILE)
-        self._plans = plan_packing(self.definition)
         self._max_slots: dict[Any, int | None] = {}  # by `ArmPacking.key`; None if each trial trains alone
         self._is_interrupted = False
         self._unscored: list[tuple[Assignment, RunRecord]] | None = None
@@ -168,7 +167,7 @@ class Worker:
 
         The controller fills the other slots, except in a resumed pack, whose checkpoint has all of its trials.
         """
-        key = self._plans[first_trials[0].arm.name].key
+        key = first_trials[0].arm.packing.key
         arms = list_pack_arms(self.definition, first_trials[0].arm)
         running = list(first_trials)
 
@@ -222,7 +221,7 @@ class Worker:
         None means that each trial trains alone, by `train_alone`. A pack with one slot is different: only it can resume
         a run that began in a pack.
         """
-        key, wanted = self._plans[arm.name].key, arm.sweep_config.worker.pack_size
+        key, wanted = arm.packing.key, arm.sweep_config.worker.pack_size
         if key is None or wanted == 1:
             return None
         if key not in self._max_slots:
@@ -232,18 +231,12 @@ class Worker:
         return self._max_slots[key]
 
 
-def list_pack_arms(definition: Definition, arm: Arm) -> list[Arm]:
-    """Returns the arms whose trials can share packs with those of an arm, with the arm itself."""
-    plans = plan_packing(definition)
-    return [other for other in definition.arms if plans[other.name].key == plans[arm.name].key]
-
-
 def choose_slots(definition: Definition, arm: Arm, *, inputs_cache: InputsCache, num_workers: int) -> PackSize:
     """Returns how many trials of an arm train together at most, and the reason.
 
     It is 1 if each trial trains alone. The reason is empty if `worker.pack_size` says it.
     """
-    plan, wanted = plan_packing(definition)[arm.name], arm.sweep_config.worker.pack_size
+    plan, wanted = arm.packing, arm.sweep_config.worker.pack_size
     if plan.key is None:
         return PackSize(1, "")
     if wanted != "auto":
