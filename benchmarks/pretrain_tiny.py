@@ -21,9 +21,9 @@ from tokenizers import models as tokenizer_models
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from write_stdlib import read_code
 
 from lorasweep.tasks.text.read import Document
-from lorasweep.tasks.text.stdlib import read_code
 
 END_OF_TEXT = 256
 BLOCK_BYTES = 512

@@ -1,4 +1,4 @@
-"""Settings of running text: the user's, and that of every Python installation."""
+"""Settings of running text: the user's, and the packaged one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class BlockSettings(DataSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class StdlibConfig(BlockSettings):
-    """Text that every Python installation has: `stdlib_docs` and `stdlib_code`."""
+    """Packaged text of Python's standard library: `stdlib_docs` and `stdlib_code`."""
 
     is_built_in = True
     name: Literal["stdlib_docs", "stdlib_code"]
