@@ -16,14 +16,13 @@ from typing import Any
 from lorasweep.cli import build_parser
 from lorasweep.config.compose import Primary, default_options
 from lorasweep.config.reference import list_settings, read_docstrings
-from lorasweep.report.comparison import Cell, Comparison
 from lorasweep.sweep.cost import Rates
 
 ROOT = Path(__file__).parents[2]
 ROOT_PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
 """Files of the root folder that are also pages of the site."""
 PRIMARIES: Mapping[Primary, str] = {"train": "run", "sweep": "sweep"}
-JSON_CLASSES = {"comparison": {"": Comparison, "cells.": Cell}, "groups": {"groups.": Rates}}
+JSON_CLASSES = {"groups": {"groups.": Rates}}
 """By the place in `reference/json.md`, the classes whose fields are keys there, each by the start of its keys."""
 
 

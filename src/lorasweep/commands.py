@@ -124,14 +124,15 @@ def _say_notes(notes: list[Note]) -> None:
 
 def compare(arguments: argparse.Namespace) -> Outcome:
     """Writes and shows the report of a sweep again; compares several sweeps."""
-    from lorasweep.report.comparison import compare_sweeps, render_comparison
+    from lorasweep.report.comparison import compare_sweeps, format_comparison
     from lorasweep.report.write import write_report
     from lorasweep.results import load_sweep
 
     if len(arguments.folders) > 1:
-        comparison = compare_sweeps(arguments.folders)
-        show(render_comparison(comparison))
-        return Outcome(comparison)
+        table = compare_sweeps(arguments.folders)
+        for line in format_comparison(table).splitlines():
+            say(line)
+        return Outcome({"subjects": table.to_dict("records")})
     result = load_sweep(arguments.folders[0])
     write_report(result.findings)
     _show_report(result, verbose=arguments.verbose)
