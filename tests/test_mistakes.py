@@ -24,7 +24,7 @@ TYPOS = [
     (["sweep", "quickstart", "per_device_train_batch_size=2"], ["Did you mean `trainer.batch_size`?"]),
     (["sweep", "quickstart", "trials=4"], ["Did you mean `sweep.trials`?"]),
     (["sweep", "quickstart", "arms.lora.trails=3"], ["`arms.lora.trails`", "Did you mean `trials`?"]),
-    (["sweep", "quickstart", "arms.fulll=null"], ["`arms.fulll`", "Did you mean `arms.full`?"]),
+    (["sweep", "quickstart", "arms.fulll=null"], ["`arms.fulll=null`", "Did you mean `arms.full`?"]),
     (["sweep", "quickstart", "worker=slrum"], ["`worker`", "local, ray, slurm", "Did you mean `slurm`?"]),
     (["sweep", "quickstart", "sampler=tpee"], ["`sampler`", "Did you mean `tpe`?"]),
     (["sweep", "spaces.yaml"], ["arm `lora`", "`method.rnak`", "Did you mean `method.rank`?"]),

@@ -47,7 +47,6 @@ def refuse(compose, settings, words):
         ({"method.rank": "many"}, ["`method.rank`", "a whole number", "'many'"]),
         ({"seeds": 3}, ["`seeds`", "a group of settings", "3"]),
         ({"seed": "${nothing}"}, ["'nothing'"]),
-        ({"model.path": ""}, ["`model.path`", "empty", "folder or hub id"]),
         ({"optim.lr": 0.0}, ["`optim.lr > 0`", "0.0"]),
         ({"trainer.accumulate": 17}, ["`trainer.accumulate <= trainer.batch_size`", "17", "16"]),
         ({"seeds.data_order": 2**32}, ["`seeds.data_order < 4294967296`", "4294967296"]),

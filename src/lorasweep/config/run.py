@@ -61,10 +61,6 @@ class ModelConfig(Settings):
     trust_remote_code: bool
     """Whether to run Python code that comes with the model. Risk: the code runs with all your rights."""
 
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ConfigError("`model.path` must name a folder or hub id, but is empty.")
-
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings(Settings):

@@ -21,11 +21,11 @@ def find_local_path(config: ModelConfig) -> Path | None:
             raise ConfigError(f"`model.path` must name an embedded model ({', '.join(names)}), but got {path!r}.")
         return package / path.removeprefix(EMBEDDED_PREFIX)
     local = Path(path).expanduser()
-    if local.is_dir():
+    if path and local.is_dir():
         if config.revision is not None:
             raise ConfigError(f"`model.revision` must be null for the folder {path!r}, but got {config.revision!r}.")
         return local
-    if path.startswith(("/", ".", "~")) or path.count("/") > 1 or local.is_file():
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1 or local.is_file() or not path:
         raise ConfigError(
             f"`model.path` must be a folder or a hub id such as 'owner/name', but {path!r} is "
             f"{'a file' if local.is_file() else 'no folder that exists'}. Check its spelling."

@@ -85,12 +85,7 @@ def create_sweep(
         started_at=utc_now(),
     )
     with ExitStack() as undo:
-        try:
-            (path / RUNS_FOLDER).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"`sweep.output` must be a folder that can be created, but {str(path)!r} can't: {error.strerror}."
-            ) from error
+        (path / RUNS_FOLDER).mkdir(parents=True, exist_ok=True)
         lock = take_lock(path, undo)
         opened = SweepFolder(path=path, definition=definition, record=record, storage=open_storage(path), lock=lock)
         for arm in definition.arms:
