@@ -101,7 +101,6 @@ def test_gains_that_test_data_do_not_show_are_said(confirmed):
     for text in (console.export_text(), (confirmed / "report/index.html").read_text().partition("<nav")[0]):
         assert "--from" not in text
         assert "export" not in text
-        assert "is fair" not in text
     assert {answer.missing for answer in findings.answers} <= {"not learned", "no rank"}
     with pytest.raises(RecordError, match="must be a sweep that learned something"):
         read_recommended(confirmed)

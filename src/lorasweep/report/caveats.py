@@ -1,11 +1,8 @@
-"""Reasons to doubt a sweep's numbers: whether trials learned anything, and whether arms were treated alike.
+"""Reasons to doubt a sweep's numbers: whether trials learned anything, and whether searches found the best settings.
 
 Learning is judged against an answer that needs no training. For data with labels it is the most frequent label of the
 training data, or the mean of its numbers. Its scores are in the run records (`constant_answer` in `RunRecord.data`).
 For text it is the frozen base, if the sweep has that arm.
-
-Fairness is judged by the trials that ran; `sweep.definition.confirm` warns about the plan before the first trial.
-Confirm runs don't count: they choose nothing.
 """
 
 from __future__ import annotations
@@ -17,15 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lorasweep.config.data import ScoreMetric
-from lorasweep.config.run import ALPHA, LR, RANK
-from lorasweep.record import ArmRow, RunRecord, Trial, is_number
+from lorasweep.config.run import ALPHA, RANK
+from lorasweep.record import RunRecord, Trial, is_number
 from lorasweep.report.sweep_data import SubjectResult, SweepData
 
-MAX_TOKENS_RATIO = 1.25
-"""Maximum ratio of the tokens of two arms' runs that count as treated alike."""
-MAX_WIDTH_DIFFERENCE_DECADES = 0.5
-"""Two learning-rate ranges with a smaller difference in width count as equally wide. It is a step of a coarse grid
-(1, 3, 10)."""
 EDGE_FRACTION = 0.05
 """A value is at an end of its range if it is closer to the end than this share of the range."""
 
@@ -124,69 +116,22 @@ def _is_shown_on_test_data(name: str, known: Learning, data: SweepData) -> bool 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A reason why the comparison of arms is not fair, or why a setting may not be the best."""
+    """A reason why the confirmed settings may not be the best."""
 
-    name: Literal["tokens", "decades", "regret", "lower end", "upper end"]
-    """`tokens` of a run and `decades` of learning rates: the first two subjects differ. `regret`: in margins. `end`:
-    the best value of a key lies at that end of its range."""
+    name: Literal["regret", "lower end", "upper end"]
+    """`regret`: an untried setting is expected to be better, by the values in margins. `end`: the best value of a key
+    lies at that end of its range."""
     values: dict[str, Any]
     """By subject."""
     key: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fairness:
-    """Whether arms were treated alike and their searches found the best, as far as it matters for the comparison."""
-
-    is_fair: bool | None
-    """None if fewer than two arms train, or if nothing is shown to be learned."""
-    faults: tuple[Fault, ...] = ()
-    edges: tuple[Fault, ...] = ()
-    """Best values, but not rates, that lie at an end of their ranges."""
-
-
-def judge_fairness(data: SweepData, *, has_learned: bool = True) -> Fairness:
-    """Returns whether arms had runs of similar tokens and similar ranges, and whether their searches found the best.
-
-    A search did not find the best if the best learning rate lies at an end of its range, or if the expected regret
-    exceeds the margin. So an arm that searches fewer dimensions needs fewer trials.
-    """
-    if not has_learned:
-        return Fairness(is_fair=None)
-    compared = [row for row in data.record.arms if not row.is_base and row.name not in data.fixed_arms]
-    edges, are_compared = list_edges(data), len(compared) > 1
-    faults = [fault for fault in edges if fault.key == LR and are_compared]
-    others = tuple(fault for fault in edges if fault not in faults)
-    if not are_compared:
-        return Fairness(is_fair=None, edges=others)
-    tokens = {row.name: max(map(_estimate_tokens, data.list_trials(row.name)), default=0) for row in compared}
-    decades = {row.name: _measure_lr_decades(row) for row in compared}
-    limits: dict[Literal["tokens", "decades"], tuple[dict[str, float], float]] = {
-        "tokens": ({**tokens}, MAX_TOKENS_RATIO * min(tokens.values())),
-        "decades": (decades, min(decades.values()) + MAX_WIDTH_DIFFERENCE_DECADES),
-    }
-    for name, (found, limit) in limits.items():
-        least, most = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
-        if found[most] > limit:
-            faults.append(Fault(name=name, values={least: found[least], most: found[most]}))
+def list_faults(data: SweepData) -> list[Fault]:
+    """Returns the best values at ends of their ranges, and the expected regrets above one margin."""
     margin = data.search_margin
     regrets = {row.subject: row.regret / margin for row in data.record.settings if margin and row.regret is not None}
-    if above := {subject: regret for subject, regret in regrets.items() if regret > 1}:
-        faults.append(Fault(name="regret", values=above))
-    return Fairness(is_fair=not faults, faults=tuple(faults), edges=others)
-
-
-def _estimate_tokens(trial: Trial) -> int:
-    """Returns the number of tokens that a trial trained, or would have trained if it had not been stopped."""
-    if (record := trial.record) is None or trial.state != "stopped":
-        return record.tokens_trained if record else 0
-    return record.tokens_trained * record.steps_planned // max(record.steps_done, 1)
-
-
-def _measure_lr_decades(row: ArmRow) -> float:
-    """Returns the width of an arm's range of learning rates; 0 if it is not searched."""
-    low, high, _ = find_bounds(row.space.get(LR)) or (1.0, 1.0, False)
-    return math.log10(high) - math.log10(low) if low > 0 else 0.0
+    above = {subject: regret for subject, regret in regrets.items() if regret > 1}
+    return [*list_edges(data), *([Fault(name="regret", values=above)] if above else [])]
 
 
 def list_edges(data: SweepData) -> list[Fault]:

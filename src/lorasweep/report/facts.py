@@ -14,7 +14,7 @@ from typing import Any
 
 from lorasweep.config.run import RANK
 from lorasweep.record import COST_FIELDS, STATES, QuestionName, SweepRecord, is_number
-from lorasweep.report.caveats import Fairness, Learning, judge_fairness, judge_learning
+from lorasweep.report.caveats import Fault, Learning, judge_learning, list_faults
 from lorasweep.report.evidence.evidence import compare_settings
 from lorasweep.report.evidence.verdicts import Answer, AnswerRow, Missing
 from lorasweep.report.next_step import find_next_step
@@ -38,7 +38,8 @@ class Findings:
     """The three questions first, which every output begins with."""
     learning: Learning
     """Whether the trials are better than an answer that needs no training."""
-    fairness: Fairness
+    faults: tuple[Fault, ...]
+    """Why settings may not be the best; none if nothing was learned."""
     recommended: tuple[Recommendation, ...]
     """The settings to use; a second entry has those for LoRA if another method is recommended. Empty if nothing was
     learned."""
@@ -99,7 +100,7 @@ def read_findings(folder: Path, record: SweepRecord | None = None) -> Findings:
         data=data,
         answers=tuple(answers),
         learning=learning,
-        fairness=judge_fairness(data, has_learned=learning.state != "nothing"),
+        faults=() if learning.state == "nothing" else tuple(list_faults(data)),
         recommended=tuple(recommend(data, learning)),
     )
 

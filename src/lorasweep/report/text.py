@@ -321,8 +321,8 @@ def _describe_baseline(findings: Findings) -> str:
 
 
 def list_warnings(findings: Findings) -> list[str]:
-    """Returns reasons to doubt the numbers: subjects that learned nothing, and unequal searches."""
-    learning, faults, baseline = findings.learning, findings.fairness.faults, _describe_baseline(findings)
+    """Returns reasons to doubt the numbers, such as subjects that learned nothing."""
+    learning, baseline = findings.learning, _describe_baseline(findings)
     warnings = [f"`{name}` learned nothing: no trial is better than {baseline}." for name in learning.failed]
     unlearned = [f"`{name}`" for name in learning.unlearned if name not in learning.failed]
     if unlearned and not learning.has_failed:
@@ -341,23 +341,18 @@ def list_warnings(findings: Findings) -> list[str]:
             "scores no higher may have learned lengths alone."
         )
     warnings += _describe_cut_off(findings) if findings.has_many_cut_off else []
-    unfair = "; ".join(describe_fault(fault) for fault in faults)
-    return [*warnings, *([f"The comparison of arms is not fair: {unfair}."] if faults else [])]
+    return [*warnings, *(describe_fault(fault) for fault in findings.faults if fault.key in (LR, ""))]
 
 
 def describe_fault(fault: Fault) -> str:
-    """Returns a clause on why a comparison is not fair."""
+    """Returns a sentence on why settings may not be the best."""
     names, values = [f"`{name}`" for name in fault.values], [*fault.values.values()]
-    if fault.name == "tokens":
-        return f"{names[0]} had {format_count(values[0])} tokens a run and {names[1]} {format_count(values[1])}"
-    if fault.name == "decades":
-        return f"{names[0]} had {values[0]:.1f} decades of learning rates and {names[1]} {values[1]:.1f}"
     if fault.name == "regret":
         above = join_words([f"{value:.2g} margins for {name}" for name, value in zip(names, values, strict=True)])
-        return f"an untried setting is expected to be better by {above}, so the luck of the search may decide"
+        return f"An untried setting is expected to be better by {above}, so the luck of the search may decide."
     arms = join_words([f"{name} ({format_setting(value)})" for name, value in zip(names, values, strict=True)])
     end, better = ("lower", "lower") if fault.name == "lower end" else ("upper", "higher")
-    return f"the best `{fault.key}` of {arms} lies at the {end} end of its range, so {better} values may be better"
+    return f"The best `{fault.key}` of {arms} lies at the {end} end of its range, so {better} values may be better."
 
 
 def _describe_cut_off(findings: Findings) -> list[str]:
@@ -373,8 +368,7 @@ def list_notes(findings: Findings) -> list[str]:
 
 
 def _list_notes(findings: Findings) -> Iterator[str]:
-    data, fairness = findings.data, findings.fairness
-    record, evidence = data.record, data.evidence
+    data, record, evidence = findings.data, findings.data.record, findings.data.evidence
     yield from [] if findings.has_many_cut_off else _describe_cut_off(findings)
     if evidence.means and data.other_metric:
         verdict, other = format_metric(data.shown_metric.name), format_metric(data.other_metric.name)
@@ -390,10 +384,7 @@ def _list_notes(findings: Findings) -> Iterator[str]:
     yield f"{join_words(runs) or 'No run'} in {spent}{saving}."
     if record.status != "complete":
         yield f"The sweep is {record.status}: {sum(row.trials for row in record.arms)} trials were asked for."
-    if fairness.is_fair and not findings.learning.has_failed:
-        yield f"The comparison of arms is {'' if record.status == 'complete' else 'so far '}fair."
-    for fault in fairness.edges:
-        yield f"{capitalize(describe_fault(fault))}."
+    yield from (describe_fault(fault) for fault in findings.faults if fault.key not in (LR, ""))
     for setting in [recommended.setting for recommended in findings.recommended]:
         alpha, lr = setting.get_number(ALPHA), setting.get_number(LR)
         if alpha and lr and setting.follows_rate_law:

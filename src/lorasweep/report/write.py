@@ -71,7 +71,7 @@ def write_report(findings: Findings) -> None:
 def build_summary(findings: Findings) -> dict[str, Any]:
     """Returns the content of `report/summary.json`."""
     data, record, runs = findings.data, findings.data.record, findings.data.run_records
-    evidence, fairness = data.evidence, findings.fairness
+    evidence = data.evidence
     headline, remedy = text.describe_failure(findings)
     return {
         "sweep": record.name,
@@ -109,10 +109,6 @@ def build_summary(findings: Findings) -> dict[str, Any]:
             "base": evidence.scale.base,
             "full": evidence.scale.full,
             **{name: getattr(evidence, name) for name in ("gain", "margin", "confidence")},
-        },
-        "fairness": {
-            "is_fair": fairness.is_fair,
-            **{name: [text.describe_fault(one) for one in getattr(fairness, name)] for name in ("faults", "edges")},
         },
     }
 

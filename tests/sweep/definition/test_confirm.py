@@ -83,7 +83,8 @@ def test_seeds_make_no_difference_to_the_frozen_base_of_a_language_model_alone(d
 @pytest.mark.parametrize(
     ("change", "overrides", "start"),
     [
-        ({}, ["arms.lora.trainer.max_steps=16"], "Arms train on unequal numbers of tokens per trial"),
+        ({}, ["arms.lora.trainer.max_steps=10"], "Arms train on unequal numbers of tokens per trial"),
+        ({}, ["arms.lora.trainer.max_steps=9"], None),
         ({}, ["confirm.seeds=1"], "`confirm.seeds` is 1"),
         ({}, ["confirm.seeds=2"], "`confirm.seeds` is 2"),
         ({}, ["confirm.seeds=3"], None),

@@ -20,6 +20,8 @@ SEED_LIMIT = 1_000_000
 SIZE_KEYS = ("method.rank", "method.dim")
 """The `confirm_each` keys whose smaller values cost less. For them, a sweep asks for the smallest sufficient value."""
 
+WARNED_TOKENS_RATIO = 1.25
+"""Ratio of two arms' training tokens from which a sweep warns that more training may decide the comparison."""
 MIN_RELIABLE_SEEDS = 3
 """Fewer confirm seeds give a warning. A 95 % interval over seeds reaches 12.7 standard errors to each side with two
 seeds, 4.3 with three and 2.8 with five (Student's t)."""
@@ -82,9 +84,10 @@ def count_confirm_runs(arm: Arm, *, seeds: int) -> int:
 
 def find_warnings(definition: Definition) -> list[str]:
     warnings = []
-    tokens = {arm.name: max(map(count_tokens, arm.corner_configs)) for arm in definition.arms}
-    if len({number for number in tokens.values() if number}) > 1:  # the frozen base has no budget to compare
-        listed = ", ".join(f"{name} {number:,}" for name, number in tokens.items() if number)
+    counts = {arm.name: max(map(count_tokens, arm.corner_configs)) for arm in definition.arms}
+    tokens = {name: count for name, count in counts.items() if count}  # the frozen base has no budget to compare
+    if tokens and max(tokens.values()) >= WARNED_TOKENS_RATIO * min(tokens.values()):
+        listed = ", ".join(f"{name} {number:,}" for name, number in tokens.items())
         warnings.append(
             f"Arms train on unequal numbers of tokens per trial ({listed}): a better score may come from more training."
         )
