@@ -162,7 +162,7 @@ def resume_sweep(folder: str | Path, *, overrides: Overrides = (), progress: Pro
 
     Args:
         folder: The sweep's folder.
-        overrides: Changed settings of `worker` and `confirm`, or more trials such as `["arms.lora.trials=20"]`.
+        overrides: Changed settings of `worker`, or more trials or seeds, such as `["arms.lora.trials=20"]`.
         progress: As in `run_sweep`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Overrides on the command line in Hydra's syntax: read, checked and completed."""
+"""Overrides on the command line in Hydra's syntax: parsed, written, and listed by group."""
 
 from __future__ import annotations
 

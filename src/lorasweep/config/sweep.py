@@ -44,7 +44,7 @@ class LocalWorker(Settings):
     """Number of workers, which is 1."""
     pack_size: Positive | Literal["auto"]
     """Maximum number of trials that train together on one frozen base. 1 trains each trial alone; `auto` depends on
-    memory and on the number of trials left."""
+    the device, the lengths of rows and the number of trials left."""
 
     def __post_init__(self) -> None:
         if self.num != 1:

@@ -31,7 +31,8 @@ MAX_BUCKETS = 8
 MIN_BUCKET_BATCHES = 4
 """Minimum number of batches in a bucket. With fewer, the same few rows would always meet in a batch."""
 LENGTH_MULTIPLE = 8
-"""Rows are padded to a multiple of this length, which suits the kernels of GPUs and gives few shapes."""
+"""The length of a training bucket is a multiple of this number, but for the longest bucket, which has the length of the
+longest row. This suits the kernels of GPUs and gives few shapes."""
 
 
 class MicroBatch(NamedTuple):
@@ -149,9 +150,9 @@ def cut_buckets(row_lengths: Int[Tensor, " examples"], *, batch_size: int, group
 class StepBatchSampler(MicroBatchSampler):
     """Yields the micro-batches of each training step.
 
-    The rows of a step come from one bucket of similar lengths (`LengthBuckets`), and are padded to the bucket's longest
-    row. Which bucket a step has depends on the lengths and the step alone, and which rows of it on the seed. So slots
-    of a pack at the same step have one shape, which is also the shape of a run alone.
+    The rows of a step come from one bucket of similar lengths (`LengthBuckets`), and are padded to the bucket's
+    length. Which bucket a step has depends on the lengths and the step alone, and which rows of it on the seed. So
+    slots of a pack at the same step have one shape, which is also the shape of a run alone.
 
     The split may have fewer examples than a step. `num_steps` includes the steps before `start_step`, the first one of
     a resumed run. The `accumulate` micro-batches of a step together hold `batch_size` examples.

@@ -1,6 +1,7 @@
 """Reads a training file of another tool: its settings in our words, and the list in which each of its keys is.
 
-The file is data: nothing in it is run, and no tag is followed. The tables beside this file say what each key means.
+The file is data: nothing in it is run, and no tag is followed. The tables in `config/other_names.yaml` say
+what each key means.
 """
 
 from __future__ import annotations

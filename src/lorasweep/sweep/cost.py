@@ -68,7 +68,7 @@ class Rates:
     num_scored: Mapping[str, int]
     """Number of examples by name of the split."""
     num_train: int = 0
-    """Number of training examples; 0 if it is not known."""
+    """Number of training examples."""
     peak_memory_bytes: int
     metric: str
     """The metric that scores the measured run."""

@@ -94,7 +94,7 @@ def test_seeds_make_no_difference_to_the_frozen_base_of_a_language_model_alone(d
         ({"full": None}, ["confirm.seeds=3", "confirm.margin=0.01"], None),
         ({"full": None}, ["confirm.seeds=0"], None),
         ({"full": None, "other": OTHER}, ["confirm.seeds=3", "confirm.margin=0.01"], None),
-        ({}, ["confirm.seeds=3", "method.alpha=33"], "lora reaches an α/r above 16"),
+        ({}, ["confirm.seeds=3", "method.alpha=33"], "lora reaches a factor on B A (such as α/r) above 16"),
         ({}, ["confirm.seeds=3", "method.alpha=33", "optim=sgd"], None),  # its rate is searched as it is
     ],
 )

@@ -114,8 +114,9 @@ def find_warnings(definition: Definition) -> list[str]:
     beyond = [arm.name for arm in definition.arms if LR in arm.space and any(map(exceeds_law, arm.corner_configs))]
     if beyond:
         warnings.append(
-            f"{join_words(beyond)} reaches an α/r above {MAX_LAW_FACTOR:g}, where the best u = lr · √α can be lower "
-            "than elsewhere, so one search may not serve all of its settings. Lower `method.alpha`, or give it an arm."
+            f"{join_words(beyond)} reaches a factor on B A (such as α/r) above {MAX_LAW_FACTOR:g}, where the best u "
+            "can be lower than elsewhere, so one search may not serve all of its settings. Lower `method.alpha`, or "
+            "give it an arm."
         )
     return warnings
 
