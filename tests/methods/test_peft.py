@@ -89,10 +89,11 @@ def test_a_new_head_trains_and_is_saved(tmp_path):
         ({"peft_type": "VERA", "r": 0, **TARGETS}, "VERA .*`method.config`"),
         ({**LORA, "megatron_config": {"a": 1}, "megatron_core": "os"}, "LORA .*'os'"),
         ({**LORA, "init_lora_weights": "what"}, "'what'"),
-        ({**LORA, "init_lora_weights": "eva"}, "no data, but got .*'eva'"),
+        ({**LORA, "init_lora_weights": "olora"}, "as it is, but got .olora"),
+        ({**LORA, "init_lora_weights": "eva"}, "no calls or data, .* 'eva'"),
         ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2}, "must replace layers .* PREFIX_TUNING"),
         ({"peft_type": "XLORA"}, "XLORA"),
-        ({"peft_type": "ADALORA", "total_step": 9, **TARGETS}, "no calls in training"),
+        ({"peft_type": "ADALORA", "total_step": 9, **TARGETS}, "no calls or data, .* 'ADALORA'"),
     ],
 )
 def test_what_a_run_cannot_do_is_refused_by_name(settings, message):

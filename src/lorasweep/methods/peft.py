@@ -34,8 +34,9 @@ from lorasweep.models.load import BaseModel
 
 ADAPTER = "default"
 """PEFT's name of the only adapter of a model."""
-CALLED_KINDS, CALLED_INITS = ("ADALORA",), ("eva", "lora_ga")
-"""Kinds of PEFT, and values of `init_lora_weights`, that need calls in training or data, and raise nothing without."""
+REFUSED_KINDS, REFUSED_INITS = ("ADALORA",), ("eva", "lora_ga", "olora")
+"""Kinds of PEFT that need calls in training, and values of `init_lora_weights` that need data or write into the base,
+which runs share. PEFT raises nothing for them."""
 
 
 class PeftMethod(Method[PeftConfig]):
@@ -135,8 +136,8 @@ def build_peft_config(settings: Mapping[str, Any], model: nn.Module, *, new_head
     if new_head_names:
         settings["modules_to_save"] = [*(settings.get("modules_to_save") or ()), *new_head_names]
     settings["task_type"] = find_task_type(model, has_trained_modules=bool(settings.get("modules_to_save")))
-    if kind in CALLED_KINDS or settings.get("init_lora_weights") in CALLED_INITS:
-        raise ConfigError(f"`method.config` must need no calls in training and no data, but got {dict(settings)!r}.")
+    if (got := kind) in REFUSED_KINDS or (got := settings.get("init_lora_weights")) in REFUSED_INITS:
+        raise ConfigError(f"`method.config` must need no calls or data, and leave the base as it is, but got {got!r}.")
     try:
         with quiet_peft():
             return PEFT_TYPE_TO_CONFIG_MAPPING[kind](**settings)
@@ -152,8 +153,8 @@ def add_adapter(model: nn.Module, peft_config: Any, *, has_values: bool = True) 
     Raises ConfigError if PEFT can't make these layers for the model.
     """
     peft, kind = import_peft(), peft_config.peft_type.value
-    if not has_values and str(getattr(peft_config, "init_lora_weights", "")).startswith(("pissa", "olora")):
-        peft_config = replace(peft_config, init_lora_weights=True)  # they read the weights
+    if not has_values and str(getattr(peft_config, "init_lora_weights", "")).startswith("pissa"):
+        peft_config = replace(peft_config, init_lora_weights=True)  # PiSSA reads the weights
     # PEFT gives parameters new data and trains some of them, so they must not be those of the base
     replace_parameters(model, {p: nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()})
     try:
