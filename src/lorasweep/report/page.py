@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
@@ -126,8 +125,9 @@ def list_generated_examples(data: SweepData) -> list[GeneratedExample]:
 def _read_answers(path: Path, folder: Path) -> dict[str, list[str]]:
     """Returns prompt, reference, answer and score by row; empty if the file is missing or damaged."""
     try:
-        with io.TextIOWrapper(open_inside(folder, path), newline="", encoding="utf-8") as text:
-            columns = ("prompt", "reference", "answer", "score")
-            return {line["row"]: [str(line[name]) for name in columns] for line in csv.DictReader(text)}
-    except (OSError, ValueError, KeyError, csv.Error):
+        with open_inside(folder, path) as file:
+            columns = ["row", "prompt", "reference", "answer", "score"]
+            table = pandas.read_csv(file, usecols=columns, dtype=str, keep_default_na=False)
+    except (OSError, ValueError):
         return {}
+    return {row: list(map(str, others)) for row, *others in table[columns].itertuples(index=False)}

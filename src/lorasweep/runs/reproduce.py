@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas
 import torch
 
 from lorasweep.config.build import flatten
@@ -21,6 +22,7 @@ from lorasweep.models.attention import IMPLEMENTATIONS
 from lorasweep.record import (
     STEPS_FILE,
     RunRecord,
+    is_number,
     read_run,
     read_steps,
     restore_config,
@@ -107,19 +109,23 @@ def reproduce_run(
     before, after = _read_values(run, up_to=last_step), _read_values(folder)
     if last_step == record.steps_planned and not tolerance:
         before, after = before | _list_weights(record), after | _list_weights(repeated)
-    comparison = _compare(
-        before, after, folder=folder, what=f"{last_step} steps of {run} and {folder}", tolerance=tolerance
-    )
-    if comparison.holds:
-        return comparison
-    before, after = (flatten({part: getattr(run, part) for part in COMPARED_PARTS}) for run in (record, repeated))
-    differences = [
-        f"  `{name}` was {shorten(before.get(name))} and is {shorten(after.get(name))}"
-        for name in {**before, **after}
-        if before.get(name) != after.get(name)
-    ]
-    lead = "the records differ in:" if differences else "no recorded hardware, software or data differs"
-    return replace(comparison, description="\n".join([f"{comparison.description}{failure}", lead, *differences]))
+    differences = _find_differences(before, {place: value for place, value in after.items() if place in before})
+    what, said = f"{last_step} steps of {run} and {folder}", _describe_differences(differences)
+    if not said:
+        return Reproduction(
+            folder=folder, verdict="identical", description=f"identical: {what} are the same, bit for bit"
+        )
+    if (differences["relative"] <= tolerance).all():
+        largest = said[int(differences["relative"].argmax())]
+        description = f"within a tolerance of {tolerance:g}: {what}; the largest difference: {largest}"
+        return Reproduction(folder=folder, verdict="within tolerance", description=description)
+    first = said[int((differences["relative"] > tolerance).argmax())]
+    parts = (flatten({part: getattr(run, part) for part in COMPARED_PARTS}) for run in (record, repeated))
+    named = ({f"  `{key}`": value for key, value in part.items()} for part in parts)
+    of_records = _describe_differences(_find_differences(*named))
+    lead = "the records differ in:" if of_records else "no recorded hardware, software or data differs"
+    description = "\n".join([f"different in {folder}: first {first}{failure}", lead, *of_records])
+    return Reproduction(folder=folder, verdict="different", description=description)
 
 
 def _train_again(
@@ -206,33 +212,20 @@ def _list_weights(record: RunRecord) -> dict[str, Any]:
     return {f"weights in {name}: `sha256`": kept.get("sha256") for name, kept in files.items()}
 
 
-def _compare(
-    before: Mapping[str, Any], after: Mapping[str, Any], *, folder: Path, what: str, tolerance: float = 0.0
-) -> Reproduction:
-    """Compares each value of `before` with that of the same key in `after`. Other keys of `after` are ignored."""
+def _find_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> pandas.DataFrame:
+    """Returns the values that differ as a table: `was`, `is`, and `relative`, which is infinite if one is no number."""
+    places = list({**before, **after})
+    pairs = [(before.get(place, ABSENT), after.get(place, ABSENT)) for place in places]
+    table = pandas.DataFrame(pairs, index=places, columns=["was", "is"], dtype=object)
+    numbers = table.map(lambda value: float(value) if is_number(value) else math.nan)
+    relative = (numbers["was"] - numbers["is"]).abs() / numbers.abs().max(axis=1)
+    return table.assign(relative=relative.fillna(math.inf))[[was != now for was, now in pairs]]
 
-    def measure(place: str) -> float:
-        """Returns the relative difference; infinite if a value is missing or not a finite number."""
-        old, new = before[place], after.get(place, ABSENT)
-        if old == new:
-            return 0.0
-        if not (isinstance(old, int | float) and isinstance(new, int | float)):
-            return math.inf
-        return abs(old - new) / max(abs(old), abs(new))
 
-    def describe(place: str) -> str:
-        relative = f" (a relative difference of {differences[place]:.2g})" if differences[place] < math.inf else ""
-        return f"{place} was {shorten(before[place])} and is {shorten(after.get(place, ABSENT))}{relative}"
-
-    verdict: Match
-    differences = {place: difference for place in before if (difference := measure(place))}
-    first = next((place for place in differences if differences[place] > tolerance), None)
-    if first is not None:
-        verdict, description = "different", f"different in {folder}: first {describe(first)}"
-    elif not differences:
-        verdict, description = "identical", f"identical: {what} are the same, bit for bit"
-    else:
-        largest = describe(max(differences, key=differences.__getitem__))
-        verdict = "within tolerance"
-        description = f"within a tolerance of {tolerance:g}: {what}; the largest difference: {largest}"
-    return Reproduction(folder=folder, verdict=verdict, description=description)
+def _describe_differences(table: pandas.DataFrame) -> list[str]:
+    """Returns a clause for each row of `_find_differences`."""
+    return [
+        f"{place} was {shorten(was)} and is {shorten(now)}"
+        + (f" (a relative difference of {relative:.2g})" if relative < math.inf else "")
+        for place, was, now, relative in table.itertuples()
+    ]

@@ -45,17 +45,6 @@ def test_the_means_of_groups_with_their_shares_are_the_score_of_the_run():
         assert built.values["a"][0][place] == pytest.approx(expected)
 
 
-def test_of_perplexity_the_groups_have_the_linear_approximation_of_exp():
-    losses = [1.0, 1.01, 1.02, 0.99]
-    found = examples(losses)
-    score = math.exp(np.mean(losses))
-    built = build_scores({("a", 0): score}, {("a", 0): found}, is_perplexity=True)
-    assert built.problems == ()
-    assert score_of(built, "a", 0) == pytest.approx(score)
-    # exp(x) = score · (1 + x + x² / 2 + ..) with |x| <= 0.015, so the rest is below 1.2e-4 of the score
-    assert built.values["a"][0] == pytest.approx(np.exp(losses), rel=1.2e-4)
-
-
 def test_examples_of_one_group_are_taken_as_independent_and_the_report_says_so():
     built = build_scores({("a", 0): 7 / 3}, {("a", 0): examples([1.0, 2.0, 4.0], groups="xxx")})
     assert built.num_groups == 3

@@ -6,14 +6,13 @@ examples, so differences are paired.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import pandas
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import stdtr, stdtrit
@@ -86,23 +85,15 @@ class ConfirmScores:
 
 def read_examples(path: Path) -> RunExampleScores:
     """Reads a run's scores of single test examples. Raises ValueError if the file does not hold them."""
-    try:
-        with io.TextIOWrapper(open_inside(path.parent, path), newline="") as file:
-            columns = ("row", "score", "weight", "group")  # without texts, which may be long
-            lines = [{name: line[name] for name in columns} for line in csv.DictReader(file)]
-        found = RunExampleScores(
-            rows=tuple(str(line["row"]) for line in lines),
-            scores=np.array([float(line["score"]) for line in lines]),
-            weights=np.array([float(line["weight"]) for line in lines]),
-            groups=tuple(str(line["group"]) for line in lines),
-        )
-    except (KeyError, TypeError, csv.Error) as error:
-        raise ValueError("its columns must be `row`, `score`, `weight` and `group`") from error
-    if (np.abs(found.scores) > MAX_NUMBER).any():
+    with open_inside(path.parent, path) as file:
+        # without texts, which may be long
+        table = pandas.read_csv(file, usecols=["row", "score", "weight", "group"], dtype=str, keep_default_na=False)
+    scores, weights = (table[name].astype(float).to_numpy() for name in ("score", "weight"))
+    if (np.abs(scores) > MAX_NUMBER).any():
         raise ValueError("its scores must be finite")
-    if lines and not (0 < float(found.weights.sum()) < MAX_NUMBER and (found.weights >= 0).all()):
+    if len(table) and not (0 < float(weights.sum()) < MAX_NUMBER and (weights >= 0).all()):
         raise ValueError("its weights must be finite and not negative, and one must be positive")
-    return found
+    return RunExampleScores(rows=tuple(table["row"]), scores=scores, weights=weights, groups=tuple(table["group"]))
 
 
 def build_scores(
@@ -110,7 +101,6 @@ def build_scores(
     examples: Mapping[RunKey, RunExampleScores],
     *,
     deterministic: Collection[str] = (),
-    is_perplexity: bool = False,
     score_range: tuple[float, float] = UNBOUNDED,
     problems: Sequence[str] = (),
     search_errors: Mapping[str, float] | None = None,
@@ -118,13 +108,13 @@ def build_scores(
     """Returns the scores of the confirm stage; `problems` are sentences on files that could not be read.
 
     The scores of examples are used only if every run has them, for the same examples, and their means are the runs'
-    scores. Perplexity is exp of the examples' mean; its groups get the values of a linear approximation.
-    A subject in `deterministic` has one run, because its seed makes no difference. Its score counts for every seed.
+    scores. A subject in `deterministic` has one run, because its seed makes no difference. Its score counts for every
+    seed.
     `score_range` has the lowest and the highest possible score. `search_errors` are those of `ConfirmScores`.
     """
     first = next(iter(examples.values()), None)
     notes = [*problems]
-    if first and (mismatch := _find_mismatch(values, examples, first, is_perplexity=is_perplexity)):
+    if first and (mismatch := _find_mismatch(values, examples, first)):
         notes.append(f"Intervals are over seeds alone, because the scores of single examples of {mismatch}.")
         first = None
     groups = first.groups if first else ()
@@ -146,8 +136,6 @@ def build_scores(
         if first:
             sums = np.bincount(owners, weights=examples[subject, seed].scores * weights, minlength=len(names))
             means = sums[kept] / totals[kept]
-            if is_perplexity:
-                means = value * (1 + means - means @ shares)
         by_subject.setdefault(subject, {})[seed] = means
     for subject in by_subject.keys() & set(deterministic):
         (means,) = list(by_subject[subject].values())[:1]
@@ -166,8 +154,6 @@ def _find_mismatch(
     values: Mapping[RunKey, float],
     examples: Mapping[RunKey, RunExampleScores],
     first: RunExampleScores,
-    *,
-    is_perplexity: bool,
 ) -> str | None:
     """Returns the first run whose examples can't be used together with those of the first run, with the reason."""
     for (subject, seed), value in values.items():
@@ -176,9 +162,8 @@ def _find_mismatch(
             return f"{run}: it has none"
         if len(found.rows) < 2:
             return f"{run}: there are fewer than two"
-        mean = math.exp(min(found.mean, 700.0)) if is_perplexity else found.mean
-        if not math.isclose(mean, value, rel_tol=RELATIVE_TOLERANCE, abs_tol=RELATIVE_TOLERANCE**2):
-            return f"{run}: their mean is {mean:.5g}, but the run's score is {value:.5g}"
+        if not math.isclose(found.mean, value, rel_tol=RELATIVE_TOLERANCE, abs_tol=RELATIVE_TOLERANCE**2):
+            return f"{run}: their mean is {found.mean:.5g}, but the run's score is {value:.5g}"
         if (found.rows, found.groups) != (first.rows, first.groups) or not np.allclose(found.weights, first.weights):
             return f"{run}: they are not the examples of the first run"
     return None

@@ -112,9 +112,9 @@ class Evidence:
         return Answer(name=name, arm=arm, rows=rows)
 
     def may_settle(self, answer: Answer, *, seeds: int) -> bool:
-        """Returns whether a further look at this number of seeds may settle a question, if all values stay the same."""
+        """Returns whether a further look at this number of seeds settles a question, if all means stay the same."""
         looks = sorted({*self.looks_done, seeds})
-        rows = answer_questions(self.questions, self.scores, self.scale, looks=looks)
+        rows = answer_questions(self.questions, self.scores, self.scale, looks=looks, hope=0.0)
         own = [row for row in rows if (row.name, row.arm) == (answer.name, answer.arm) and not row.is_settled]
         return all(row.may_settle for row in own if row.blocker != "another value")
 
@@ -159,6 +159,8 @@ def read_confirm_scores(
             problems.append(f"`{row.run}` has no {format_metric(metric)} on {on}.")
             continue
         values[row.subject, row.seed] = float(value)
+        if metric == "perplexity":
+            continue  # exp of a mean is no mean over examples, so intervals are over seeds alone
         try:
             examples[row.subject, row.seed] = read_examples(get_run_folder(folder, row.run) / file)
         except FileNotFoundError:
@@ -171,7 +173,6 @@ def read_confirm_scores(
         values,
         examples,
         deterministic={name for name, count in num_runs.items() if count == 1},
-        is_perplexity=metric == "perplexity",
         score_range=METRIC_RANGES.get(metric, UNBOUNDED),
         problems=problems,
         # in the unit of the metric by which the search chose

@@ -207,19 +207,23 @@ def _list_references(question: Question) -> dict[str, list[str]]:
 
 
 def answer_questions(
-    questions: Sequence[Question], scores: ConfirmScores, scale: MarginScale, *, looks: Sequence[int]
+    questions: Sequence[Question], scores: ConfirmScores, scale: MarginScale, *, looks: Sequence[int], hope: float = 1.0
 ) -> list[AnswerRow]:
-    """Returns a row on each subject of each question, at planned looks with these numbers of seeds."""
+    """Returns a row on each subject of each question, at planned looks with these numbers of seeds.
+
+    `hope` is a number of standard errors: an open row `may_settle` if estimates that are better by this would settle
+    it at the last look. By default only a hopeless question is given up.
+    """
     level = compute_level(questions, looks)
     return [
         answer
         for question in questions
-        for answer in _answer_chain(question, scores, scale, level=level, max_seeds=max(looks))
+        for answer in _answer_chain(question, scores, scale, level=level, max_seeds=max(looks), hope=hope)
     ]
 
 
 def _answer_chain(
-    question: Question, scores: ConfirmScores, scale: MarginScale, *, level: float, max_seeds: int
+    question: Question, scores: ConfirmScores, scale: MarginScale, *, level: float, max_seeds: int, hope: float
 ) -> list[AnswerRow]:
     references, judge = _list_references(question), _choose_test(question)
     is_gain_shown = scale.find_gain(scores, level=level) is not None
@@ -262,8 +266,10 @@ def _answer_chain(
             answers.append(replace(answer, blocker="another value"))
         else:
             known = compared[subject] if len(compared[subject]) == len(references[subject]) else []
-            explain = functools.partial(_explain_open, answer, known, judge=judge, level=level, max_seeds=max_seeds)
-            answers.append(explain(has_gain=not scale.is_share or share[1] is not None))
+            # the boundary is nearer by the hoped number of standard errors
+            hoped = functools.partial(judge, level=float(ndtr(ndtri(level) + hope)))
+            has_gain = not scale.is_share or share[1] is not None
+            answers.append(_explain_open(answer, known, judge=hoped, has_gain=has_gain, max_seeds=max_seeds))
     return answers
 
 
@@ -282,7 +288,6 @@ def _explain_open(
     *,
     judge: Callable[..., Verdict],
     has_gain: bool,
-    level: float,
     max_seeds: int,
 ) -> AnswerRow:
     """Returns an open answer with its reason, and whether the seeds of later looks may settle it.
@@ -303,10 +308,8 @@ def _explain_open(
         "few trials": worst.search_variance,
     }
     largest = max(parts, key=parts.__getitem__)
-    # The boundary is one standard error nearer, so that only a hopeless question is given up.
-    nearer = float(ndtr(ndtri(level) + 1.0))
     projected = [pair.project(num_seeds=max_seeds) for pair in found]
-    may_settle = max(numbers) < max_seeds and judge(projected, level=nearer) != "open"
+    may_settle = max(numbers) < max_seeds and judge(projected) != "open"
     return replace(answer, blocker=largest if has_gain else "no gain", may_settle=may_settle)
 
 
