@@ -109,6 +109,19 @@ def test_present_settings_are_compared_with_those_that_the_sweep_found(tmp_path,
     (headline,) = [headline for question, headline, _ in list_lines(findings) if "present" in question]
     assert "Present: rank 32, α 16, learning rate 0.001. Found: rank" in headline
     assert "present" not in [row.subject for row in findings.answers[0].rows]
+    assert any("the same test scores chose" in note for note in list_notes(findings))
+
+
+def test_a_sweep_that_grew_when_test_scores_were_known_warns_and_promises_nothing(tmp_path):
+    sweep, promise = build_rank_sweep(tmp_path, {4: 1.7}, examples=12), "is at most 5 %"
+    findings = read_findings(sweep)
+    assert any(promise in note for note in list_notes(findings))
+    assert not any("after test scores were known" in warning for warning in list_warnings(findings))
+    change = {"at": "", "stage": "confirm", "settings": {"confirm.seeds": 10}, "trials": {}}
+    edit_json(sweep / "sweep.json", lambda raw: raw.update(changes=[change]))
+    findings = read_findings(sweep)
+    assert not any(promise in note for note in list_notes(findings))
+    assert any("more seeds after test scores were known" in warning for warning in list_warnings(findings))
 
 
 def test_present_settings_are_open_without_a_confirm_stage(tmp_path):

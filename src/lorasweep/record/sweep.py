@@ -210,6 +210,12 @@ class SweepRecord:
         current = {(row.subject, row.setting) for row in self.settings}
         return [run for run in self.confirm if (run.subject, run.setting_number) in current]
 
+    @property
+    def late_growth(self) -> list[str]:
+        """The parts of the sweep that grew when test scores were known, such as `seeds`, each once."""
+        late = [grown for change in self.changes if change.stage == "confirm" for grown in change.grows]
+        return list(dict.fromkeys(late))
+
     def find_run_score(self, run: Trial) -> float | None:
         """Returns the score by which a run is judged: in the search on validation data, then on test data."""
         return run.search_score if run.stage == "search" else run.test_scores.get(self.verdict_metric.name)

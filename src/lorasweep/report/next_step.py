@@ -52,7 +52,8 @@ def find_next_step(answer: Answer, data: SweepData, learning: Learning) -> NextS
         seeds = max(MIN_USEFUL_SEEDS, *record.looks)  # an unplanned look may not be below the planned ones
         return _add_seeds(seeds, data)
     seeds, is_asked = 2 * max(record.looks), answer.name not in ("present", "retained")
-    if not _had_more_seeds(data) and (not is_asked or data.evidence.may_settle(answer, seeds=seeds)):
+    may_settle = data.evidence.may_settle(answer, seeds=seeds) if is_asked else blocking.blocker == "few seeds"
+    if may_settle and not _had_more_seeds(data):
         return _add_seeds(seeds, data)
     if not is_asked:
         return None

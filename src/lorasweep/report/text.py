@@ -15,6 +15,7 @@ from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.verdicts import (
     CHAINS,
     Answer,
+    AnswerName,
     AnswerRow,
     Blocker,
     Missing,
@@ -88,6 +89,12 @@ PRESENT: Mapping[Verdict, str] = {
     "equivalent": "Nothing that matters",
     "not worse": "No more than the margin",
 }
+OUTSIDE: Mapping[AnswerName, str] = {
+    "present": "The settings in use are compared with settings that the same test scores chose, which makes them look "
+    "worse than they are. This verdict is outside the 5 %.",
+    "retained": "Verdicts on what was forgotten are outside the 5 %.",
+}
+"""A sentence for each kind of answer that the sweep does not state beforehand."""
 NO_EXAMPLE_SCORES = (
     "Single test examples have no scores here, so intervals are over seeds alone: other test data may differ by more."
 )
@@ -341,6 +348,12 @@ def list_warnings(findings: Findings) -> list[str]:
             "scores no higher may have learned lengths alone."
         )
     warnings += _describe_cut_off(findings) if findings.has_many_cut_off else []
+    if grown := findings.data.record.late_growth:
+        warnings.append(
+            f"The sweep got more {join_words(grown)} after test scores were known. Settings are still chosen on "
+            "validation data alone, but if you resumed because of test scores, the chance of a false verdict is higher "
+            "than 5 %."
+        )
     return [*warnings, *(describe_fault(fault) for fault in findings.faults if fault.key in (LR, ""))]
 
 
@@ -393,11 +406,15 @@ def _list_notes(findings: Findings) -> Iterator[str]:
         looks, used = join_words([str(look) for look in record.looks]), max(row.num_seeds for row in evidence.answers)
         is_early = bool(record.looks_done) and record.looks_done[-1].is_last and used < max(record.looks)
         ended = "; more had nothing to settle" if is_early else ""
+        limit = "is at most 5 % over all questions and looks"
+        limit = "was at most 5 % before the sweep grew" if record.late_growth else limit
         yield (
             f"The questions are stated in the sweep and tested at {looks} seed{'' if looks == '1' else 's'} ({used} "
-            f"were used{ended}). The chance of any false verdict is at most 5 % over all questions and looks, so the "
-            f"intervals beside verdicts have {100 * evidence.confidence:.3g} % confidence."
+            f"were used{ended}). The chance of any false verdict {limit}. The intervals beside verdicts have "
+            f"{100 * evidence.confidence:.3g} % confidence."
         )
+        others = {answer.name for answer in findings.answers if answer.rows}
+        yield from (OUTSIDE[name] for name in OUTSIDE if name in others)
         yield _describe_margin(data)
     if evidence.means and not evidence.scores.num_examples:
         yield NO_EXAMPLE_SCORES

@@ -11,6 +11,7 @@ from lorasweep.config.data import ScoreMetric
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import Question
 from lorasweep.report.evidence.estimates import ConfirmScores
+from lorasweep.report.evidence.evidence import compare_settings
 from lorasweep.report.evidence.questions import (
     NEGATIVE_VERDICTS,
     POSITIVE_VERDICTS,
@@ -167,7 +168,16 @@ def test_more_seeds_are_planned_where_they_may_settle_it_and_not_where_test_exam
     of_groups = answer(PAIR, plant_open(seed_spread=0.001, group_spread=0.3), UNIT)["r1"]
     assert (of_seeds.verdict, of_groups.verdict) == ("open", "open")
     assert (of_seeds.may_settle, of_groups.may_settle) == (True, False)
-    assert of_seeds.blocker != of_groups.blocker
+    assert (of_seeds.blocker, of_groups.blocker) == ("few seeds", "few examples")
+
+
+@pytest.mark.parametrize(
+    ("seed_spread", "group_spread", "blocker"), [(0.1, 0.001, "few seeds"), (0.001, 0.3, "few examples")]
+)
+def test_an_open_difference_that_no_question_states_names_its_largest_error(seed_spread, group_spread, blocker):
+    scores = plant_open(seed_spread=seed_spread, group_spread=group_spread)
+    (row,) = compare_settings("present", [("r1", "full")], scores, metric=METRIC, margin=0.05, level=0.025)
+    assert (row.verdict, row.blocker) == ("open", blocker)
 
 
 QUIET = {"seed_spread": 0.001, "group_spread": 0.001, "own_spread": 0.001}

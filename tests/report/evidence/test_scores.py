@@ -1,7 +1,5 @@
 """Files of single examples are used where they fit, and named where they do not; groups add up to the run's score."""
 
-import math
-
 import numpy as np
 import pytest
 

@@ -39,6 +39,7 @@ from lorasweep.report.evidence.questions import (
     answer_questions,
     compare_pair,
     compute_level,
+    find_largest_part,
     judge_difference,
 )
 from lorasweep.report.evidence.verdicts import Answer, AnswerName, AnswerRow, Blocker
@@ -223,7 +224,7 @@ def compare_settings(
             continue
         value, interval = scale.measure_difference(scores, subject, reference, confidence=1 - 2 * level)
         num_seeds, verdict = len(pair.advantage.seeds), judge_difference([pair], level=level)
-        blocker: Blocker = "one seed" if num_seeds < 2 else "few seeds"
+        blocker: Blocker = "one seed" if num_seeds < 2 else find_largest_part(pair.advantage)
         yield AnswerRow(
             name=name,
             arm=subject,

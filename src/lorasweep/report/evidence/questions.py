@@ -302,15 +302,19 @@ def _explain_open(
     if min(numbers) < 2:
         return replace(answer, blocker="one seed", may_settle=True)
     worst = max((pair.advantage for pair in found), key=lambda estimate: estimate.error)
-    parts: dict[Blocker, float] = {
-        "few seeds": worst.seeds_variance,
-        "few examples": worst.groups_variance,
-        "few trials": worst.search_variance,
-    }
-    largest = max(parts, key=parts.__getitem__)
     projected = [pair.project(num_seeds=max_seeds) for pair in found]
     may_settle = max(numbers) < max_seeds and judge(projected) != "open"
-    return replace(answer, blocker=largest if has_gain else "no gain", may_settle=may_settle)
+    return replace(answer, blocker=find_largest_part(worst) if has_gain else "no gain", may_settle=may_settle)
+
+
+def find_largest_part(estimate: Estimate) -> Blocker:
+    """Returns the part of the evidence with the largest error."""
+    parts: dict[Blocker, float] = {
+        "few seeds": estimate.seeds_variance,
+        "few examples": estimate.groups_variance,
+        "few trials": estimate.search_variance,
+    }
+    return max(parts, key=parts.__getitem__)
 
 
 def _choose_test(question: Question) -> Callable[..., Verdict]:

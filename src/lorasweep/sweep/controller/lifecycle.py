@@ -39,7 +39,7 @@ from lorasweep.sweep.controller.folder import (
 from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition
 from lorasweep.sweep.definition.confirm import draw_confirm_seeds, has_fixed_score, list_questions
 from lorasweep.sweep.definition.ranges import describe_space
-from lorasweep.wording import ABSENT, join_words
+from lorasweep.wording import ABSENT
 
 CHANGEABLE_KEYS = ("sweep.trials", "confirm.seeds")
 """Settings that change no trial that has begun, beside those of `worker`. Numbers of trials and seeds are checked
@@ -158,7 +158,6 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
                 )
         has_confirm = any(name_study(arm.name, "confirm") in counts for arm in definition.arms)
         undo.pop_all()
-    earlier = _warn_of_late_growth(record.changes)
     if definition.raw != record.definition:
         change = SweepChange(
             at=utc_now(),
@@ -174,22 +173,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
     done, planned = [look.seeds for look in record.looks_done], definition.sweep_config.confirm.list_looks()
     record.looks = sorted({*done, *(look for look in planned if look > max(done, default=0))})
     record.arms = [build_arm_row(arm) for arm in definition.arms]
-    others = [warning for warning in record.warnings if warning not in earlier]
-    record.warnings = [*_warn_of_late_growth(record.changes), *others]
     return SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
-
-
-def _warn_of_late_growth(changes: Sequence[SweepChange]) -> list[str]:
-    """Returns a warning if the sweep got more trials or seeds after the confirm stage had begun."""
-    late = [change for change in changes if change.stage == "confirm"]
-    grown = [grown for change in late for grown in change.grows]
-    if not grown:
-        return []
-    return [
-        f"The sweep got more {join_words(list(dict.fromkeys(grown)))} up to {late[-1].at}, after test scores were "
-        "known. Settings are still chosen on validation data alone. But if you resumed because of test scores, the "
-        "chance of a false verdict is higher than 5 %."
-    ]
 
 
 def build_arm_row(arm: Arm) -> ArmRow:
