@@ -76,8 +76,9 @@ class TrainingWorker:
     def advance(self, controller: Any, timed: Callable[..., Any]) -> None:
         """Makes one call."""
         if self.assignment is None:
-            self.assignment = timed("take", controller.take, worker=self.name)
-            if self.assignment is not None:
+            pack = timed("take", controller.take, worker=self.name, slots={"lora": 1})
+            if pack:
+                [self.assignment] = pack
                 trainer = self.assignment.config.trainer
                 self.steps = list(range(trainer.eval_every_steps, trainer.max_steps + 1, trainer.eval_every_steps))
             return

@@ -33,8 +33,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.config.run import SEED_KEYS
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunFolder, RunRequest
-from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.run import train_alone
+from lorasweep.training.run import train_alone, train_runs
 from lorasweep.training.run_inputs import RunInputs
 
 SLOTS = 5
@@ -95,11 +94,9 @@ def train(settings: Mapping[str, Any], points: Sequence[tuple[float, int]]) -> I
                 RunRequest(config=config, run_folder=RunFolder(path=Path(name) / str(number)))
                 for number, config in enumerate(configs[first : first + SLOTS])
             ]
-            train_pack(
+            train_runs(
                 requests,
                 inputs=inputs,
-                slots=len(requests),
-                next_run=lambda: None,
                 on_evaluation=note,
                 on_end=lambda run, outcome: None,
                 checkpoint_file=Path(name) / "pack.ckpt",

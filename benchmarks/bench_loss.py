@@ -28,8 +28,7 @@ from saved_bytes import count_saved_bytes
 from torch import Tensor, nn
 
 from lorasweep.data.rows import IGNORED, Batch
-from lorasweep.lora import LoraConfig, inject_packed_lora
-from lorasweep.lora.packed.inject import find_slots
+from lorasweep.lora import LoraConfig, Slots, inject_packed_lora
 from lorasweep.objectives.next_tokens import NextTokens
 from lorasweep.objectives.scored_tokens import can_score_by_chunk
 from lorasweep.training.environment import DTYPES
@@ -61,16 +60,16 @@ WAYS = ("all logits", "in chunks", "no head")
 MIB = 2**20
 
 
-def build_pack(shape: str, dtype: torch.dtype, *, slots: int, is_checkpointed: bool) -> nn.Module:
+def build_pack(shape: str, dtype: torch.dtype, *, slots: int, is_checkpointed: bool) -> tuple[nn.Module, Slots]:
     torch.manual_seed(0)
     model: nn.Module = transformers.AutoModelForCausalLM.from_config(SHAPES[shape], dtype=dtype)
     model.config.use_cache = False  # type: ignore[union-attr]
     if not can_score_by_chunk(model):
         raise SystemExit(f"the shape {shape!r} can't score in chunks")
-    inject_packed_lora(model, [LoraConfig(rank=8)] * slots)
+    packed = inject_packed_lora(model, [LoraConfig(rank=8)] * slots)
     if is_checkpointed:
-        checkpoint_activations(model, save_block_contexts(find_slots(model)))
-    return model.train()
+        checkpoint_activations(model, save_block_contexts(packed.masks))
+    return model.train(), packed
 
 
 def build_batch(vocabulary: int, slots: int, scored: float) -> Batch:
@@ -86,7 +85,7 @@ def measure(arguments: argparse.Namespace) -> str:
     lists = arguments.shapes, arguments.ways, arguments.slots, arguments.activations
     shape, way, slots, activations = (values[0] for values in lists)
     is_checkpointed = activations == "recomputed"
-    model = build_pack(shape, DTYPES[arguments.dtype], slots=slots, is_checkpointed=is_checkpointed)
+    model, packed = build_pack(shape, DTYPES[arguments.dtype], slots=slots, is_checkpointed=is_checkpointed)
     batch = build_batch(SHAPES[shape].vocab_size, slots, arguments.scored)
     objective = NextTokens(by_chunk=way == "in chunks")
 
@@ -102,12 +101,11 @@ def measure(arguments: argparse.Namespace) -> str:
     seconds = []
     for _ in range(arguments.steps):
         started = time.perf_counter()
-        with find_slots(model).stacks.share():
-            compute().sum().backward()
+        compute().sum().backward()
         seconds.append(time.perf_counter() - started)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     added = int(status["VmHWM"].split()[0]) * 1024 - before
-    gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    gradients = sum(parameter.nbytes for parameter in packed.weights.parameters())
     counted = gradients + count_saved_bytes(compute, model=model, is_checkpointed=is_checkpointed)
     return (
         f"| {shape} | {way} | {slots} | {activations} | {added / MIB:,.0f} | {counted / MIB:,.0f} | "

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_operators.py [--model tiny|minilm|smollm2 ...]
 
-A pack trains two steps by the code of a sweep (`train_pack`), and the operators of the second one are counted by phase.
+A pack trains by the code of a sweep (`train_runs`), and the operators of its second step are counted by phase.
 `ranks` are equal (8 in each slot) or mixed (1, 1, 4, 4, 16, 16, 64, 64, and so on), on every linear layer. PEFT's step
 is forward pass, loss, backward pass, clipping and fused AdamW of one trial on the same model.
 
@@ -19,17 +19,19 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import transformers
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from peft import LoraConfig, get_peft_model
 from side_by_side import print_head, print_row
 from torch import Tensor, nn
@@ -38,12 +40,15 @@ from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, Llam
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import RunConfig
+from lorasweep.data.batching import BatchDataset
 from lorasweep.data.rows import Batch, select_model_inputs
-from lorasweep.lora.packed.stacks import StepStacks
 from lorasweep.models import tiny
+from lorasweep.training import module
 from lorasweep.training.inputs import load_inputs
+from lorasweep.training.module import TrainingModule
 from lorasweep.training.open_run import RunFolder, RunRequest
-from lorasweep.training.packs import pack
+from lorasweep.training.optim import SlotOptimizers
+from lorasweep.training.run import train_runs
 from lorasweep.training.run_inputs import RunInputs
 
 MODELS = ("tiny", "minilm", "smollm2")
@@ -54,15 +59,14 @@ NO_KERNEL = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("_record_function_enter_new", "_record_function_exit"),
 }
-PHASES: Mapping[str, tuple[Any, str]] = {
-    "batch": (pack, "build_pack_batch"),
-    "forward": (pack, "compute_losses"),
-    "backward": (Tensor, "backward"),
-    "optimizer": (pack, "step_slots"),
+PHASES: Mapping[str, Sequence[tuple[Any, str]]] = {
+    "batch": [(BatchDataset, "__getitem__")],
+    "forward": [(module, "compute_losses")],
+    "backward": [(Tensor, "backward")],
+    "optimizer": [(TrainingModule, "configure_gradient_clipping"), (SlotOptimizers, "step")],
 }
-"""The function that computes each phase. `stacks` copies A and B, and adds up their gradients (`StepStacks.share`).
-The other operators are the `rest`: moving the batch, the sum of the losses, progress."""
-NAMES = ("batch", "stacks", "forward", "backward", "optimizer", "rest")
+"""The functions that compute each phase. The other operators are the `rest`: moving the batch, losses, logs."""
+NAMES = ("batch", "forward", "backward", "optimizer", "rest")
 
 
 class OperatorCount(TorchDispatchMode):
@@ -101,49 +105,42 @@ def count_pack_step(
 ) -> Counter[str]:
     """Returns the operators of a pack's second step by phase."""
     counts: list[OperatorCount] = []
-    train_step, share = pack.PackTrainer._train_step, StepStacks.share
+    advance = _TrainingEpochLoop.advance
 
-    def count_step(trainer: pack.PackTrainer) -> int:
+    def count_step(*args: Any) -> None:
         counts.append(OperatorCount())
         with counts[-1]:
-            return train_step(trainer)
+            advance(*args)
 
     def in_phase(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with counts[-1].count_as(name):
+            with counts[-1].count_as(name) if counts else nullcontext():
                 return function(*args, **kwargs)
 
         return call
 
-    @contextmanager
-    def share_in_phase(shared: StepStacks, *, is_training: bool = True) -> Iterator[None]:
-        stacks = share(shared, is_training=is_training)
-        with counts[-1].count_as("stacks"), stacks, counts[-1].count_as("rest"):
-            yield
-
     with ExitStack() as context:
         folder = Path(context.enter_context(tempfile.TemporaryDirectory()))
-        context.enter_context(patch.object(pack.PackTrainer, "_train_step", count_step))
-        context.enter_context(patch.object(StepStacks, "share", share_in_phase))
-        for name, (owner, function) in PHASES.items():
-            context.enter_context(patch.object(owner, function, in_phase(name, getattr(owner, function))))
+        context.enter_context(patch.object(_TrainingEpochLoop, "advance", count_step))
+        for name, functions in PHASES.items():
+            for owner, function in functions:
+                context.enter_context(patch.object(owner, function, in_phase(name, getattr(owner, function))))
         requests = [
             RunRequest(
                 config=build_config(settings, rank=rank, rows=rows), run_folder=RunFolder(path=folder / str(slot))
             )
             for slot, rank in enumerate(ranks)
         ]
-        pack.train_pack(
+        train_runs(
             requests,
             inputs=inputs,
-            slots=len(ranks),
-            next_run=lambda: None,
             on_evaluation=lambda evaluations: [None] * len(evaluations),
-            on_end=lambda request, record: None,
+            on_end=lambda request, outcome: None,
             checkpoint_file=folder / "pack.ckpt",
-            stop_requested=lambda: len(counts) == 2,
+            stop_requested=lambda: len(counts) == 3,  # saves a checkpoint in the third step
         )
-    return counts[-1].by_phase
+    return counts[1].by_phase
 
 
 def count_peft_step(inputs: RunInputs, batch: Batch, *, dtype: torch.dtype, dropout: float, autocasts: bool) -> int:

@@ -9,7 +9,7 @@ times larger batch, which no pack can beat. Every way takes its turn in each rou
 cell is the median over rounds of the ratio within a round. Ratios above 1 are in the pack's favour (for `ceiling` below
 1: the share of it that the pack reaches). Rank 8, every linear layer but the head, dropout 0.
 
-The second table (`--parts real`) trains a pack of 8 slots of MiniLM by the code that a sweep runs (`train_pack`): real
+The second table (`--parts real`) trains a pack of 8 slots of MiniLM by the code that a sweep runs (`train_runs`): real
 sentences of different lengths, the model's dropout, ranks 1 to 64, clipping, the run's log and TensorBoard. `real /
 bare` is its time per token over that of `pack` above: rank 8, no dropout, no padding. Both train in turn, and a cell is
 the median over blocks of 10 steps, without evaluation. `saving` is the time for logs, weights and checkpoints between
@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from lorasweep.config.compose import compose_run
 from lorasweep.data.batching import StepBatchSampler
 from lorasweep.data.rows import IGNORED, Batch
-from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, slot_model
+from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora
 from lorasweep.models.load import load_base
 from lorasweep.objectives.next_tokens import NextTokens
 from lorasweep.objectives.objective import Objective
@@ -56,8 +56,8 @@ from lorasweep.tasks.table.objective import Classification
 from lorasweep.training.environment import DTYPES
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunEvaluation, RunFolder, RunRequest
-from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slot_run import SlotOptimizer, step_slots
+from lorasweep.training.optim import SlotOptimizers
+from lorasweep.training.run import train_runs
 
 MODELS = ("tiny", "minilm", "smollm2")
 SIZES = (1, 2, 4, 8, 16, 32)
@@ -168,13 +168,15 @@ def make_ways(task: Task, slots: int) -> dict[str, Step]:
     large = copy.deepcopy(own)
     theirs = wrap_with_peft(task).train()
     packed = copy.deepcopy(task.model)
-    inject_packed_lora(packed, [config] * slots)
+    packed_slots = inject_packed_lora(packed, [config] * slots)
     batch = token_batch(task, slots, next(packed.parameters()).device)
-    optimizers = [SlotOptimizer(slot_model(packed, slot), compose_run({"optim.lr": LR})) for slot in range(slots)]
+    optimizer = SlotOptimizers([compose_run({"optim.lr": LR})] * slots, packed_slots)
 
     def pack_step() -> None:
         own_losses(task, packed, batch, slots=slots).sum().backward()
-        step_slots(optimizers)
+        packed_slots.weights.clip_gradients([1.0] * slots)
+        optimizer.step()
+        optimizer.zero_grad()
 
     def solo(model: nn.Module, *, times: int, repeats: int) -> Step:
         loss = functools.partial(own_losses, task, model.train(), slots=1)
@@ -284,7 +286,7 @@ def prepare_real_task(task: Task, data: str, folder: Path) -> RealTask:
 class BlockTimer:
     """Times the real path's steps, and after each block of steps the same number of bare steps.
 
-    `stop_requested` and `on_evaluation` are the arguments of `train_pack`. The first block warms up.
+    `stop_requested` and `on_evaluation` are the arguments of `train_runs`. The first block warms up.
     """
 
     step_tokens: Sequence[int]
@@ -385,11 +387,9 @@ def measure_real_path(
             RunRequest(config=config, run_folder=RunFolder(path=Path(folder) / str(slot)))
             for slot, config in enumerate(configs)
         ]
-        train_pack(
+        train_runs(
             requests,
             inputs=inputs,
-            slots=len(ranks),
-            next_run=lambda: None,
             on_evaluation=timer.on_evaluation,
             on_end=lambda request, record: records.append(record),
             checkpoint_file=Path(folder) / "pack.ckpt",

@@ -180,8 +180,7 @@ def train(work: Mapping[str, Any], output: Path) -> None:
     from lorasweep.record import read_steps  # noqa: PLC0415
     from lorasweep.training.inputs import load_inputs  # noqa: PLC0415
     from lorasweep.training.open_run import RunFolder, RunRequest  # noqa: PLC0415
-    from lorasweep.training.packs.pack import train_pack  # noqa: PLC0415
-    from lorasweep.training.run import train_alone  # noqa: PLC0415
+    from lorasweep.training.run import train_alone, train_runs  # noqa: PLC0415
 
     clock = getattr(time, work["clock"])
     started = clock()
@@ -206,11 +205,9 @@ def train(work: Mapping[str, Any], output: Path) -> None:
             RunRequest(config=config, run_folder=RunFolder(path=folder / str(n))) for n, config in enumerate(configs)
         ]
         if work.get("packed"):
-            train_pack(
+            train_runs(
                 requests,
                 inputs=inputs,
-                slots=len(requests),
-                next_run=lambda: None,
                 on_evaluation=lambda evaluations: [None] * len(evaluations),
                 on_end=lambda request, record: None,
                 checkpoint_file=folder / "pack.ckpt",

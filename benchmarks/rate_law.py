@@ -31,7 +31,7 @@ from lorasweep.errors import Diverged
 from lorasweep.record import RunRecord
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunFolder, RunRequest
-from lorasweep.training.packs.pack import train_pack
+from lorasweep.training.run import train_runs
 from lorasweep.training.run_inputs import RunInputs
 
 COLUMNS = ("rank", "alpha", "beta", "u", "lr", "loss", "preference_accuracy")
@@ -91,9 +91,8 @@ def train_grid(
     table: Path,
 ) -> None:
     """Trains points that `losses` lacks, in packs, and adds each to `losses` and to the table when it ends."""
-    missing = iter([point for point in points if point not in losses][:num_runs])
-    first = list(itertools.islice(missing, slots))
-    if not first:
+    missing = [point for point in points if point not in losses][:num_runs]
+    if not missing:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -113,19 +112,14 @@ def train_grid(
             write_table(table, losses)
             print(f"{point}: {losses[point]}", flush=True)
 
-        def next_run() -> RunRequest | None:
-            point = next(missing, None)
-            return None if point is None else make_request(point)
-
-        train_pack(
-            [make_request(point) for point in first],
-            inputs=inputs,
-            slots=len(first),
-            next_run=next_run,
-            on_evaluation=lambda evaluations: [None] * len(evaluations),
-            on_end=end,
-            checkpoint_file=folder / "pack.ckpt",
-        )
+        for number in range(0, len(missing), slots):
+            train_runs(
+                [make_request(point) for point in missing[number : number + slots]],
+                inputs=inputs,
+                on_evaluation=lambda evaluations: [None] * len(evaluations),
+                on_end=end,
+                checkpoint_file=folder / "pack.ckpt",
+            )
 
 
 def find_best_u(losses: Mapping[float, float]) -> tuple[float, str]:

@@ -150,7 +150,7 @@ def test_a_sweep_whose_trials_all_fail_ends_with_1_and_says_where_to_look(capsys
     def fail(*_, **__):
         raise Diverged("the training loss became NaN.")
 
-    monkeypatch.setattr(worker_file, "train_alone", fail)
+    monkeypatch.setattr(worker_file, "train_runs", fail)
     assert run(["sweep", mini, "sweep.max_failures=2"]) == FAILED
     error = capsys.readouterr().err
     assert error.count("\n") == 1

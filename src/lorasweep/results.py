@@ -100,7 +100,8 @@ class RunResult:
         from lorasweep.training.finished_run import check_kept_files, restore_base, restore_model  # noqa: PLC0415 (needs torch)
 
         config = restore_config(self.record)
-        refuse_code(config, trust=trust)
+        if not trust:
+            refuse_code(config)
         check_kept_files(self.record, self.folder)
         return restore_model(config, restore_base(self.record, config), folder=self.folder / "best")
 

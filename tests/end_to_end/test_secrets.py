@@ -22,12 +22,12 @@ SET_SECRETS = f"os.environ.update({SECRETS!r})"
 BREAK = """
 import itertools
 import lorasweep.training.module as file
-calls, true = itertools.count(1), file.prepare_model
+calls, true = itertools.count(1), file.prepare_slots
 def fail(*arguments):
     if next(calls) == {call}:
         raise OSError("postgresql://me:open-sesame-2@host/db refused open-sesame-1")
     return true(*arguments)
-file.prepare_model = fail
+file.prepare_slots = fail
 """
 """An error that tells a secret, in the middle of training."""
 

@@ -79,7 +79,7 @@ def test_a_signal_stops_a_sweep_with_a_checkpoint_and_the_words_to_resume_it(
         kept = read_run(folder / row.run)
         assert (kept.status, kept.reason.startswith("stopped ")) == ("interrupted", True)
         assert kept.steps_done < 120
-        assert (folder / "pack.ckpt" if pack_size > 1 else folder / row.run / "last.ckpt").exists()
+        assert (folder / "packs" / f"{running[0].pack}.ckpt").exists()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from jaxtyping import Float, jaxtyped
 from torch import Tensor, nn
 
 from lorasweep.lora import functional, layers
-from lorasweep.lora.packed import layers as packed_layers
+from lorasweep.lora.packed import weights
 
 
 class Block(nn.Module):
@@ -86,7 +86,7 @@ def check_shapes(monkeypatch, request):
         checked = jaxtyped(typechecker=beartype)(getattr(functional, name))
         monkeypatch.setattr(layers, name, checked)
     monkeypatch.setattr(layers, "SlotGroup", make_checked_group)
-    monkeypatch.setattr(packed_layers, "SlotGroup", make_checked_group)
+    monkeypatch.setattr(weights, "SlotGroup", make_checked_group)
 
 
 @jaxtyped(typechecker=beartype)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from tests.slot_gradients import read_slot_gradients
 from torch.nn.functional import cross_entropy
 
 from lorasweep.config.method import (
@@ -15,7 +16,7 @@ from lorasweep.config.method import (
     LoraConfig,
     PeftConfig,
 )
-from lorasweep.lora import find_targets, inject_packed_lora, slot_model
+from lorasweep.lora import find_targets, inject_packed_lora
 from lorasweep.lora.targets import GATE_NAMES
 from lorasweep.methods import bind, copy_sharing_weights
 from lorasweep.models.load import Labels, fingerprint_weights, load_base
@@ -161,9 +162,9 @@ def randomise(model, *, seed):
 def test_a_slot_of_a_pack_gets_the_logits_and_gradients_of_its_solo_run(load, architecture):
     base, configs = load(architecture, "causal_lm"), [LoraConfig(rank=2), LoraConfig(rank=4)]
     pack, lengths = copy_sharing_weights(base.model), torch.tensor([9, 3, 6, 4])
-    inject_packed_lora(pack, configs, generators=[torch.Generator().manual_seed(slot) for slot in range(2)])
-    for slot in range(2):
-        randomise(slot_model(pack, slot), seed=slot)
+    slots = inject_packed_lora(pack, configs, generators=[torch.Generator().manual_seed(slot) for slot in range(2)])
+    for slot, solo in enumerate(slots.models):
+        randomise(solo, seed=slot)
     tokens = make_batch()["input_ids"]
     batch = {"input_ids": tokens, "attention_mask": (torch.arange(9) < lengths[:, None]).long()}
     is_real = batch["attention_mask"].bool()
@@ -176,8 +177,9 @@ def test_a_slot_of_a_pack_gets_the_logits_and_gradients_of_its_solo_run(load, ar
         logits = solo(**rows).logits[rows["attention_mask"].bool()]
         logits.square().sum().backward()
         pairs = [(packed.chunk(2)[slot][rows["attention_mask"].bool()], logits)]
-        trained = {name: p for name, p in slot_model(pack, slot).named_parameters() if p.requires_grad}
-        pairs += [(parameter.grad, solo.get_parameter(name).grad) for name, parameter in trained.items()]
+        gradients = read_slot_gradients(slots, slot)
+        assert len(gradients) == sum(parameter.requires_grad for parameter in solo.parameters())
+        pairs += [(gradient, solo.get_parameter(name).grad) for name, gradient in gradients.items()]
         for got, expected in pairs:  # fp32 sums in another order, over up to 1,000 terms
             limit = 1000 * torch.finfo(torch.float32).eps * expected.abs().max()
             assert (got - expected).abs().max() <= limit

@@ -1,17 +1,14 @@
 """Losses of scored tokens, chunk by chunk, are those of all logits."""
 
-import copy
-
 import pytest
 import torch
 import transformers
 from saved_bytes import count_saved_bytes
+from tests.slot_gradients import read_slot_gradients
 from torch import nn
 
 from lorasweep.data.rows import IGNORED, repeat_batch
-from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, set_dropout_streams, slot_model
-from lorasweep.lora.inject import replace_dropout
-from lorasweep.lora.packed.inject import find_slots
+from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora
 from lorasweep.objectives import scored_tokens
 from lorasweep.objectives.scored_tokens import can_score_by_chunk, compute_logits, score_tokens
 
@@ -135,40 +132,41 @@ PACKS = {
 }
 
 
+def make_pack(configs, *, first=0):
+    """Returns a model with its slots, whose values and masks follow from the numbers `first`, `first + 1` and so on."""
+    numbers, pack = range(first, first + len(configs)), make_model(LLAMA)
+    slots = inject_packed_lora(
+        pack, configs, generators=[torch.Generator().manual_seed(n) for n in numbers], dropout_seeds=list(numbers)
+    )
+    slots.weights.double()
+    for solo in slots.models:
+        randomise(solo)
+    return pack.train(), slots
+
+
 @pytest.mark.parametrize("configs", PACKS.values(), ids=PACKS)
 @pytest.mark.parametrize("tokens", [2, 1000])
 def test_each_slot_of_a_pack_has_the_losses_and_gradients_of_its_run_alone(configs, tokens, set_chunk):
     set_chunk(tokens, slots=3)
-    pack = make_model(LLAMA)
-    solos = [copy.deepcopy(pack) for _ in configs]
-    inject_packed_lora(pack, configs)
-    for slot, (solo, config) in enumerate(zip(solos, configs, strict=True)):
-        inject_lora(solo, config)
-        replace_dropout(solo)
-        randomise(solo)
-        slot_model(pack, slot).load_state_dict(solo.state_dict())
-    pack.train()
+    pack, slots = make_pack(configs)
     batches = [make_batch(scored_from=first) for first in ((3, 4, 2, 2), (0, 9, 9, 9), (8, 4, 9, 1))]
     joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    set_dropout_streams(pack, [torch.Generator().manual_seed(slot) for slot in range(3)])
-    with find_slots(pack).stacks.share():
-        losses, _ = differentiate(pack, joined, by_chunk=True)
-    for slot, (solo, batch) in enumerate(zip(solos, batches, strict=True)):
-        torch.manual_seed(slot)
-        expected = score_tokens(solo.train(), batch, by_chunk=True)
+    losses, _ = differentiate(pack, joined, by_chunk=True)
+    gradients = [read_slot_gradients(slots, slot) for slot in range(3)]
+    assert all(gradient.any() for each in gradients for gradient in each.values())  # also of the heads
+    for slot, (config, batch) in enumerate(zip(configs, batches, strict=True)):
+        alone, own = make_pack([config], first=slot)
+        expected = score_tokens(alone, batch, by_chunk=True)
         torch.testing.assert_close(losses.chunk(3)[slot], expected.detach())
         # the weights of `differentiate` for the rows of this slot
         (expected.sum(-1) * torch.linspace(0.5, 2, 12).chunk(3)[slot]).sum().backward()
-        grads = {name: p.grad for name, p in slot_model(pack, slot).named_parameters() if p.requires_grad}
-        torch.testing.assert_close(grads, {name: p.grad for name, p in solo.named_parameters() if p.requires_grad})
+        torch.testing.assert_close(gradients[slot], read_slot_gradients(own, 0))
 
 
 def test_evaluation_of_a_pack_has_the_losses_of_all_logits(set_chunk):
     set_chunk(2, slots=2)
-    pack = make_model(LLAMA).eval()
-    inject_packed_lora(pack, [HEADS["adapted"]] * 2)
-    for slot in range(2):
-        randomise(slot_model(pack, slot))
+    pack, _ = make_pack([HEADS["adapted"]] * 2)
+    pack.eval()
     batch = repeat_batch(make_batch(), slots=2)
     with torch.no_grad():
         expected, found = (score_tokens(pack, batch, by_chunk=by_chunk) for by_chunk in (False, True))

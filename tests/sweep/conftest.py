@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -23,7 +24,6 @@ from lorasweep.sweep.controller import stopping
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.workers.train import train_sweep
-from lorasweep.training.checkpoint import PackCheckpoint, write_pack
 from lorasweep.training.open_run import RunEvaluation
 
 CONTENT = {
@@ -85,10 +85,10 @@ class Killed(BaseException):
 
 @dataclass
 class MadeUpRuns:
-    """Replaces `train_alone` and `score_run`.
+    """Replaces `train_runs`, `split_checkpoint` and `score_run`.
 
-    A run is evaluated every `trainer.eval_every_steps` steps, the frozen base at step 0. A run is resumed from the step
-    at which it was interrupted.
+    Runs of a pack are evaluated every `trainer.eval_every_steps` steps, the frozen base at step 0. A pack resumes from
+    its last evaluation.
     """
 
     score: Callable[[RunConfig, int], float] = lambda config, step: abs(config.optim.lr - 0.01) + 1 / (1 + step)
@@ -97,12 +97,12 @@ class MadeUpRuns:
     """Returns the validation loss of a run with a score at a step."""
     score_on_test: Callable[[RunRecord], float] = lambda record: record.best["bits_per_byte"] + 1
     """Returns the score of a run on test data; may raise."""
-    begun: list[tuple[str, int | None]] = field(default_factory=list)
-    """Arm and trial of each session of a solo run, in order; a confirm run of an untried setting has no trial."""
-    steps_done: dict[Path, int] = field(default_factory=dict)
-    """Step of the newest checkpoint of each solo run."""
-    steps_trained: int = 0
-    """Steps of all sessions together, including repeated ones."""
+    errors: list[Exception] = field(default_factory=list)
+    """Errors that the first packs of several runs raise when they start, one each."""
+    begun: list[list[str]] = field(default_factory=list)
+    """Names of the runs of each pack that began or resumed, in order."""
+    trained: list[tuple[str, int]] = field(default_factory=list)
+    """Folder name and step of each evaluation, in order."""
     values: dict[Path, dict[int, float]] = field(default_factory=dict)
     """Evaluations of each run, by step."""
     configs: dict[Path, RunConfig] = field(default_factory=dict)
@@ -111,6 +111,11 @@ class MadeUpRuns:
     base_is_in_use: bool = False
     raised: list[Exception] = field(default_factory=list)
     """Errors that a test asked for, as they were raised."""
+
+    @property
+    def sizes(self):
+        """The number of runs of each pack of an arm that packs."""
+        return [len(names) for names in self.begun if names[0].startswith("lora")]
 
     def score_run(self, folder, *, inputs, retained=None):
         assert not self.base_is_in_use
@@ -123,36 +128,79 @@ class MadeUpRuns:
             write_record(record, folder)
         return record
 
-    def __call__(self, config, run_folder, *, inputs, on_evaluation, stop_requested, on_phase, resume):
-        assert resume
-        assert run_folder.arm is not None
-        self.begun.append((run_folder.arm, run_folder.trial))
-        every, last = config.trainer.eval_every_steps, config.num_steps
-        for step in range(self.steps_done.get(run_folder.path, 0) + every, last + 1, every) if last else [0]:
-            value = self.evaluate(config, run_folder.path, step)
-            reason = on_evaluation(step, {"loss": self.loss(value, step), config.data.metric: value})
-            if step < last and reason is not None:
-                return self.close(config, run_folder.path, step, "stopped", reason=reason)
-            self.steps_done[run_folder.path] = step
-            if step < last and stop_requested():
-                return self.close(config, run_folder.path, step, "interrupted")
-        return self.close(config, run_folder.path, last, "complete")
+    def split_checkpoint(self, file, parts):
+        if file.exists():
+            steps = json.loads(file.read_text())
+            for path, names in parts.items():
+                path.write_text(json.dumps({name: steps[name] for name in names}))
+            if file not in parts:
+                file.unlink()
 
-    def evaluate(self, config, folder, step):
-        """Trains a run up to its next evaluation and returns its score there."""
+    def __call__(self, requests, *, inputs, checkpoint_file, on_evaluation, on_end, stop_requested, on_phase):
+        self.begun.append([request.run_folder.path.name for request in requests])
+        self.base_is_in_use = True
+        try:
+            if self.errors and len(requests) > 1:
+                raise self.note(self.errors.pop(0))
+            return self.train(list(requests), checkpoint_file, on_evaluation, on_end, stop_requested)
+        except Exception as error:
+            if error not in self.raised and not isinstance(error, WorkerError | OSError):
+                pytest.fail(f"a pack broke by an error that no test asked for: {traceback.format_exc()}")
+            raise
+        finally:
+            self.base_is_in_use = False
+
+    def train(self, running, checkpoint_file, on_evaluation, on_end, stop_requested):
+        kept = json.loads(checkpoint_file.read_text()) if checkpoint_file.exists() else None
+        steps = {kept[request.run_folder.path.name] if kept else 0 for request in running}
+        (step,) = steps  # all runs of a pack are at the same step
+        every, last = running[0].config.trainer.eval_every_steps, running[0].config.num_steps
+        while running:
+            if step and stop_requested():
+                for request in running:
+                    on_end(request, self.close(request, step, "interrupted"))
+                return False
+            step = min(step + every, last)
+            scores = {}
+            for request in list(running):
+                try:
+                    scores[request] = self.evaluate(request, step)
+                except Diverged as error:
+                    running.remove(request)
+                    on_end(request, error)
+            metrics = {one: {"loss": self.loss(v, step), one.config.data.metric: v} for one, v in scores.items()}
+            reasons = on_evaluation([RunEvaluation(one, step, values) for one, values in metrics.items()])
+            for request, reason in zip(scores, reasons, strict=True):
+                if step == last or reason is not None:
+                    running.remove(request)
+                    on_end(request, self.close(request, step, "complete" if step == last else "stopped", reason=reason))
+            if running:
+                states = {request.run_folder.path.name: step for request in running}
+                checkpoint_file.write_text(json.dumps(states))
+        checkpoint_file.unlink(missing_ok=True)
+        return True
+
+    def evaluate(self, request, step):
+        folder, config = request.run_folder.path, request.config
         self.configs[folder] = config
-        self.steps_trained += config.trainer.eval_every_steps
+        self.trained.append((folder.name, step))
         try:
             value = self.score(config, step)
         except Exception as error:
-            self.raised.append(error)
+            self.note(error)
             raise
         self.values.setdefault(folder, {})[step] = value
         return value
 
-    def close(self, config, folder, step, status, *, reason=None):
+    def note(self, error):
+        self.raised.append(error)
+        return error
+
+    def close(self, request, step, status, *, reason=None):
         """Writes a run's record and returns it."""
-        value, best = min((value, at) for at, value in self.values[folder].items() if at <= step)
+        config, folder = request.config, request.run_folder.path
+        values = {at: value for at, value in self.values[folder].items() if at <= step}
+        value, best = min((value, at) for at, value in values.items())
         record = RunRecord(
             status=status,
             reason=reason,
@@ -160,11 +208,7 @@ class MadeUpRuns:
             metric=config.data.metric,
             direction="minimize",
             best={config.data.metric: value, "step": best},
-            last={
-                config.data.metric: self.values[folder][step],
-                "loss": self.loss(self.values[folder][step], step),
-                "step": step,
-            },
+            last={config.data.metric: values[step], "loss": self.loss(values[step], step), "step": step},
             steps_planned=config.num_steps,
             steps_done=step,
             trainable_params=1000 * getattr(config.method, "rank", 0),
@@ -174,131 +218,12 @@ class MadeUpRuns:
         return record
 
 
-@dataclass
-class MadeUpPacks:
-    """Replaces `train_pack`: does the same calls in the same order at each evaluation."""
-
-    runs: MadeUpRuns
-    errors: list[Exception] = field(default_factory=list)
-    """Errors that the first packs raise when they start, one each."""
-    sizes: list[int] = field(default_factory=list)
-    """Number of slots of each pack at its start."""
-    checkpoints: dict[Path, set[int]] = field(default_factory=dict)
-    """Steps at which each run has a checkpoint for packs."""
-    trained: list[tuple[str, int]] = field(default_factory=list)
-    """Folder name and step of each evaluation, in order."""
-
-    def __call__(
-        self,
-        jobs,
-        *,
-        inputs,
-        slots,
-        next_run,
-        on_evaluation,
-        on_end,
-        checkpoint_file,
-        resumed,
-        stop_requested,
-        on_phase,
-    ):
-        assert len(jobs) <= slots
-        self.on_end = on_end
-        self.sizes.append(len(jobs))
-        self.runs.base_is_in_use = True
-        try:
-            if self.errors:
-                self.runs.raised.append(self.errors.pop(0))
-                raise self.runs.raised[-1]
-            states = [None] * len(jobs) if resumed is None else resumed.runs.values()
-            steps = {job: self._first_step(job, state) for job, state in zip(jobs, states, strict=True)}
-            return self._train(steps, slots, next_run, on_evaluation, checkpoint_file, stop_requested)
-        except Exception as error:
-            if error not in self.runs.raised and not isinstance(error, WorkerError):
-                pytest.fail(f"a pack broke by an error that no test asked for: {traceback.format_exc()}")
-            checkpoint_file.unlink(missing_ok=True)
-            raise
-        finally:
-            self.runs.base_is_in_use = False
-
-    def _train(self, steps, most, supply, on_evaluation, checkpoint_file, stop_requested):
-        jobs = list(steps)
-        trainer = jobs[0].config.trainer
-        self._commit(jobs, steps, checkpoint_file)
-        while jobs:
-            if stop_requested():
-                for job in jobs:
-                    self._interrupt(job, steps[job])
-                return False
-            living = [job for job in jobs if self._advance(job, steps, every=trainer.eval_every_steps)]
-            values = [self.runs.values[job.run_folder.path][steps[job]] for job in living]
-            evaluated = [
-                RunEvaluation(job, steps[job], {"loss": value, job.config.data.metric: value})
-                for job, value in zip(living, values, strict=True)
-            ]
-            reasons = dict(zip(living, on_evaluation(evaluated) if living else [], strict=True))
-            slots = [job if job in reasons and not self._ends(job, steps[job], reasons[job]) else None for job in jobs]
-            for slot, job in enumerate(slots):
-                if job is None and (refill := supply()) is not None:
-                    slots[slot] = refill
-            is_full = None not in slots
-            jobs = [job for job in slots if job is not None]  # a slot that stays empty is dropped
-            while is_full and len(jobs) < most and (further := supply()) is not None:
-                jobs.append(further)
-            steps |= {job: self._first_step(job) for job in jobs if job not in steps}
-            self._commit(jobs, steps, checkpoint_file)
-        return True
-
-    def _advance(self, job, steps, *, every):
-        """Trains a slot up to its next evaluation and returns whether its run goes on."""
-        steps[job] += every
-        self.trained.append((job.run_folder.path.name, steps[job]))
-        try:
-            self.runs.evaluate(job.config, job.run_folder.path, steps[job])
-        except Diverged as error:
-            self.on_end(job, error)
-            return False
-        return True
-
-    def _ends(self, job, step, reason):
-        if step == job.config.trainer.max_steps:
-            self.on_end(job, self.runs.close(job.config, job.run_folder.path, step, "complete"))
-        elif reason is not None:
-            self.on_end(job, self.runs.close(job.config, job.run_folder.path, step, "stopped", reason=reason))
-        else:
-            return False
-        return True
-
-    def _first_step(self, job, state=None):
-        kept = self.checkpoints.get(job.run_folder.path, set())
-        return max(kept, default=0) if state is None else state["global_step"]
-
-    def _interrupt(self, job, step):
-        if step:
-            self.runs.close(job.config, job.run_folder.path, step, "interrupted")
-
-    def _commit(self, jobs, steps, checkpoint_file):
-        if not jobs:
-            checkpoint_file.unlink(missing_ok=True)
-            return
-        for job in jobs:
-            self.checkpoints.setdefault(job.run_folder.path, set()).add(steps[job])
-        states = {job.run_folder.path.name: {"global_step": steps[job]} for job in jobs}
-        write_pack(checkpoint_file, PackCheckpoint(runs=states, rng_state=""))
-
-
 @pytest.fixture
 def runs(monkeypatch):
     made_up = MadeUpRuns()
-    monkeypatch.setattr(worker_file, "train_alone", made_up)
+    monkeypatch.setattr(worker_file, "train_runs", made_up)
+    monkeypatch.setattr(worker_file, "split_checkpoint", made_up.split_checkpoint)
     monkeypatch.setattr(worker_file, "score_run", made_up.score_run)
-    return made_up
-
-
-@pytest.fixture
-def packs(runs, monkeypatch):
-    made_up = MadeUpPacks(runs)
-    monkeypatch.setattr(worker_file, "train_pack", made_up)
     return made_up
 
 

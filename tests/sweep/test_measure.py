@@ -19,8 +19,8 @@ def test_each_second_belongs_to_one_phase(monkeypatch):
 
 
 def test_a_pack_and_a_run_alone_have_every_phase_but_the_base_has_no_steps(make_config, inputs):
-    for is_pack in (True, False):
-        found = train_briefly(make_config(), inputs, slots=1, is_pack=is_pack)
+    for slots in (1, 2):
+        found = train_briefly(make_config(), inputs, slots=slots)
         assert min(found.loading_s, found.training_s, found.evaluating_s, found.saving_s) > 0
-    base = train_briefly(make_config({"method": "frozen"}), inputs, slots=1, is_pack=False)
+    base = train_briefly(make_config({"method": "frozen"}), inputs, slots=1)
     assert base.training_s == 0 < base.evaluating_s

@@ -169,10 +169,13 @@ def test_arms_that_could_share_packs_are_measured_one_by_one_if_trials_run_alone
 
 
 def test_a_pack_that_does_not_fit_is_halved_as_in_the_sweep(plan, monkeypatch):
-    def run_out_of_memory(*_, **__):
-        raise OutOfMemory("too large")
+    def run_out_of_memory(requests, **options):
+        if len(requests) > 1:
+            raise OutOfMemory("too large")
+        return train_runs(requests, **options)
 
-    monkeypatch.setattr(measure_file, "train_pack", run_out_of_memory)
+    train_runs = measure_file.train_runs
+    monkeypatch.setattr(measure_file, "train_runs", run_out_of_memory)
     groups, said = plan()
     assert said[-2:] == ["measuring lora: 3 trials in a pack", "measuring lora: 1 trial"]
     assert groups["lora"].slots == 1

@@ -24,8 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lorasweep.config.compose import compose_run
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunFolder, RunRequest
-from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.run import train_alone
+from lorasweep.training.run import train_alone, train_runs
 
 CUDA = torch.device("cuda:0")
 PACKAGES = ("lorasweep", "transformers", "lightning", "bitsandbytes", "torchmetrics")
@@ -49,6 +48,7 @@ class FakeCuda(TorchDispatchMode):
         self.fake = FakeTensorMode()
         self.phase = None
         self.notes = collections.Counter()
+        self.seeds = set()
 
     def note_phase(self, phase, step, num_steps):
         self.phase = phase
@@ -64,6 +64,8 @@ class FakeCuda(TorchDispatchMode):
             pinned = args[0].clone()
             pinned.is_fake_pinned = True
             return pinned
+        if packet is aten.random_ and isinstance(args[0], FakeTensor):
+            self.seeds.add(kwargs["generator"].initial_seed())
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         reals = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
         device = kwargs.get("device")
@@ -213,7 +215,7 @@ def check_modes(gpu):
 
 
 def run_case(gpu, folder, settings):
-    """Trains a pack whose slot is refilled, and a run alone that is killed and resumes. Returns what was noted."""
+    """Trains a pack of two, and a run alone that is killed and resumes. Returns what was noted."""
     has_flash = settings.get("model.attention") == "flash_attention_2"
     config = compose_run({**settings, "model.attention": "sdpa"} if has_flash else settings)
     inputs = load_inputs(config)
@@ -228,36 +230,40 @@ def run_case(gpu, folder, settings):
         own_config = compose_run({**settings, "model.attention": config.model.attention, **own})
         return RunRequest(config=own_config, run_folder=run_folder)
 
-    notes = {}
-    if config.method.name == "lora":
-        waiting = [request("c", {"method.rank": 20})]
+    notes, seeds = {}, {}
+    if config.method.packs:
         with gpu:
-            train_pack(
-                [request("a", {}), request("b", {"method.rank": 4})],
+            train_runs(
+                # two groups of ranks, and other rates of dropout and learning
+                [
+                    request("a", {}),
+                    request("b", {"method.rank": 20, "method.dropout": 0.2, "optim.clip_norm": 2, "seed": 9}),
+                ],
                 inputs=inputs,
-                slots=2,
-                next_run=lambda: waiting.pop() if waiting else None,
                 on_evaluation=lambda evaluated: [None] * len(evaluated),
                 on_end=lambda request, end: ended.append(request.run_folder.path.name),
                 checkpoint_file=folder / "pack.ckpt",
                 on_phase=gpu.note_phase,
             )
-        notes["pack"] = take_notes(gpu)
+        notes["pack"], seeds["pack"] = take_notes(gpu)
     asked = iter([False, True])  # stops after the first of several steps
     with gpu:
         run_folder = RunFolder(path=folder / "alone")
         train = functools.partial(train_alone, config, run_folder, inputs=inputs, on_phase=gpu.note_phase)
         record = train(stop_requested=lambda: next(asked, False))
         if record.status == "interrupted":
+            gpu.phase = None
             record = train(resume=True)
-    notes["alone"] = take_notes(gpu)
-    return {"notes": notes, "steps": record.steps_done, "ended": sorted(ended)}
+    notes["alone"], seeds["alone"] = take_notes(gpu)
+    return {"notes": notes, "seeds": seeds, "steps": record.steps_done, "ended": sorted(ended)}
 
 
 def take_notes(gpu):
-    notes = [[*key, count] for key, count in gpu.notes.items()]
+    """Returns what lets the CPU wait, and the seeds of masks."""
+    notes, seeds = [[*key, count] for key, count in gpu.notes.items()], sorted(gpu.seeds)
     gpu.notes.clear()
-    return notes
+    gpu.seeds.clear()
+    return notes, seeds
 
 
 def main(file):

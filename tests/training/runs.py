@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 import lorasweep.objectives.next_tokens as objective_file
+from lorasweep.errors import Diverged
 from lorasweep.record import read_run, read_steps
 from lorasweep.training.open_run import RunFolder, RunRequest
-from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.run import train_alone
+from lorasweep.training.run import train_alone, train_runs
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -17,22 +17,32 @@ ADAPTER = "adapter_model.safetensors"
 VERA = {"peft_type": "VERA", "r": 8, "d_initial": 0.1, "target_modules": ["q_proj", "down_proj"]}
 
 
-def train(folder, config, *, inputs, **hooks):
+def train(folder, config, *, inputs, on_evaluation=None, **hooks):
+    """Trains a run alone. `on_evaluation(step, metrics)` returns why it must stop."""
+    if on_evaluation is not None:
+        hooks["on_evaluation"] = lambda evaluated: [on_evaluation(one.step, one.metrics) for one in evaluated]
     return train_alone(config, RunFolder(path=Path(folder)), inputs=inputs, **hooks)
 
 
-def train_together(configs, *, inputs, checkpoint_file):
-    """Trains runs in one pack; `configs` have them by their folders."""
-    requests = [RunRequest(config=config, run_folder=RunFolder(path=folder)) for folder, config in configs.items()]
-    train_pack(
-        requests,
-        inputs=inputs,
-        slots=len(requests),
-        next_run=lambda: None,
-        on_evaluation=lambda evaluated: [None] * len(evaluated),
-        on_end=lambda request, end: None,
-        checkpoint_file=checkpoint_file,
-    )
+def make_request(folder, config):
+    return RunRequest(config=config, run_folder=RunFolder(path=folder))
+
+
+def all_go_on(evaluated):
+    return [None] * len(evaluated)
+
+
+def train_together(configs, *, inputs, checkpoint_file, on_evaluation=all_go_on, **hooks):
+    """Trains runs in one pack; `configs` have them by their folders. Returns how each ended, by its folder's name."""
+    ended = {}
+
+    def note_end(request, outcome):
+        ended[request.run_folder.path.name] = "failed" if isinstance(outcome, Diverged) else outcome.status
+
+    requests = [make_request(folder, config) for folder, config in configs.items()]
+    hooks |= {"on_evaluation": on_evaluation, "on_end": note_end, "checkpoint_file": checkpoint_file}
+    train_runs(requests, inputs=inputs, **hooks)
+    return ended
 
 
 def logged_rows(folder):

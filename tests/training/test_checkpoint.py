@@ -10,13 +10,11 @@ import torch
 from lorasweep.disk import explain_os_error
 from lorasweep.errors import RecordError
 from lorasweep.training.checkpoint import (
-    PackCheckpoint,
+    _save,
     get_step,
     read_checkpoint,
-    read_pack,
-    split_pack,
-    write_pack,
-    write_tensors,
+    split_checkpoint,
+    write_checkpoint,
 )
 
 
@@ -41,31 +39,40 @@ def test_a_pickle_runs_no_code(tmp_path):
 def test_a_checkpoint_that_is_cut_short_is_refused_with_a_remedy(tmp_path):
     path = tmp_path / "last.ckpt"
     assert read_checkpoint(path) == {}
-    write_tensors({"w": torch.ones(9), "global_step": 4}, path)
+    write_checkpoint({"runs": ["run"], "ends": {}, "w": torch.ones(9), "global_step": 4}, path)
     assert get_step(read_checkpoint(path)) == 4
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(RecordError, match=r"Remove it to train from the first step"):
         read_checkpoint(path)
 
 
-def test_a_pack_that_breaks_up_leaves_each_run_its_part(tmp_path):
-    path, both = tmp_path / "pack.ckpt", torch.arange(200_000.0)
-    assert read_pack(path) is None
-    states = {f"lora-000{n}": {"global_step": 2, "trained": {"w": part}} for n, part in enumerate(both.chunk(2))}
-    write_pack(path, PackCheckpoint(runs=states | {"lora-0002": {}}, rng_state=""))
-    assert list(read_pack(path).runs) == ["lora-0000", "lora-0001", "lora-0002"]  # in slot order
-    for name in states:
-        (tmp_path / name).mkdir()
-    split_pack(path, runs=tmp_path)
-    assert not path.exists()
-    for name, state in states.items():
-        kept = tmp_path / name / "slot.ckpt"
-        assert torch.equal(read_checkpoint(kept)["trained"]["w"], state["trained"]["w"])
-        assert kept.stat().st_size < 1.1 * state["trained"]["w"].nbytes  # without the other run's part
+def test_a_pack_that_breaks_up_leaves_each_part_its_runs_alone(tmp_path):
+    whole, left, right = (tmp_path / name for name in ("whole.ckpt", "b/left.ckpt", "right.ckpt"))
+    split_checkpoint(whole, {left: ["a"]})
+    assert not left.exists()  # nor was the whole
+    write_checkpoint({"runs": ["a", "b"], "ends": {}}, whole)
+    split_checkpoint(whole, {whole: ["b"]})
+    assert read_checkpoint(whole) == {"runs": ["b"], "ends": {}}  # before the first step there is no more
+    weights = {f"slots.{slot}.layer.{slot}.lora_a": torch.full((90_000,), 1.0 * slot) for slot in range(3)}
+    moments = [{"mean": weight + 1} for weight in weights.values()]
+    state = {"runs": ["a", "b", "c"], "ends": {"ended": ["stopped", "poor"]}, "global_step": 2}
+    state |= {"progress": [0, 1, 2], "state_dict": weights, "optimizer_states": [{"slots": moments}]}
+    write_checkpoint(state, whole)
+    split_checkpoint(whole, {left: ["c", "a"], right: ["b", "ended"]})
+    assert not whole.exists()
+    for path, names, slots in ((left, ["c", "a"], [2, 0]), (right, ["b"], [1])):
+        assert path.stat().st_size < 1.1 * len(slots) * 2 * 90_000 * 4
+        found = read_checkpoint(path)
+        assert (found["runs"], found["progress"], get_step(found)) == (names, slots, 2)
+        assert found["ends"] == (state["ends"] if path == right else {})
+        for place, slot in enumerate(slots):
+            assert (found["state_dict"][f"slots.{place}.layer.{slot}.lora_a"] == slot).all()
+            assert (found["optimizer_states"][0]["slots"][place]["mean"] == slot + 1).all()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this system has no /dev/full")
 def test_a_checkpoint_on_a_full_disk_fails_with_the_reason():
+    # not `write_checkpoint`, which replaces its file by a rename: as root it would replace the device
     with pytest.raises((OSError, RuntimeError)) as caught:
-        write_tensors({"w": torch.zeros(100_000)}, Path("/dev/full"))
+        _save({"w": torch.zeros(100_000)}, Path("/dev/full"))
     assert explain_os_error(caught.value) == "No space left on device"

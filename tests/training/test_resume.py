@@ -10,7 +10,7 @@ import torch
 from tests.training.runs import assert_same_run, damage, losses, out_of_memory_above, settings_of, stop_after, train
 
 import lorasweep.training.open_run as open_run_file
-import lorasweep.training.run as run_file
+import lorasweep.training.run_writer as writer_file
 from lorasweep.record import RUN_FILE, read_run
 
 RESUMED = [
@@ -100,7 +100,11 @@ def test_a_run_killed_at_any_moment_of_an_evaluation_ends_the_same(
         return "poor" if step == stop_at else None
 
     with monkeypatch.context() as patch:
-        for module, name in ((run_file, "write_atomically"), (open_run_file, "write_record")):
+        for module, name in (
+            (writer_file, "write_atomically"),
+            (writer_file, "write_checkpoint"),
+            (open_run_file, "write_record"),
+        ):
             patch.setattr(module, name, around(getattr(module, name)))
         first = train(whole, config, inputs=inputs, on_evaluation=decide)
     assert first.status == ("stopped" if stop_at else "complete")

@@ -44,7 +44,7 @@ class Recorder(lightning.Callback):
         self.start, self.batches, self.losses = {}, [], []
 
     def on_train_start(self, trainer, module):
-        self.start = {name: tensor.clone() for name, tensor in lora_state(module.model).items()}
+        self.start = {name: tensor.clone() for name, tensor in lora_state(module.whole_models()[0]).items()}
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.batches.append({name: batch[name] for name in ("input_ids", "targets")})

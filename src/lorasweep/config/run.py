@@ -393,17 +393,22 @@ def require_exportable(config: RunConfig) -> None:
         raise ConfigError(f"a run must be a trained model of transformers to be exported. {why}")
 
 
-def refuse_code(config: RunConfig, *, trust: bool, groups: Container[str] = ("model", "module")) -> None:
+def refuse_code(
+    config: RunConfig,
+    *,
+    groups: Container[str] = ("model", "module"),
+    remedy: str = "add `--trust` to the command, or `trust=True` in Python",
+) -> None:
     """Refuses recorded settings that name code which would run, because whoever wrote the record may be unknown.
 
-    One rule for all commands: to train is to run what the settings name; to read a record is not, except with `trust`.
+    One rule for all commands: to train is to run what the settings name; to read a record is not.
     `groups` are the settings whose code runs: those of the model, and in a Trainer of the user also those of the data.
     """
-    for key, value in () if trust else dotted_items(as_settings(config)):
+    for key, value in dotted_items(as_settings(config)):
         if value and key.partition(".")[0] in groups and key.endswith((TARGET, "trust_remote_code")):
             raise ConfigError(
                 f"`{key}` of a recorded run must not name code, but got {value!r}: only commands that train run it. If "
-                "you trust the author, add `--trust` to the command, or `trust=True` in Python."
+                f"you trust the author, {remedy}."
             )
 
 

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -151,8 +151,9 @@ class StepBatchSampler(MicroBatchSampler):
     """Yields the micro-batches of each training step.
 
     The rows of a step come from one bucket of similar lengths (`LengthBuckets`), and are padded to the bucket's
-    length. Which bucket a step has depends on the lengths and the step alone, and which rows of it on the seed. So
-    slots of a pack at the same step have one shape, which is also the shape of a run alone.
+    length. Which bucket a step has depends on the lengths and the step alone, and which rows of it on the seed. So the
+    slots of a pack have one shape, which is also the shape of a run alone. Random batches (not `group_by_length`) are
+    padded to their own longest row, and in a pack to that of all slots.
 
     The split may have fewer examples than a step. `num_steps` includes the steps before `start_step`, the first one of
     a resumed run. The `accumulate` micro-batches of a step together hold `batch_size` examples.
@@ -178,6 +179,7 @@ class StepBatchSampler(MicroBatchSampler):
         self.num_steps = num_steps
         self.start_step = start_step
         self.accumulate = accumulate
+        self.group_by_length = group_by_length
         self.sizes = [batch_size // accumulate + (n < batch_size % accumulate) for n in range(accumulate)]
         self.buckets = cut_buckets(split.row_lengths, batch_size=batch_size, group_by_length=group_by_length)
         self._draw_order = functools.lru_cache(maxsize=len(self.buckets))(functools.partial(draw_order, seed=seed))
@@ -199,10 +201,10 @@ class StepBatchSampler(MicroBatchSampler):
         weight = float(self.split.weights.numpy()[indices].sum(dtype="float64"))
         remaining = iter(indices)
         parts = [list(itertools.islice(remaining, size)) for size in self.sizes]
-        if len(self.buckets) > 1:
+        if self.group_by_length:
             lengths = [self.buckets.lengths[bucket]] * len(parts)
         else:
-            lengths = [int(self.split.row_lengths[part].max()) for part in parts]
+            lengths = [int(self.split.row_lengths.numpy()[part].max()) for part in parts]
         return [MicroBatch(part, weight, length) for part, length in zip(parts, lengths, strict=True)]
 
     def get_step_indices(self, step: int) -> list[int]:
@@ -223,6 +225,19 @@ class StepBatchSampler(MicroBatchSampler):
             order = self._draw_order(len(members), epoch=epoch, bucket=bucket)
             indices += members[order[offset : offset + batch_size - len(indices)]].tolist()
         return bucket, indices
+
+
+class SlotSampler(DistributedSampler[tuple[MicroBatch, ...]]):
+    """Yields the micro-batches of all slots of a pack together. `samplers` has those of each slot."""
+
+    def __init__(self, samplers: Sequence[StepBatchSampler]) -> None:
+        self.samplers = samplers
+
+    def __len__(self) -> int:
+        return len(self.samplers[0])
+
+    def __iter__(self) -> Iterator[tuple[MicroBatch, ...]]:
+        return zip(*self.samplers, strict=True)
 
 
 class EvaluationSampler(MicroBatchSampler):
@@ -263,13 +278,18 @@ class BatchDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, micro: MicroBatch) -> Batch:
-        """Returns the examples, `step_weight`, and the number of tokens without padding as `num_tokens`."""
-        batch = self.split.batch(micro.indices, length=micro.length)
-        lengths = self.split.lengths[torch.tensor(micro.indices)]
+    def __getitem__(self, micros: MicroBatch | tuple[MicroBatch, ...]) -> Batch:
+        """Returns the examples of all slots, slot after slot, and for each slot `step_weight` and `num_tokens`.
+
+        `num_tokens` is the number of tokens without padding. The micro-batches of the slots have equal sizes.
+        """
+        slots = (micros,) if isinstance(micros, MicroBatch) else micros
+        indices = [index for micro in slots for index in micro.indices]
+        batch = self.split.batch(indices, length=max(micro.length for micro in slots))
+        num_tokens = self.split.lengths[torch.tensor(indices)].view(len(slots), -1).sum(1)
+        weights = torch.tensor([micro.step_weight for micro in slots])
         # An infinite weight marks the repeated example of a process without examples (`ProcessShare.select`).
-        num_tokens = lengths.sum() if math.isfinite(micro.step_weight) else torch.zeros_like(lengths[0])
-        return {**batch, "step_weight": torch.tensor(micro.step_weight), "num_tokens": num_tokens}
+        return {**batch, "step_weight": weights, "num_tokens": num_tokens * weights.isfinite()}
 
 
 class BatchLoader(DataLoader[Batch]):
@@ -283,7 +303,7 @@ class BatchLoader(DataLoader[Batch]):
         """Does nothing, because a checkpoint has no state of the loader."""
 
 
-def build_loader(split: Rows, batches: Iterable[MicroBatch]) -> DataLoader[Batch]:
+def build_loader(split: Rows, batches: Iterable[MicroBatch | tuple[MicroBatch, ...]]) -> DataLoader[Batch]:
     # Each iterator of a DataLoader draws a seed for worker processes. With a generator of its own, it leaves torch's
     # global generator as it is.
     generator = torch.Generator().manual_seed(0)

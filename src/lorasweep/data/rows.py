@@ -23,7 +23,7 @@ MODEL_KEYS = ("input_ids", "attention_mask", "token_type_ids")
 """Keys of a batch that are arguments of the model. An objective may read any other key."""
 MAX_CUT_SHARE = 0.01
 """Largest share of the examples that the default of `data.max_length` cuts off. A larger one gives a warning."""
-HOST_KEYS = ("num_tokens", "num_scored", "slot_lengths")
+HOST_KEYS = ("num_tokens", "num_scored")
 """Keys of a batch whose values stay on the CPU, which reads them. Reading them from a GPU would wait for it."""
 
 Batch = dict[str, Tensor]
@@ -33,10 +33,9 @@ Batch = dict[str, Tensor]
 - `weights`: the weight of each example's loss, (examples,) float. Only if weights differ.
 - `reference`: the number of the frozen base for each row, (rows,). Only for an objective that `needs_reference`.
 - a setting of the objective by its name, such as `beta`: one number for each row (`ObjectiveConfig.slot_keys`).
-- `step_weight`: the number that divides the step's loss, a scalar, or in a pack one for each slot. Only in training.
-- `num_tokens`: number of positions without padding, a scalar. Only in batches of a loader.
+- `step_weight`: the number that divides the step's loss of each slot, (slots,). Only in training.
+- `num_tokens`: number of positions without padding in each slot, (slots,). Only in batches of a loader.
 - `num_scored`: number of scored tokens of each row. Only in moved batches of text.
-- `slot_lengths`: length of the rows of each slot before padding to the longest slot. Only in packs whose slots differ.
 """
 
 

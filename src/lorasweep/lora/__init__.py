@@ -11,21 +11,15 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.lora.adapter_files import load_adapter, lora_state, save_adapter
 from lorasweep.lora.inject import inject_lora, merge_lora
 from lorasweep.lora.layers import LoraLayer, lora_layers, split_lora_parameters
-from lorasweep.lora.packed.inject import (
-    compact_slots,
-    fill_slot,
-    inject_packed_lora,
-    set_dropout_streams,
-    slot_model,
-)
+from lorasweep.lora.packed.inject import inject_packed_lora
+from lorasweep.lora.packed.slots import Slots
 from lorasweep.lora.targets import Coverage, find_targets
 
 __all__ = [
     "Coverage",
     "LoraConfig",
     "LoraLayer",
-    "compact_slots",
-    "fill_slot",
+    "Slots",
     "find_targets",
     "inject_lora",
     "inject_packed_lora",
@@ -34,7 +28,5 @@ __all__ = [
     "lora_state",
     "merge_lora",
     "save_adapter",
-    "set_dropout_streams",
-    "slot_model",
     "split_lora_parameters",
 ]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from lorasweep.lora.dropout import apply_keep_mask
+from lorasweep.lora.dropout import apply_keep_mask, cast_keep_mask
 
 
 class SlotGroup(NamedTuple):
@@ -82,11 +82,12 @@ class _LoraLinear(torch.autograd.Function):
         x, weight, bias, keep, cast, *matrices = arguments
         by_slot = _split_by_slot(x, sum(map(len, cast[::2])))  # (slots, tokens, d_in)
         keep = None if keep is None else keep.reshape(by_slot.shape)
+        dropped = by_slot if keep is None else apply_keep_mask(by_slot, keep)  # of all groups at once
         y = linear(by_slot.flatten(0, 1), weight, bias)  # (slots · tokens, d_out)
         y_by_slot = y.view(*by_slot.shape[:2], y.shape[-1])
         products = []
         for slots, a, b in _iter_groups(cast):
-            u = a.bmm(_apply_keep_mask(by_slot, keep, slots).mT)  # (slots, rank, tokens)
+            u = a.bmm(dropped[slots].mT)  # (slots, rank, tokens)
             y_by_slot[slots].baddbmm_(u.mT, b.mT)  # in place, because no other code has a reference to y yet
             products.append(u)
         ctx.save_for_backward(x, weight, keep, *cast, *products)
@@ -104,6 +105,11 @@ class _LoraLinear(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])  # (slots · tokens, d_out)
         grad = flat.view(*by_slot.shape[:2], flat.shape[-1])  # (slots, tokens, d_out)
         grad_x = flat.mm(weight).view(by_slot.shape) if needs_x else None
+        dropped, grad_dropped = by_slot, None
+        if keep is not None:
+            keep = cast_keep_mask(keep, by_slot)
+            dropped = apply_keep_mask(by_slot, keep) if any(needs_matrix[::2]) else by_slot
+            grad_dropped = torch.empty_like(by_slot) if needs_x else None
         grad_matrices: list[Tensor | None] = []
         for index, (slots, a, b) in enumerate(_iter_groups(cast)):
             needs_a, needs_b = needs_matrix[2 * index : 2 * index + 2]
@@ -111,14 +117,16 @@ class _LoraLinear(torch.autograd.Function):
             if needs_x or needs_a:
                 grad_u = b.mT.bmm(grad[slots].mT)  # (slots, rank, tokens)
             if needs_a:
-                grad_a = grad_u.bmm(_apply_keep_mask(by_slot, keep, slots)).to(ctx.dtypes[2 * index])
+                grad_a = grad_u.bmm(dropped[slots]).to(ctx.dtypes[2 * index])
             if needs_b:
                 grad_b = products[index].bmm(grad[slots]).mT.to(ctx.dtypes[2 * index + 1])
-            if grad_x is not None and keep is None:
+            if grad_dropped is not None:
+                torch.bmm(grad_u.mT, a, out=grad_dropped[slots])
+            elif grad_x is not None:
                 grad_x[slots].baddbmm_(grad_u.mT, a)  # in place, without a temporary tensor of x's size
-            elif grad_x is not None and keep is not None:
-                grad_x[slots].add_(apply_keep_mask(grad_u.mT.bmm(a), keep[slots]))
             grad_matrices += [grad_a, grad_b]
+        if grad_x is not None and grad_dropped is not None:
+            grad_x.add_(apply_keep_mask(grad_dropped, keep))
         grad_weight = flat.t().mm(by_slot.flatten(0, 1)) if needs_weight else None
         grad_bias = flat.sum(0) if needs_bias else None
         grad_x = None if grad_x is None else grad_x.view(x.shape)
@@ -136,7 +144,3 @@ def _iter_groups(matrices: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor, Te
     for a, b in zip(matrices[::2], matrices[1::2], strict=True):
         yield slice(first, first + len(a)), a, b
         first += len(a)
-
-
-def _apply_keep_mask(by_slot: Tensor, keep: Tensor | None, slots: slice) -> Tensor:
-    return by_slot[slots] if keep is None else apply_keep_mask(by_slot[slots], keep[slots])

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.lora.dropout import Dropout
+from lorasweep.lora.dropout import Dropout, DropoutMasks
 from lorasweep.lora.fully_trained import copy_as_trainable, match_modules_to_save, trained_modules
 from lorasweep.lora.layer_kinds import dequantised_weight, is_quantised
 from lorasweep.lora.layers import AdaptedLayer, LoraLayer, lora_layers
@@ -52,10 +52,10 @@ def disable_encoder_fast_path(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0
 
 
-def replace_dropout(model: nn.Module) -> None:
+def replace_dropout(model: nn.Module, masks: DropoutMasks) -> None:
     """Replaces each `nn.Dropout` of a model by `lora.dropout.Dropout`. Functional dropout stays as it is."""
     for dropout in [module for module in model.modules() if type(module) is nn.Dropout]:
-        replace_module(model, dropout, Dropout(dropout.p))
+        replace_module(model, dropout, Dropout(dropout.p, masks))
 
 
 def check_not_injected(model: nn.Module) -> None:

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from lorasweep.lora.dropout import draw_keep_mask
 from lorasweep.lora.functional import SlotGroup, linear_update, lora_linear, split_by_group
 from lorasweep.lora.layer_kinds import has_custom_forward, matrix_shape, matrix_to_weight, weight_to_matrix
 from lorasweep.lora.targets import Target
@@ -96,7 +95,7 @@ class LoraLayer(AdaptedLayer):
     def forward(self, x: Shaped[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         dropout = self.config.dropout
         is_dropped = self.training and dropout > 0
-        keep = draw_keep_mask(x.shape, rate=dropout, device=x.device) if is_dropped else None
+        keep = torch.rand(x.shape, device=x.device) >= dropout if is_dropped else None
         lora_b = self.lora_b * self.compute_factor(is_training=self.training)
         return self.add_update(x, [SlotGroup(self.lora_a[None], lora_b[None])], keep=keep)
 

@@ -8,7 +8,7 @@ a bias and an adapter of the head are the model's own. Backward keeps no logits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -29,7 +29,7 @@ Project = Callable[[Tensor], Tensor]
 
 @runtime_checkable
 class RowGroups(Protocol):
-    """A module that computes equal groups of rows with different weights, such as the head of several runs."""
+    """A module that computes equal groups of rows with different trained weights, such as the head of several runs."""
 
     @property
     def num_groups(self) -> int: ...
@@ -44,8 +44,7 @@ def score_tokens(model: nn.Module, batch: Batch, *, by_chunk: bool) -> Float[Ten
     # calling the decoder alone would skip the compiled code, and FSDP would not gather the weights of the head
     must_call_whole = getattr(model, "_compiled_call_impl", None) is not None or isinstance(model, FSDPModule)
     head = _list_head(model) if by_chunk else []
-    is_trained = torch.is_grad_enabled() and any(p.requires_grad for module in head for p in module.parameters(False))
-    if not by_chunk or must_call_whole or is_trained:
+    if not by_chunk or must_call_whole or (torch.is_grad_enabled() and have_trained_weights(head)):
         return _compute_losses(compute_logits(model, batch), targets)
     groups = next((module for module in head if isinstance(module, RowGroups)), None)
     num_groups = 1 if groups is None else groups.num_groups
@@ -77,6 +76,11 @@ def score_tokens(model: nn.Module, batch: Batch, *, by_chunk: bool) -> Float[Ten
 def _list_head(model: nn.Module) -> list[nn.Module]:
     """Returns the modules that are not part of the decoder."""
     return [module for _, module in model.named_modules(memo={model.get_decoder()})]  # type: ignore[operator]
+
+
+def have_trained_weights(modules: Iterable[nn.Module]) -> bool:
+    """Returns whether one of the modules trains, without those inside it. The weights of `RowGroups` are elsewhere."""
+    return any(isinstance(one, RowGroups) or any(p.requires_grad for p in one.parameters(False)) for one in modules)
 
 
 def can_score_by_chunk(model: nn.Module) -> bool:

@@ -94,6 +94,8 @@ class Trial:
     """Position in the order in which a stage hands out new trials, from 0.
 
     If the trial's worker is gone and the trial is handed out again, the position stays the same."""
+    pack: Annotated[str, Field(pattern=f"^({FOLDER_NAME})?$")] = ""
+    """The pack in which the trial trains, named by the folder of its first run. A trial alone is a pack too."""
     sampler_state: dict[str, Any] = field(default_factory=dict)
     """Values that a sampler set by `_target_` stores with a trial, such as the generation of a genetic algorithm."""
     record: RunRecord | None = field(default=None, init=False, repr=False, compare=False)

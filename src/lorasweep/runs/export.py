@@ -78,7 +78,8 @@ def export_run(run: str | Path, *, format: ExportFormat, out: str | Path, trust:
     record = read_run(run)
     config = restore_config(record)
     _check_request(config, format=format, out=out)
-    refuse_code(config, trust=trust)
+    if not trust:
+        refuse_code(config)
     check_kept_files(record, run)
     template = _read_own_template(record, config)
     with _create_folder_atomically(out) as folder:

@@ -27,16 +27,15 @@ from lorasweep.methods import copy_sharing_weights
 from lorasweep.record import RunRecord, read_run
 from lorasweep.sweep.cost import Rates, count_workers
 from lorasweep.sweep.definition.arms import Arm, Definition
-from lorasweep.sweep.definition.packing import list_pack_arms
+from lorasweep.sweep.definition.packing import group_arms
 from lorasweep.sweep.workers.worker import choose_slots
 from lorasweep.tasks.splits import DataSplits
 from lorasweep.training.generation import score_answers
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.open_run import RunFolder, RunRequest
-from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.size import PackSize
+from lorasweep.training.pack_size import PackSize
 from lorasweep.training.prepare import prepare_model
-from lorasweep.training.run import never_stop, train_alone
+from lorasweep.training.run import never_stop, train_runs
 from lorasweep.training.run_inputs import RunInputs
 
 NUM_STEPS = 4
@@ -116,15 +115,16 @@ def measure(
     is_late: Callable[[], bool] = never_stop,
 ) -> Rates:
     """Measures one training of an arm and of those that share its packs. Errors as in `measure_sweep`."""
-    size = choose_slots(definition, arm, inputs_cache=inputs_cache, num_workers=count_workers(definition))
-    arms = list_pack_arms(definition, arm) if size.slots > 1 else [arm]
+    group = next(arms for arms in group_arms(definition) if arm.name in [one.name for one in arms])
+    size = choose_slots(definition, group, inputs_cache=inputs_cache, num_workers=count_workers(definition))
+    arms = group if size.slots > 1 else [arm]
     largest = arm.packing.largest
     inputs = inputs_cache.load(largest)
     while True:
         phrase = f"{size.slots} trials in a pack" if size.slots > 1 else "1 trial"
         on_progress(f"measuring {', '.join(each.name for each in arms)}: {phrase}")
         try:
-            training = train_briefly(largest, inputs, slots=size.slots, is_pack=size.slots > 1, is_late=is_late)
+            training = train_briefly(largest, inputs, slots=size.slots, is_late=is_late)
         except (OutOfMemory, ValueError):  # some settings can't train in slots, such as tied modules that train in full
             if size.slots == 1:
                 raise
@@ -201,9 +201,9 @@ def _choose_eval_fraction(config: RunConfig, inputs: RunInputs) -> float:
 
 
 def train_briefly(
-    config: RunConfig, inputs: RunInputs, *, slots: int, is_pack: bool, is_late: Callable[[], bool] = never_stop
+    config: RunConfig, inputs: RunInputs, *, slots: int, is_late: Callable[[], bool] = never_stop
 ) -> BriefTraining:
-    """Trains a pack of equal runs, or a run alone, up to the step after its first evaluation, in a temporary folder.
+    """Trains a pack of equal runs up to the step after its first evaluation, in a temporary folder.
 
     Raises RunError if it fails, and MeasuredTooLong if `is_late` is True after a step.
     """
@@ -225,20 +225,15 @@ def train_briefly(
 
     with tempfile.TemporaryDirectory(prefix="lorasweep-plan-") as name:
         runs = [RunFolder(path=Path(name) / f"sample-{number}") for number in range(slots)]
-        if is_pack:
-            train_pack(
-                [RunRequest(config=config, run_folder=run) for run in runs],
-                inputs=inputs,
-                slots=slots,
-                next_run=lambda: None,
-                on_evaluation=lambda evaluations: [None] * len(evaluations),
-                on_end=lambda run, outcome: None,
-                checkpoint_file=Path(name) / "pack.ckpt",
-                stop_requested=note_step,
-                on_phase=clock.switch,
-            )
-        else:
-            train_alone(config, runs[0], inputs=inputs, stop_requested=note_step, on_phase=clock.switch)
+        train_runs(
+            [RunRequest(config=config, run_folder=run) for run in runs],
+            inputs=inputs,
+            checkpoint_file=Path(name) / "pack.ckpt",
+            on_evaluation=lambda evaluations: [None] * len(evaluations),
+            on_end=lambda run, outcome: None,
+            stop_requested=note_step,
+            on_phase=clock.switch,
+        )
         record = read_run(runs[0].path)
     if is_late():
         raise MeasuredTooLong

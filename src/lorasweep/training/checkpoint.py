@@ -1,42 +1,31 @@
-"""Checkpoints, from which runs and packs resume. Each is one file, which is replaced atomically.
+"""Checkpoints, from which runs and packs resume. Each is one file of Lightning, which is replaced atomically.
 
-A run outside of packs has Lightning's checkpoint. A pack has one file with the states of all its runs, from which it
-resumes exactly, bit for bit. If a pack breaks up, `split_pack` gives each run its part as a file in the run's folder.
+Beside the keys of Lightning it has `runs`, the names of the runs' folders in slot order, and `ends`, the status and
+reason of runs that ended at this step and may not be closed yet. The file of a pack that has done no step has no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
-from lightning_utilities.core.apply_func import apply_to_collection
 
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError, first_line
 
 RUN_CHECKPOINT = "last.ckpt"
-"""File in a run's folder with Lightning's checkpoint."""
-SLOT_CHECKPOINT = "slot.ckpt"
-"""File in the folder of a run whose pack broke up. The run resumes from it in another pack."""
+"""File in the folder of a run that trains outside of a sweep's packs."""
 
 
-class DirectCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint straight to its file. Lightning holds it twice in memory before, and renames it at the end.
-
-    `write_atomically` renames the file of a run already.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        write_tensors(checkpoint, Path(path))
+def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, partial(_save, state))
 
 
-def write_tensors(state: Mapping[str, Any], path: Path) -> None:
-    """Writes a nested state with tensors, without a copy of the whole in memory."""
+def _save(state: Mapping[str, Any], path: Path) -> None:
     with path.open("wb") as file:  # given a path, torch raises no OSError if the disk is full
         torch.save(state, file)
 
@@ -52,50 +41,53 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{str(path)!r} must be a checkpoint that lorasweep wrote, but can't be read: {first_line(error)}. Remove "
             "it to train from the first step."
         ) from error
+    if not {"runs", "ends"} <= state.keys():
+        raise RecordError(
+            f"{str(path)!r} must be a checkpoint of `lorasweep`, but has the keys {', '.join(sorted(state))[:200]}. "
+            "Remove it to train from the first step."
+        )
     return state
 
 
-def get_step(state: Mapping[str, Any]) -> int:
-    """Returns the optimizer steps that a run had done at its checkpoint; 0 without a checkpoint."""
-    return int(state.get("global_step", 0))  # Lightning's name
+def get_step(state: Mapping[str, Any]) -> int | None:
+    """Returns the optimizer steps at a checkpoint; None if no run has done a step."""
+    step = state.get("global_step")  # Lightning's name
+    return None if step is None else int(step)
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Removes the checkpoints in a run's folder."""
-    for name in (RUN_CHECKPOINT, SLOT_CHECKPOINT):
-        (folder / name).unlink(missing_ok=True)
+def select_runs(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Returns a checkpoint with these of its runs only, in this order. Runs that have ended stay if they are named."""
+    kept = [state["runs"].index(name) for name in names if name in state["runs"]]
+    selected = dict(state) | {
+        "runs": [state["runs"][slot] for slot in kept],
+        "ends": {name: end for name, end in state["ends"].items() if name in names},
+    }
+    if kept == list(range(len(state["runs"]))) or get_step(state) is None:
+        return selected
+    selected["progress"] = [state["progress"][slot] for slot in kept]
+    selected["optimizer_states"] = [
+        one | {"slots": [one["slots"][slot] for slot in kept]} for one in state["optimizer_states"]
+    ]
+    selected["state_dict"] = {
+        f"slots.{number}.{name}": value
+        for number, slot in enumerate(kept)
+        for place, name, value in ((*key.split(".", 2)[1:], value) for key, value in state["state_dict"].items())
+        if int(place) == slot
+    }
+    return selected
 
 
-@dataclass(frozen=True, kw_only=True)
-class PackCheckpoint:
-    """The state of a pack after an evaluation, or before its first step."""
+def split_checkpoint(file: Path, parts: Mapping[Path, Sequence[str]]) -> None:
+    """Writes the states of these runs into other files, and removes `file` at the end unless it is one of them.
 
-    runs: Mapping[str, Mapping[str, Any]]
-    """The state of each run, by the name of its folder, in slot order. A run that has done no step has none."""
-    rng_state: str
-    """State of torch's global random number generators as hex digits."""
-
-
-def write_pack(path: Path, checkpoint: PackCheckpoint) -> None:
-    write_atomically(path, partial(write_tensors, vars(checkpoint)))
-
-
-def read_pack(path: Path) -> PackCheckpoint | None:
-    """Returns the checkpoint of a pack; None if there is no file. Raises RecordError if the file is damaged."""
-    state = read_checkpoint(path)
-    return PackCheckpoint(**state) if state else None
-
-
-def split_pack(path: Path, *, runs: Path) -> None:
-    """Removes a pack's checkpoint, if there is one, after its runs got their states. `runs` has the runs' folders."""
-    if (checkpoint := read_pack(path)) is None:
+    Does nothing if `file` does not exist.
+    """
+    if not (state := read_checkpoint(file)):
         return
-    for name, state in checkpoint.runs.items():
-        if state:
-            # the tensors are parts of larger ones, which torch would save whole
-            own = apply_to_collection(state, torch.Tensor, torch.clone)
-            write_atomically(runs / name / SLOT_CHECKPOINT, partial(write_tensors, own))
-    path.unlink()
+    for path, names in sorted(parts.items(), key=lambda part: part[0] == file):
+        write_checkpoint(select_runs(state, names), path)
+    if file not in parts:
+        file.unlink()
 
 
 def read_rng_state(device: torch.device) -> str:

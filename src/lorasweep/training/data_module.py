@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import lightning
 import torch
 from torch.utils.data import DataLoader
 
+from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import (
     SINGLE_PROCESS,
-    MicroBatch,
     ProcessShare,
+    SlotSampler,
     StepBatchSampler,
     build_evaluation_loader,
     build_loader,
@@ -34,11 +37,19 @@ class DataModule(lightning.LightningDataModule):
         accumulate: Micro-batches into which the batch of a step is cut.
     """
 
-    def __init__(self, config: RunSettings, *, splits: DataSplits | None = None, accumulate: int | None = None) -> None:
+    def __init__(
+        self,
+        config: RunSettings,
+        *,
+        others: Sequence[RunConfig] = (),
+        splits: DataSplits | None = None,
+        accumulate: int | None = None,
+    ) -> None:
         """Reads the data, unless `splits` is given. Reads the test split only when it is first used.
 
         Args:
             config: The settings of the `TrainingModule`, such as the arguments of `lorasweep train`.
+            others: The settings of further runs, whose examples are in slots beside those of the first.
             splits: The data.
             accumulate: Micro-batches per batch. None: `trainer.accumulate`.
 
@@ -47,6 +58,7 @@ class DataModule(lightning.LightningDataModule):
         """
         super().__init__()
         self.config = read_settings(config)
+        self._seeds = [one.seeds.data_order for one in (self.config, *others)]
         self._eval_fraction = self.config.eval_fraction
         if splits is None:
             self._eval_fraction = 1.0  # in a user's own Trainer nothing scores the best weights on all examples later
@@ -64,7 +76,7 @@ class DataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Returns the micro-batches from the Trainer's step to the end of the run."""
         settings, trainer = self.config.trainer, self.trainer
-        num_steps, start_step, per_step = settings.max_steps, 0, self.accumulate
+        num_steps, start_step = settings.max_steps, 0
         if trainer is not None:
             if trainer.max_steps > 0:
                 num_steps = trainer.max_steps
@@ -73,20 +85,26 @@ class DataModule(lightning.LightningDataModule):
                     "`Trainer(max_steps=...)` must be set, because the whole run is one epoch, but got "
                     f"max_epochs={trainer.max_epochs!r} alone."
                 )
-            start_step, per_step = trainer.global_step, trainer.accumulate_grad_batches
-        # The Trainer counts optimizer steps of `per_step` micro-batches. The sampler counts batches of `accumulate`
-        # micro-batches. Both counts are equal unless a user's Trainer sets `accumulate_grad_batches`.
-        batches = StepBatchSampler(
-            self.splits.train,
-            batch_size=settings.batch_size,
-            num_steps=-(-num_steps * per_step // self.accumulate),
-            seed=self.config.seeds.data_order,
-            group_by_length=self.config.data.groups_by_length,
-            start_step=start_step * per_step // self.accumulate,
-            accumulate=self.accumulate,
-            share=self.share,
-        )
-        return build_loader(self.splits.train, batches)
+            if trainer.accumulate_grad_batches != self.accumulate:
+                raise ConfigError(
+                    f"`Trainer(accumulate_grad_batches={self.accumulate})` must hold, as `trainer.accumulate` cuts "
+                    f"each batch, but got {trainer.accumulate_grad_batches}."
+                )
+            start_step = trainer.global_step
+        samplers = [
+            StepBatchSampler(
+                self.splits.train,
+                batch_size=settings.batch_size,
+                num_steps=num_steps,
+                seed=seed,
+                group_by_length=self.config.data.groups_by_length,
+                start_step=start_step,
+                accumulate=self.accumulate,
+                share=self.share,
+            )
+            for seed in self._seeds
+        ]
+        return build_loader(self.splits.train, SlotSampler(samplers))
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return move_batch(batch, device)
@@ -94,7 +112,7 @@ class DataModule(lightning.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         return build_evaluation_loader(
             self.splits.validation,
-            batch_size=self.config.trainer.eval_batch_size,
+            batch_size=max(1, self.config.trainer.eval_batch_size // len(self._seeds)),
             fraction=self._eval_fraction,
             share=self.share,
         )
@@ -103,9 +121,3 @@ class DataModule(lightning.LightningDataModule):
         return build_evaluation_loader(
             self.splits.test(), batch_size=self.config.trainer.eval_batch_size, share=self.share
         )
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """Returns every test example once, in the order of the split. Lightning divides the batches among processes."""
-        split, size = self.splits.test(), self.config.trainer.eval_batch_size
-        starts = range(0, len(split), size)
-        return build_loader(split, [MicroBatch(list(range(n, min(n + size, len(split)))), 1.0) for n in starts])

@@ -1,8 +1,7 @@
-"""Evaluates a model, or each slot of a packed model, on a split."""
+"""Evaluates the model of a finished run on a split."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,13 +9,13 @@ from torch import nn
 
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler
-from lorasweep.data.rows import Rows, move_batch, repeat_batch
+from lorasweep.data.rows import Rows, move_batch
 from lorasweep.disk import csv_text
 from lorasweep.objectives.objective import EXAMPLE_FIELDS, Evaluation, ExampleScores, Objective, read_metrics
 from lorasweep.tasks.splits import DataSplits
 from lorasweep.training.environment import get_device
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.training.step import add_slot_settings
+from lorasweep.training.step import SlotNumbers
 
 
 class Scores(NamedTuple):
@@ -64,28 +63,14 @@ def evaluate_model(
     evaluation mode. Draws no random numbers.
     """
     batches = EvaluationSampler(split, batch_size=config.trainer.eval_batch_size)
-    model.to(get_device(config.trainer))
-    with inputs.autocast(config):
-        [evaluation] = evaluate_slots(model, split, batches, objective=objective, configs=[config])
+    device = get_device(config.trainer)
+    model.to(device).eval()
+    evaluation = Evaluation(objective, sync_on_compute=False)  # in this process alone
+    numbers = SlotNumbers([config], objective)
+    with inputs.autocast(config), torch.no_grad():
+        for micro in batches:
+            batch = move_batch(split.batch(micro.indices), device)
+            evaluation.update(objective.score(model, numbers.add_to(batch)))
     [values] = read_metrics([evaluation.compute()])
     by_example = torch.tensor(batches.order).argsort()  # back to the order of the split; batches are sorted by length
     return Scores(values, evaluation.examples.map(lambda values: values.cpu()[by_example], names=EXAMPLE_FIELDS))
-
-
-@torch.no_grad()
-def evaluate_slots(
-    model: nn.Module, split: Rows, batches: EvaluationSampler, *, objective: Objective, configs: Sequence[RunConfig]
-) -> list[Evaluation]:
-    """Evaluates a model, or each slot of a packed model, on a split. Afterwards the model is in evaluation mode.
-
-    `configs` has the settings of the run in each slot.
-    """
-    device, slots = next(model.parameters()).device, len(configs)
-    evaluations = [Evaluation(objective, sync_on_compute=False) for _ in configs]  # in this process alone
-    model.eval()
-    for micro in batches:
-        batch = repeat_batch(move_batch(split.batch(micro.indices), device), slots=slots)
-        scores = objective.score(model, add_slot_settings(batch, configs, objective))
-        for slot, evaluation in enumerate(evaluations):
-            evaluation.update(scores.select_slot(slot, slots=slots))
-    return evaluations

@@ -48,7 +48,11 @@ class FsdpStrategy(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:  # noqa: FBT001, FBT002
         assert self.lightning_module is not None
         parameters = dict(self.lightning_module.named_parameters())
-        state = {name: shard_like(tensor, parameters[name]) for name, tensor in checkpoint["state_dict"].items()}
+        # the weights of slots are whole
+        state = {
+            name: shard_like(tensor, parameters[name]) if name in parameters else tensor
+            for name, tensor in checkpoint["state_dict"].items()
+        }
         self.lightning_module.load_state_dict(state, strict=strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -30,10 +30,14 @@ MAX_LOADED_INPUTS = 8
 module is another base."""
 
 
+ROW_SETTINGS = ("metric", "max_length", "group_by_length")
+"""Settings of data that apply to examples after they were read. A draft chooses some of them when it knows the data."""
+
+
 class InputsCache:
     """Loads the inputs of runs. Runs with the same model and data share one `RunInputs`.
 
-    Each base model is loaded once and each data set is read once for the same settings.
+    Each base model is loaded once and each data set is read once, also for runs that cut its rows differently.
     """
 
     def __init__(self, *, max_inputs: int = MAX_LOADED_INPUTS) -> None:
@@ -42,7 +46,7 @@ class InputsCache:
         self.max_inputs = max_inputs
         self._inputs: dict[tuple[Any, ...], RunInputs] = {}
         self._bases: dict[tuple[ModelConfig, torch.dtype, Labels | None], BaseModel] = {}
-        self._sources: dict[DataConfig, DataSource] = {}
+        self._sources: dict[str, DataSource] = {}
         self._other_splits: dict[tuple[DataConfig, tuple[Any, ...]], DataSplits] = {}
 
     def load(self, config: RunConfig) -> RunInputs:
@@ -89,9 +93,11 @@ class InputsCache:
 
     def read_source(self, config: DataConfig) -> DataSource:
         """Returns the examples of a data set. Errors as in `Task.read`."""
-        if config not in self._sources:
-            self._sources[config] = read_source(config)
-        return self._sources[config]
+        settings = {name: value for name, value in vars(config).items() if name not in ROW_SETTINGS}
+        key = repr((type(config).__name__, settings))
+        if key not in self._sources:
+            self._sources[key] = read_source(config)
+        return self._sources[key]
 
 
 SHARED_INPUTS = InputsCache(max_inputs=1)
@@ -100,21 +106,18 @@ RunSettings: TypeAlias = RunConfig | Sequence[str] | Mapping[str, Any]
 """Settings of a run: a `RunConfig`, the arguments of `lorasweep train` (`["method.rank=8"]`), or a nested mapping."""
 
 
-def read_settings(given: RunSettings, *, trust: bool = False) -> RunConfig:
-    """Returns the settings of a run.
-
-    Args:
-        given: Settings in one of three forms. A nested mapping may come from a checkpoint of an unknown author.
-        trust: Whether code that a nested mapping names may run.
+def read_settings(given: RunSettings) -> RunConfig:
+    """Returns the settings of a run. A nested mapping may come from a checkpoint of an unknown author.
 
     Raises:
-        ConfigError: A key or value is wrong, or the settings name code and `trust` is False.
+        ConfigError: A key or value is wrong, or a nested mapping names code.
     """
     if isinstance(given, RunConfig):
         return given
     if isinstance(given, Mapping):
         config = build(RunConfig, given)
-        refuse_code(config, trust=trust, groups=("model", "module", "objective", "data"))
+        groups = ("model", "module", "objective", "data")
+        refuse_code(config, groups=groups, remedy="pass the arguments of `lorasweep train` as `config`")
         return config
     from lorasweep.config.command_line import parse_overrides  # noqa: PLC0415 (Hydra is slow to start)
     from lorasweep.config.compose import compose_run  # noqa: PLC0415 (Hydra is slow to start)

@@ -36,9 +36,10 @@ def start_loggers(config: RunConfig, folder: Path, *, is_first_process: bool = T
     return loggers
 
 
-def finish_loggers(loggers: list[Logger]) -> None:
-    """Ends the W&B run. Otherwise the next run of this process would be logged into the same W&B run."""
+def finish_loggers(loggers: list[Logger], *, is_failed: bool) -> None:
+    """Ends the loggers, and the W&B run. Otherwise the next run of this process would be logged into the same one."""
     for logger in loggers:
+        logger.finalize("failed" if is_failed else "success")
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
 

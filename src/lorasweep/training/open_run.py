@@ -1,13 +1,9 @@
-"""A run while it trains: its record, step log, best weights, loggers, and how it ends.
-
-Both engines open, log and close their runs here: `training/run.py` one run, `packs/slot_run.py` each slot of a pack.
-"""
+"""A run while it trains: its record, step log, best weights, loggers, and how it ends."""
 
 from __future__ import annotations
 
 import math
 import os
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
@@ -36,7 +33,6 @@ from lorasweep.record import (
     utc_now,
     write_record,
 )
-from lorasweep.training.checkpoint import get_step, remove_checkpoints
 from lorasweep.training.environment import (
     describe_code,
     describe_command,
@@ -67,7 +63,7 @@ class RunFolder:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunRequest:
-    """A run to train in a pack."""
+    """A run to train, alone or in a slot of a pack."""
 
     config: RunConfig
     run_folder: RunFolder
@@ -83,11 +79,10 @@ class RunEvaluation(NamedTuple):
 
 
 def _open_record(
-    config: RunConfig, run_folder: RunFolder, inputs: RunInputs, *, state: Mapping[str, Any], num_processes: int = 1
+    config: RunConfig, run_folder: RunFolder, inputs: RunInputs, *, step: int | None, num_processes: int = 1
 ) -> RunRecord:
-    """Returns a new record. If the run resumes, returns the record as it was at the checkpoint `state`."""
-    if state:
-        step = get_step(state)
+    """Returns a new record. If the run resumes, returns the record as it was at the checkpoint after `step` steps."""
+    if step is not None:
         record = read_run(run_folder.path)
         require_same_fingerprints(record.fingerprints, inputs.fingerprints(config), config=config, kind="run")
         record.status, record.reason, record.ended_at = "running", None, None
@@ -136,9 +131,10 @@ class OpenRun:
         folder: The run's folder.
         inputs: Base model and data.
         record: The run's record, as `write_evaluation` and `close` write it.
-        progress: Trained tokens and training time.
+        progress: Trained tokens and training time, which the writer of the folder keeps up to date.
+        error: Why the run diverged; None if it did not.
         loggers: Loggers that `close` ends; empty before `start_loggers`.
-        wall_s: Seconds of the run since it was opened. None: the wall-clock time.
+        wall_s: Seconds of the run since it was opened. A run in a pack counts its share.
     """
 
     def __init__(
@@ -147,20 +143,22 @@ class OpenRun:
         run_folder: RunFolder,
         inputs: RunInputs,
         *,
-        state: Mapping[str, Any],
+        step: int | None,
         num_processes: int = 1,
         too_large: Sequence[int] = (),
         pack: dict[str, Any] | None = None,
     ) -> None:
-        """Writes the record, and removes log rows of steps after the checkpoint `state`, because the run repeats them.
+        """Writes the record, and removes log rows of steps after `step`, because the run repeats them.
 
-        If the run begins at step 0 (`state` is empty), removes earlier checkpoints. `too_large` has the micro-batches
-        per step of each earlier attempt that ran out of memory. A resumed run keeps its number of micro-batches.
+        `step` is that of the checkpoint from which the run resumes; None if it begins. `too_large` has the
+        micro-batches per step of each earlier attempt that ran out of memory. A resumed run keeps its number of
+        micro-batches. `pack` has the slot, and the number of slots.
         """
         self.config, self.folder, self.inputs = config, run_folder.path, inputs
         self.loggers: list[Logger] = []
-        self.record = record = _open_record(config, run_folder, inputs, state=state, num_processes=num_processes)
-        record.pack = pack
+        self.record = record = _open_record(config, run_folder, inputs, step=step, num_processes=num_processes)
+        if step is None:  # a pack that became smaller keeps in the record the slot that the run first had
+            record.pack = pack
         too_large = too_large or record.batching.get("too_large", [])
         accumulate = int(record.batching.get("micro_batches", config.trainer.accumulate))
         if too_large:
@@ -168,19 +166,19 @@ class OpenRun:
         record.batching = describe_batching(inputs, config, accumulate=accumulate)
         if too_large:
             record.batching["too_large"] = list(too_large)
-        self.progress = TrainingProgress(**state.get("progress", {}))
-        self.wall_s: float | None = None
+        self.progress = TrainingProgress()
+        self.wall_s = 0.0
+        self.error: Diverged | None = None
         self._pending: list[tuple[int, Tensor, float]] = []
-        self._earlier_wall_s, self._started_at = record.wall_s, time.monotonic()
+        self._earlier_wall_s = record.wall_s
         self.folder.mkdir(parents=True, exist_ok=True)
         for subfolder in (self.folder, self.folder / "best"):
             remove_leftovers(subfolder)
-        # Checkpoints first: a process that is killed in between must not leave a checkpoint whose log rows are missing.
-        if not state:
-            remove_checkpoints(self.folder)
         if (self.folder / STEPS_FILE).exists():
-            rows = read_steps(self.folder) if state else ()  # from step 0 not even an evaluation at step 0 is kept
-            kept = [dump_row(row) + "\n" for row in rows if row["step"] <= get_step(state)]
+            rows = (
+                read_steps(self.folder) if step is not None else ()
+            )  # a new run keeps not even an evaluation at step 0
+            kept = [dump_row(row) + "\n" for row in rows if row["step"] <= (step or 0)]
             write_atomically(self.folder / STEPS_FILE, "".join(kept))
         write_record(record, self.folder)
 
@@ -193,55 +191,58 @@ class OpenRun:
         self.record.trainable_params = num_params
         self.record.trainable_fraction = num_params / self.record.total_params
 
-    def note_step(self, step: int, losses: Tensor, lr: float) -> None:
-        """Keeps a step until the next flush. `losses` has each micro-batch's share of the step's loss."""
-        self._pending.append((step, losses, lr))
+    def note_step(self, step: int, loss: Float[Tensor, ""], lr: float) -> None:
+        """Keeps a step until the next flush."""
+        self._pending.append((step, loss, lr))
 
-    def flush(self) -> list[dict[str, Any]]:
-        """Writes the steps since the last flush into the step log, and returns these rows.
-
-        Raises:
-            Diverged: A loss is NaN or infinite. All rows have been written.
-        """
+    def flush(self) -> None:
+        """Writes the steps since the last flush into the log and the loggers. Sets `error` if a loss is not finite."""
         rows: list[dict[str, Any]] = []
         # one read for all steps, because each read waits for the GPU
-        sums = torch.stack([losses.sum() for _, losses, _ in self._pending]).tolist() if self._pending else []
-        for (step, _, lr), loss in zip(self._pending, sums, strict=True):
+        losses = torch.stack([loss for _, loss, _ in self._pending]).tolist() if self._pending else []
+        for (step, _, lr), loss in zip(self._pending, losses, strict=True):
             finite_loss = loss if math.isfinite(loss) else None  # JSON has neither NaN nor infinity
             rows.append(
                 {"step": step, "loss": finite_loss, "lr": lr, "tokens_per_s": round(self.progress.tokens_per_s, 1)}
             )
+            if finite_loss is None and self.error is None:
+                self.error = Diverged(f"the training loss became NaN or infinite at step {step}. Lower `optim.lr`.")
         self._pending = []
         self._append(rows)
         for row in rows:
-            if row["loss"] is None:
-                raise Diverged(f"the training loss became NaN or infinite at step {row['step']}. Lower `optim.lr`.")
-        return rows
+            metrics = {f"train/{name}": row[name] for name in ("loss", "lr", "tokens_per_s") if row[name] is not None}
+            for logger in self.loggers:
+                logger.log_metrics(metrics, step=row["step"])
+        for logger in self.loggers if rows else ():
+            logger.save()
 
     def write_evaluation(self, step: int, metrics: Metrics, *, save: Callable[[Path], None]) -> None:
-        """Writes an evaluation after `step` steps, the best weights, and the record.
+        """Writes an evaluation after `step` steps, the best weights, and the record, and logs it.
 
-        `save` writes the current weights into a folder.
-
-        Raises:
-            Diverged: The score is NaN or infinite.
+        `save` writes the current weights into a folder. Sets `error` if the score is not finite.
         """
+        if self.error is not None:
+            return
         self.progress.write_to(self.record)
-        check_score(metrics, metric=self.record.metric, step=step)
+        try:
+            check_score(metrics, metric=self.record.metric, step=step)
+        except Diverged as error:
+            self.error = error
+            return
         self._append([{"step": step, "validation": metrics}])
         if update_score(self.record, step, metrics):
             save(self.folder / "best")
         write_record(self.record, self.folder)
+        for logger in self.loggers:
+            logger.log_metrics({f"validation/{name}": value for name, value in metrics.items()}, step=step)
+            logger.save()
 
     def close(self, status: RunStatus, reason: str | None) -> RunRecord:
-        """Writes and returns the final record, with the checksums of weights and answers, and ends the loggers.
-
-        Removes the checkpoints, unless the run can resume from them.
-        """
+        """Writes and returns the final record, with the checksums of weights and answers, and ends the loggers."""
         record, folder = self.record, self.folder
-        self.progress.write_to(record)
-        wall_s = time.monotonic() - self._started_at if self.wall_s is None else self.wall_s
-        record.wall_s = self._earlier_wall_s + wall_s
+        if self.progress.tokens:  # none if an earlier process trained the run and was killed before it closed it
+            self.progress.write_to(record)
+        record.wall_s = self._earlier_wall_s + self.wall_s
         record.status, record.reason, record.ended_at = status, reason, utc_now()
         record.peak_memory_bytes = peak_memory_bytes()
         patterns = ("best/*", ANSWERS_FILE.format("*"))
@@ -252,9 +253,7 @@ class OpenRun:
         }
         record.adapter_bytes = sum(path.stat().st_size for path in (folder / "best").glob("*.safetensors"))
         write_record(record, folder)
-        if status != "interrupted":
-            remove_checkpoints(folder)
-        finish_loggers(self.loggers)
+        finish_loggers(self.loggers, is_failed=status == "failed")
         return record
 
     def close_after(self, error: BaseException) -> None:

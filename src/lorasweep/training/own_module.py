@@ -259,8 +259,9 @@ class OwnModuleRun(lightning.Callback):
         self.data = SeededData(_get_data(inputs), seed=config.seeds.data_order)
         self.module: LightningModule = prepared
         self.metric = str(config.metric.name)
-        self.progress = TrainingProgress()
-        self.step_losses = torch.zeros(0)
+        self.progress_by_slot = [TrainingProgress()]
+        self.step_losses = torch.zeros(1)
+        self.kept_slots: Sequence[int] | None = None
         self._step_began = 0.0
         prepared.strict_loading = False  # a checkpoint has only the trained parameters
         if not config.method.trains_all:
@@ -271,12 +272,20 @@ class OwnModuleRun(lightning.Callback):
             build: Any = functools.partial(configure_optimizers, config, prepared)
             prepared.configure_optimizers = build
 
-    def whole_model(self) -> nn.Module:
-        return self.module
+    def whole_models(self) -> list[nn.Module]:
+        return [self.module]
 
-    def get_metrics(self) -> dict[str, float]:
-        """Returns the score of the last evaluation. Loggers have the other values that the module logs."""
-        return {self.metric: float(self.module.trainer.callback_metrics[self.metric])}
+    def count_trained(self) -> list[int]:
+        return [sum(p.numel() for p in self.module.parameters() if p.requires_grad)]
+
+    def read_rates(self) -> list[float]:
+        [optimizer] = self.module.trainer.optimizers
+        return [float(optimizer.param_groups[0]["lr"])]
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """The score of the last evaluation. Loggers have the other values that the module logs."""
+        return [{self.metric: float(self.module.trainer.callback_metrics[self.metric])}]
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._step_began = time.perf_counter()
@@ -284,9 +293,10 @@ class OwnModuleRun(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.progress.train_s += time.perf_counter() - self._step_began
+        [progress] = self.progress_by_slot
+        progress.train_s += time.perf_counter() - self._step_began
         first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), ())
-        self.progress.tokens += len(first)  # each example counts as one token
+        progress.tokens += len(first)  # each example counts as one token
         self.step_losses = outputs["loss"].detach().float().reshape(1) if outputs else torch.zeros(1)
 
     def on_save_checkpoint(
@@ -299,14 +309,14 @@ class OwnModuleRun(lightning.Callback):
         for key in [key for key in checkpoint if "hyper_parameters" in key or "hparams" in key]:
             del checkpoint[key]
         checkpoint |= {
-            "progress": dict(vars(self.progress)),
+            "progress": [dict(vars(self.progress_by_slot[0]))],
             "torch_stream": read_rng_state(trainer.strategy.root_device),
         }
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.progress = TrainingProgress(**checkpoint["progress"])
+        self.progress_by_slot = [TrainingProgress(**checkpoint["progress"][0])]
         restore_rng_state(checkpoint["torch_stream"], trainer.strategy.root_device)
 
 

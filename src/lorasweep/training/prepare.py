@@ -1,14 +1,15 @@
-"""Prepares the model of a run: the method's trained parameters, dropout, activation checkpointing, `torch.compile`.
+"""Prepares the model of a run or a pack: trained parameters, dropout, activation checkpointing, `torch.compile`.
 
 With activation checkpointing each block of a model keeps only its inputs, and is computed again in the backward pass.
 transformers wraps each block in torch's `checkpoint`. The backward pass computes a block after the forward pass has
 left its contexts, on a GPU in another thread. So what a block depends on is saved when the forward pass reaches it:
-the slots' dropout streams, and the kind of dropout.
+the number of dropout masks so far, and the kind of dropout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
@@ -18,13 +19,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError
-from lorasweep.lora.dropout import FunctionalDropout, drop_from_default_stream
+from lorasweep.lora import Slots, inject_packed_lora
+from lorasweep.lora.dropout import DropoutMasks, FunctionalDropout
 from lorasweep.lora.inject import replace_dropout
 from lorasweep.lora.packed.layers import packed_trained_modules
-from lorasweep.lora.packed.slots import Slots
-from lorasweep.methods import bind
+from lorasweep.methods import bind, copy_sharing_weights, draw_head
 from lorasweep.models.load import BaseModel
-from lorasweep.training.fsdp import check_shardable
+from lorasweep.training.fsdp import check_shardable, find_blocks
 from lorasweep.training.loggers import check_components
 from lorasweep.training.optim import check_optim
 
@@ -32,21 +33,45 @@ BlockContexts: TypeAlias = Callable[[], tuple[AbstractContextManager[Any], Abstr
 """Called before each block. Returns the contexts in which the block is computed first, and again."""
 
 
-def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
-    """Returns the prepared model. It shares the base's weights, which are never written."""
+def prepare_model(config: RunConfig, base: BaseModel, *, masks: DropoutMasks | None = None) -> nn.Module:
+    """Returns the model of a run outside of slots. It shares the base's weights, which are never written.
+
+    Dropout draws from `masks`, or else from torch's default stream.
+    """
     # The global seed is set before the method draws, and again after it: neither earlier draws nor the method's draws
     # may change the dropout masks.
     torch.manual_seed(config.seeds.dropout)
     generator = torch.Generator().manual_seed(config.seeds.init)
     model = bind(config.method).prepare(base, generator=generator)
-    replace_dropout(model)
+    if masks is not None:
+        replace_dropout(model, masks)
+    return _finish(model, config, masks)
+
+
+def prepare_slots(configs: Sequence[RunConfig], base: BaseModel) -> tuple[nn.Module, Slots]:
+    """Returns a packed model with a slot for each run. It shares the base's weights, which are never written."""
+    torch.manual_seed(configs[0].seeds.dropout)
+    model = copy_sharing_weights(base.model)
+    slots = inject_packed_lora(
+        model,
+        [bind(config.method).get_slot_config(base.new_head_names) for config in configs],
+        generators=[torch.Generator().manual_seed(config.seeds.init) for config in configs],
+        dropout_seeds=[config.seeds.dropout for config in configs],
+        prepare_copy=functools.partial(draw_head, names=base.new_head_names),
+    )
+    return _finish(model, configs[0], slots.masks), slots
+
+
+def _finish(model: nn.Module, config: RunConfig, masks: DropoutMasks | None) -> nn.Module:
     torch.manual_seed(config.seeds.dropout)
     model.train()  # turns dropout on; Lightning switches modes for evaluations and restores them
     if config.trainer.activation_checkpointing:
         # torch's compiler takes no contexts of ours
-        checkpoint_activations(model, None if config.trainer.compile else save_block_contexts())
+        checkpoint_activations(model, None if config.trainer.compile or masks is None else save_block_contexts(masks))
     if config.trainer.compile:
-        model.compile()
+        # Block by block, because the blocks have equal code, which is compiled once.
+        for block in [*find_blocks(model)] or [model]:
+            block.compile(dynamic=True)
     return model
 
 
@@ -81,14 +106,12 @@ def checkpoint_activations(model: nn.Module, block_contexts: BlockContexts | Non
                 block.gradient_checkpointing = False
 
 
-def save_block_contexts(slots: Slots | None = None) -> BlockContexts:
-    """Returns the contexts of blocks that train inside `FunctionalDropout`, alone or in slots."""
+def save_block_contexts(masks: DropoutMasks) -> BlockContexts:
+    """Returns the contexts of blocks that train inside `FunctionalDropout`."""
 
-    # a function without `self`, because copies of a pack's model must not copy the slots with it
+    # a function without `self`, because copies of a model must not copy the masks with it
     def save() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        if slots is None:  # torch sets back its default stream
-            return nullcontext(), FunctionalDropout(drop_from_default_stream)
-        return nullcontext(), _enter_both(FunctionalDropout(slots.drop), slots.save_streams())
+        return nullcontext(), _enter_both(FunctionalDropout(masks.drop), masks.save())
 
     return save
 

@@ -1,4 +1,4 @@
-"""A pack of a model beside the solo runs that its slots must equal."""
+"""A pack beside the packs of one slot and the solo models that its slots must equal."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lorasweep.lora import inject_lora, inject_packed_lora, lora_state, set_dropout_streams, slot_model
-from lorasweep.lora.inject import replace_dropout
-from lorasweep.lora.packed.inject import find_slots
+from lorasweep.lora import Slots, inject_lora, inject_packed_lora, lora_state
+from lorasweep.lora.dropout import FunctionalDropout
 
 
 def stream(seed):
@@ -30,65 +29,77 @@ def randomise(model, seed):
 
 
 @dataclass
-class PackAndSolos:
-    """A packed model and, for each slot, the solo model with the same values."""
+class Pack:
+    """A packed model and its slots, or a solo model without slots."""
 
-    pack: nn.Module
-    solos: list[nn.Module]
+    model: nn.Module
+    slots: Slots | None = None
 
-    def run(self, inputs):
-        """Outputs of the pack and of the solo models, dropout seeded alike, on slot-major inputs."""
-        set_dropout_streams(self.pack, [stream(70 + slot) for slot in range(len(self.solos))])
-        packed, separate = self.pack(inputs), []
-        for slot, (solo, rows) in enumerate(zip(self.solos, inputs.chunk(len(self.solos)), strict=True)):
-            with torch.random.fork_rng():
-                torch.manual_seed(70 + slot)
-                separate.append(solo(rows))
-        return packed, torch.cat(separate)
+    def solos(self):
+        return self.slots.models if self.slots else [self.model]
+
+    def step(self, inputs, *, place):
+        """Returns the outputs, and makes a step of gradient descent on the sum of their squares."""
+        if self.slots:
+            self.slots.masks.begin(place)
+        with FunctionalDropout(self.slots.masks.drop) if self.slots else nullcontext():
+            output = self.model(inputs)
+        output.square().sum().backward()
+        with torch.no_grad():
+            for parameter in (self.slots.weights if self.slots else self.model).parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.01 * parameter.grad
+                    parameter.grad = None
+        return output.detach()
+
+
+@dataclass
+class Packs:
+    """A pack, and for each slot the pack of this slot alone and the solo model, with the same values."""
+
+    pack: Pack
+    ones: list[Pack]
+    solos: list[Pack]
 
     def assert_equal(self, inputs):
-        """Outputs and what a step of gradient descent makes of every slot are those of the solo models.
+        """A step in training equals the packs of one slot, and a step in evaluation mode the solo models too."""
+        self._assert_step_equal(inputs, [self.ones], place=0)
+        for one, solo in zip(self.ones, self.solos, strict=True):
+            solo.model.load_state_dict(get_trained(one.slots.models[0]), strict=False)
+        for each in (self.pack, *self.ones, *self.solos):
+            each.model.eval()
+        self._assert_step_equal(inputs, [self.ones, self.solos], place=1)
 
-        Two steps: one as it comes, and one with stacks that are made once.
-        """
-        for context in (nullcontext(), find_slots(self.pack).stacks.share(is_training=self.pack.training)):
-            with context:
-                packed, separate = self.run(inputs)
-                torch.testing.assert_close(packed, separate)  # float64 defaults: the same sums in another order
-                weights = torch.linspace(-1, 1, packed.numel(), dtype=packed.dtype).view(packed.shape)
-                for outputs in (packed, separate):
-                    (outputs * weights).sum().backward()
-            for model in (self.pack, *self.solos):
-                descend(model)
-            for slot, solo in enumerate(self.solos):
-                torch.testing.assert_close(lora_state(slot_model(self.pack, slot)), lora_state(solo))
-
-
-def descend(model):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter -= 0.1 * parameter.grad
-                parameter.grad = None
+    def _assert_step_equal(self, inputs, separate, *, place):
+        found = self.pack.step(inputs, place=place)
+        for each in separate:
+            rows = zip(each, inputs.chunk(len(each)), strict=True)
+            # float64 defaults: the same sums in another order
+            torch.testing.assert_close(found, torch.cat([one.step(part, place=place) for one, part in rows]))
+            for solo, one in zip(self.pack.solos(), each, strict=True):
+                torch.testing.assert_close(lora_state(solo), lora_state(one.solos()[0]))
 
 
 @pytest.fixture
-def make_pack():
-    """Makes a pack in float64 whose slots have random values, and the solo models with the same values."""
+def make_packs():
+    """Makes a pack in float64 whose slots have random values, the packs of one slot, and the solo models."""
+
+    def pack_double(base, configs, first):
+        base.double()
+        numbers = range(first, first + len(configs))
+        slots = inject_packed_lora(base, configs, generators=[stream(n) for n in numbers], dropout_seeds=list(numbers))
+        slots.weights.double()
+        for number, solo in zip(numbers, slots.models, strict=True):
+            randomise(solo, number)
+        return Pack(base.train(), slots)
 
     def make(make_base, configs):
-        pack = make_base().double()
-        inject_packed_lora(pack, configs, generators=[stream(k) for k in range(len(configs))])
-        pack.double()
-        solos = []
-        for slot, config in enumerate(configs):
-            solo = make_base().double()
-            inject_lora(solo, config, generator=stream(slot))
-            replace_dropout(solo)
-            randomise(solo.double(), slot)
-            slot_model(pack, slot).load_state_dict(get_trained(solo), strict=False)
-            solos.append(solo)
-        assert find_slots(pack).num_slots == len(configs)
-        return PackAndSolos(pack.train(), [solo.train() for solo in solos])
+        pack = pack_double(make_base(), configs, 0)
+        ones = [pack_double(make_base(), [config], slot) for slot, config in enumerate(configs)]
+        solos = [Pack(make_base().double()) for _ in configs]
+        for solo, config in zip(solos, configs, strict=True):
+            inject_lora(solo.model, config)
+            solo.model.double()
+        return Packs(pack, ones, solos)
 
     return make

@@ -1,6 +1,7 @@
 """A controller without a worker: trials are advanced by hand, in any order."""
 
 import random
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -20,33 +21,46 @@ EVERY = 2
 
 @dataclass
 class Simulation:
-    """Holds so many trials at once and trains none: a value is a function of the settings and the step."""
+    """Workers that hold packs and train none: a value is a function of the settings and the step."""
 
     controller: Controller
     slots: int = 4
+    workers: int = 1
     pick: random.Random | None = None
-    """Chooses the one trial that reports next; without it all report together, as in a pack."""
+    """Chooses the worker that reports next; without it the first one."""
     score_on_test: Callable[[Assignment], float] = lambda assignment: 1.0
-    steps: dict[Assignment, int] = field(default_factory=dict)
+    packs: dict[str, list[Assignment]] = field(default_factory=dict)
+    """The trials that each worker trains now."""
+    steps: Counter[Assignment] = field(default_factory=Counter)
+    taken: list[list[str]] = field(default_factory=list)
+    """The names of the runs of each pack, in order."""
+
+    def take(self, worker=""):
+        """Returns the next pack of a worker, with the same number of slots for all arms."""
+        pack = self.controller.take(worker=worker, slots=defaultdict(lambda: self.slots))
+        if pack:
+            self.taken.append([assignment.run_folder.path.name for assignment in pack])
+        return pack
 
     def run(self):
+        names = [str(number) for number in range(self.workers)]
         while True:
-            while len(self.steps) < self.slots and (assignment := self.controller.take()) is not None:
-                self.steps[assignment] = 0
-            if not self.steps:
+            for name in names:
+                if not self.packs.get(name):
+                    self.packs[name] = self.take(name)
+            if not (busy := [name for name in names if self.packs[name]]):
                 return
-            self.advance([self.pick.choice([*self.steps])] if self.pick else [*self.steps])
+            self.advance(self.packs[self.pick.choice(busy) if self.pick else busy[0]])
 
-    def advance(self, reporting):
-        """Trains trials up to the next evaluation, reports it, and tells which trials ended."""
-        for assignment in reporting:
-            self.steps[assignment] += EVERY
-        scores = [(a, self.steps[a], {"bits_per_byte": self.score(a, self.steps[a])}) for a in reporting]
-        for assignment, reason in zip(reporting, self.controller.report(scores), strict=True):
+    def advance(self, pack):
+        """Trains a pack up to the next evaluation, reports it, and tells which trials ended."""
+        self.steps.update(dict.fromkeys(pack, EVERY))
+        scores = [(a, self.steps[a], {"bits_per_byte": self.score(a, self.steps[a])}) for a in pack]
+        for (assignment, step, _), reason in zip(scores, self.controller.report(scores), strict=True):
             last = assignment.config.num_steps
-            if self.steps[assignment] >= last or reason:
-                step = min(self.steps.pop(assignment), last)
-                self.tell(assignment, step, "complete" if step == last else "stopped", reason=reason)
+            if step >= last or reason:
+                pack.remove(assignment)
+                self.tell(assignment, min(step, last), "complete" if step >= last else "stopped", reason=reason)
 
     def score(self, assignment, step):
         return abs(assignment.trial.shown_params.get("optim.lr", 0.01) - 0.02) + 1 / (step or 1)

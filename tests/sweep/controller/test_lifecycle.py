@@ -41,7 +41,6 @@ def test_a_sweep_can_be_resumed_in_another_folder_and_from_another_one(stopped, 
     moved = tmp_path / "elsewhere" / "moved"
     moved.parent.mkdir()
     stopped.rename(moved)
-    runs.steps_done = {moved / "runs" / path.name: step for path, step in runs.steps_done.items()}
     runs.values = {moved / "runs" / path.name: values for path, values in runs.values.items()}
     monkeypatch.chdir(moved.parent)
     folder = reopen_sweep(Path("moved"))

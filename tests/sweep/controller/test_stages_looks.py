@@ -139,7 +139,7 @@ def test_neither_a_kill_in_a_later_look_nor_the_order_of_runs_changes_a_decision
     assert work(reopen_sweep(killed.path))
     assert outcome(killed.path) == outcome(whole.path)
     controller = Controller(unordered)
-    simulation = Simulation(controller, slots=3, pick=random.Random(0))
+    simulation = Simulation(controller, slots=3, workers=3, pick=random.Random(0))
     simulation.score = lambda assignment, step: runs.score(assignment.config, step)
     simulation.score_on_test = lambda assignment: score_config(asdict(assignment.config), noisy=[2])
     simulation.run()

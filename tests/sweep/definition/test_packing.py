@@ -4,7 +4,7 @@ import pytest
 
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.packing import check_packing, explain_solo_arms
+from lorasweep.sweep.definition.packing import check_packing, choose_pack_sizes, explain_solo_arms
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
 
@@ -113,3 +113,19 @@ def test_arms_on_different_bases_share_no_packs(read, content):
     keys = [definition.find_arm(f"lora-{kind}").packing.key for kind in ("none", "nf4")]
     assert None not in keys
     assert len(set(keys)) == 2
+
+
+@pytest.mark.parametrize(
+    ("num", "slots", "workers", "sizes"),
+    [
+        (9, 4, 1, [3, 3, 3]),
+        (14, 8, 1, [7, 7]),
+        (7, 4, 1, [4, 3]),
+        (8, 8, 3, [3, 3, 2]),
+        (2, 8, 5, [1, 1]),
+        (3, 1, 1, [1, 1, 1]),
+        (0, 4, 2, []),
+    ],
+)
+def test_packs_are_as_few_as_fit_but_one_for_each_worker_and_of_even_sizes(num, slots, workers, sizes):
+    assert choose_pack_sizes(num, slots=slots, num_workers=workers) == sizes

@@ -4,6 +4,7 @@ import pytest
 from optuna.storages import JournalStorage
 from tests.sweep.conftest import UNTRAINED, Killed
 
+import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.record import read_run, read_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
@@ -14,7 +15,8 @@ WRITES = ("create_new_trial", "set_trial_user_attr", "set_trial_intermediate_val
 def work_killed(work, runs, monkeypatch):
     """Runs an open sweep to its end, and kills the worker at every n-th moment.
 
-    Moments are before and after each write to the journal, before each evaluation, and after each record of a run.
+    Moments are before and after each write to the journal, before each evaluation, after each record of a run, and
+    before and after a checkpoint is split.
     """
 
     def run(folder, *, every):
@@ -41,6 +43,7 @@ def work_killed(work, runs, monkeypatch):
                 patch.setattr(JournalStorage, name, surround(getattr(JournalStorage, name)))
             patch.setattr(runs, "score", surround(runs.score, after=False))
             patch.setattr(runs, "close", surround(runs.close, before=False))
+            patch.setattr(worker_file, "split_checkpoint", surround(runs.split_checkpoint))
             while True:
                 try:
                     assert work(folder)
@@ -69,7 +72,7 @@ def table_of(path):
 @pytest.mark.parametrize("pack_size", [1, 3])
 @pytest.mark.parametrize("every", [31, *(pytest.param(n, marks=pytest.mark.soak) for n in (13, 19))])
 def test_a_worker_killed_at_any_moment_ends_with_the_sweep_that_was_not(
-    begin, work, work_killed, content, runs, packs, pack_size, every
+    begin, work, work_killed, content, runs, pack_size, every
 ):
     """Two arms whose sampler learns, with a confirm stage of more seeds than a pack has slots."""
     del content["arms"]["frozen"]

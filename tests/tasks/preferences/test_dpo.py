@@ -5,17 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.slot_gradients import read_slot_gradients
 from tests.small_runs import SMALL_RUN
 from tests.tasks.preferences.pairs import compute_log_p, make_pairs, make_preference_inputs, make_small
 from tests.training.runs import settings_of, train
 from torch.nn.functional import logsigmoid
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data.batching import ProcessShare, StepBatchSampler
+from lorasweep.data.batching import BatchDataset, ProcessShare, StepBatchSampler
 from lorasweep.data.rows import move_batch
 from lorasweep.errors import ConfigError
-from lorasweep.lora import slot_model
-from lorasweep.lora.packed.inject import find_slots
 from lorasweep.objectives.objective import ExampleScores
 from lorasweep.sweep.cost import estimate_cost
 from lorasweep.sweep.definition.arms import read_definition
@@ -27,11 +26,10 @@ from lorasweep.tasks.task import read_source
 from lorasweep.training.evaluation import evaluate_model, score_split
 from lorasweep.training.finished_run import restore_model
 from lorasweep.training.inputs import InputsCache, inputs_key
-from lorasweep.training.packs.pack import build_pack, build_pack_batch
-from lorasweep.training.packs.size import PackSize
-from lorasweep.training.prepare import prepare_model
+from lorasweep.training.pack_size import PackSize
+from lorasweep.training.prepare import prepare_model, prepare_slots
 from lorasweep.training.reference import REFERENCE_FOLDER
-from lorasweep.training.step import compute_losses
+from lorasweep.training.step import SlotNumbers, compute_losses
 
 RUN = SMALL_RUN | {"objective": "dpo", "trainer.batch_size": 6, "optim.lr": 3e-3, "logger": "none"}
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -136,19 +134,17 @@ def test_restored_weights_are_no_frozen_base(method, tmp_path):
     assert values == pytest.approx(best, rel=1e-4, abs=1e-5)
 
 
-def set_alike(pack, solos):
-    """Gives each slot and the model of its run alone the same random weights."""
-    for slot, solo in enumerate(solos):
-        generator = torch.Generator().manual_seed(slot)
-        packed = dict(slot_model(pack, slot).named_parameters())
-        for name, parameter in solo.named_parameters():
-            if parameter.requires_grad:
-                values = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.data, packed[name].data = values.clone(), values.clone().view_as(packed[name])
-
-
 def sample_step(split, *, seed=0, **settings):
     return StepBatchSampler(split, num_steps=1, seed=seed, group_by_length=True, **settings).get_step(0)
+
+
+def compute(model, micros, *, inputs, configs):
+    """Returns the losses of the slots' micro-batches, and does the backward pass."""
+    objective = inputs.data.objective
+    batch = SlotNumbers(configs, objective).add_to(BatchDataset(inputs.data.train)[micros])
+    losses = compute_losses(model, batch, objective=objective)
+    losses.sum().backward()
+    return losses.detach()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -156,27 +152,27 @@ def test_slots_with_other_betas_have_the_losses_and_gradients_of_runs_alone(chec
     settings = {"trainer.activation_checkpointing": checkpointing, "trainer.accumulate": 2}
     configs = [make_config(settings | {"method.rank": rank}, beta=beta) for rank, beta in ((2, 0.05), (3, 0.5))]
     inputs = make_inputs(configs[0], dtype=torch.float64)
-    pack, _ = build_pack(configs, inputs=inputs)
-    pack.double()
-    solos = [prepare_model(config, inputs.base).double() for config in configs]
-    set_alike(pack, solos)
-    split = inputs.data.train
-    steps = [sample_step(split, batch_size=6, seed=seed, accumulate=2) for seed in (0, 1)]
+    packs = [prepare_slots(each, inputs.base) for each in (configs, configs[:1], configs[1:])]
+    for number, (pack, slots) in enumerate(packs):
+        pack.double()
+        slots.weights.double()
+        for slot, solo in enumerate(slots.models, start=max(number - 1, 0)):
+            generator = torch.Generator().manual_seed(slot)
+            for values in (parameter.detach() for parameter in solo.parameters() if parameter.requires_grad):
+                values.copy_(0.1 * torch.randn(values.shape, generator=generator, dtype=torch.float64))
+    steps = [sample_step(inputs.data.train, batch_size=6, seed=seed, accumulate=2) for seed in (0, 1)]
     for micros in zip(*steps, strict=True):
-        batch = move_batch(build_pack_batch(split, micros), torch.device("cpu"))
-        found = compute_losses(pack, batch, inputs=inputs, configs=configs, slots=find_slots(pack))
-        found.sum().backward()
-        for slot, (solo, micro, config) in enumerate(zip(solos, micros, configs, strict=True)):
-            alone = move_batch(build_pack_batch(split, [micro]), torch.device("cpu"))
-            loss = compute_losses(solo, alone, inputs=inputs, configs=[config])[0]
-            loss.backward()
-            torch.testing.assert_close(found[slot], loss, **TIGHT)
-    for slot, solo in enumerate(solos):
-        packed = dict(slot_model(pack, slot).named_parameters())
-        trained = {name: parameter for name, parameter in solo.named_parameters() if parameter.requires_grad}
-        assert trained
-        for name, parameter in trained.items():
-            torch.testing.assert_close(packed[name].grad.view_as(parameter), parameter.grad, **TIGHT)
+        found, *alone = (
+            compute(pack, part, inputs=inputs, configs=each)
+            for (pack, _), part, each in zip(
+                packs, (micros, micros[:1], micros[1:]), (configs, configs[:1], configs[1:]), strict=True
+            )
+        )
+        torch.testing.assert_close(found, torch.cat(alone), **TIGHT)
+    for slot, (_, slots) in enumerate(packs[1:]):
+        gradients = read_slot_gradients(packs[0][1], slot)
+        assert all(gradient.any() for gradient in gradients.values())
+        torch.testing.assert_close(gradients, read_slot_gradients(slots, 0), **TIGHT)
 
 
 def test_processes_and_micro_batches_share_pairs_and_never_part_them():
@@ -185,16 +181,14 @@ def test_processes_and_micro_batches_share_pairs_and_never_part_them():
     shares = [ProcessShare(rank, 2).select(micro) for rank in range(2)]
     assert sorted(index for share in shares for index in share.indices) == sorted(micro.indices)
     inputs = make_inputs(config)
-    model, device = prepare_model(config, inputs.base), torch.device("cpu")
+    model = prepare_model(config, inputs.base)
 
-    def compute(micro):
-        batch = move_batch(build_pack_batch(inputs.data.train, [micro]), device)
-        return compute_losses(model, batch, inputs=inputs, configs=[config]).item()
+    def compute_sum(micros):
+        return sum(compute(model, (micro,), inputs=inputs, configs=[config]).item() for micro in micros)
 
-    cut = sample_step(inputs.data.train, batch_size=7, accumulate=3)
-    whole = compute(micro)
-    assert sum(map(compute, shares)) == pytest.approx(whole, rel=1e-5)
-    assert sum(map(compute, cut)) == pytest.approx(whole, rel=1e-5)
+    whole = compute_sum([micro])
+    assert compute_sum(shares) == pytest.approx(whole, rel=1e-5)
+    assert compute_sum(sample_step(inputs.data.train, batch_size=7, accumulate=3)) == pytest.approx(whole, rel=1e-5)
 
 
 def read_files(folder):
@@ -292,7 +286,7 @@ def test_data_that_must_be_retained_is_compared_with_the_base_too(tmp_path, call
 def test_a_plan_measures_without_the_numbers_of_the_base_and_counts_their_time(calls):
     config = make_config()
     inputs = make_preference_inputs(config)
-    training = train_briefly(config, inputs, slots=1, is_pack=True)
+    training = train_briefly(config, inputs, slots=1)
     assert training.record.status == "interrupted"
     assert calls == []
     definition = read_definition({"name": "pairs", "settings": RUN, "arms": {"lora": {"settings": {"method": "lora"}}}})

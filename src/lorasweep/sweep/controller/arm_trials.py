@@ -1,4 +1,4 @@
-"""The trials of one arm in one stage: keeps them in the arm's study, and says when the next trial may begin.
+"""The trials of one arm in one stage, which the arm's study keeps.
 
 The study is the only store. A `Trial` is made from the study's trial: Optuna has the parameters, the intermediate
 values and the final state, and one user attribute has the other fields.
@@ -7,6 +7,7 @@ values and the final state, and one user attribute has the other fields.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 import optuna
@@ -18,14 +19,13 @@ from lorasweep.config.run import SEED_KEYS
 from lorasweep.record import Stage, Trial, TrialState, name_run
 from lorasweep.sweep.controller.encoding import OPTUNA_STATES
 from lorasweep.sweep.controller.folder import SweepFolder, name_study
-from lorasweep.sweep.controller.proposals import find_batch_start
 from lorasweep.sweep.definition.arms import Arm
 
 TRIAL_ATTRIBUTE = "lorasweep"
 """User attribute of a study's trial with the fields `KEPT_FIELDS`. Trials that other programs added have none."""
 KEPT_FIELDS = (
     *("state", "search_score", "test_scores", "reason"),
-    *("order", "sampler_state"),
+    *("order", "pack", "sampler_state"),
 )
 """The fields of a trial that Optuna has no place for. They are written together, so that they always fit together."""
 SETTING, SEED = "setting", "seed"
@@ -69,15 +69,13 @@ class ArmTrials:
     def list_running(self) -> list[Trial]:
         return [trial for trial in self.trials.values() if trial.state == "running"]
 
-    def may_begin(self) -> bool:
-        """Returns whether a new trial may begin now: one is left, and all trials of earlier batches have ended."""
-        start = find_batch_start(self.arm, len(self.trials)) if self.stage == "search" else 0
-        return self.num_left > 0 and all(trial.number >= start for trial in self.list_running())
+    def begin(self, params: Mapping[str, Any], *, pack: str = "", **fields: Any) -> Trial:
+        """Writes a new trial into the journal, and returns it. It is the first of a new pack if `pack` is empty.
 
-    def begin(self, params: Mapping[str, Any], *, worker: str = "", **fields: Any) -> Trial:
-        """Writes a new trial into the journal, and returns it. `fields`: `order` and `sampler_state` of the trial."""
+        `fields`: `order` and `sampler_state` of the trial.
+        """
         trial = self._build(self._storage.get_n_trials(self._study_id), params)
-        for name, value in fields.items():
+        for name, value in {**fields, "pack": pack or PurePath(trial.run).name}.items():
             setattr(trial, name, value)
         # with all parameters at once, so that a killed process never leaves a trial without some of them
         template = create_trial(
@@ -88,8 +86,11 @@ class ArmTrials:
         )
         self._storage.create_new_trial(self._study_id, template_trial=template)
         self.trials[trial.number] = trial
-        self.held[trial.number] = worker
         return trial
+
+    def move(self, trial: Trial, pack: str) -> None:
+        """Writes that a trial trains in another pack from now on."""
+        self._write(trial, pack=pack)
 
     def store(self, trial: Trial, step: int, value: float) -> None:
         """Writes the metric of an evaluation. A resumed run may report an evaluation again."""

@@ -1,15 +1,18 @@
-"""The controller: the only owner of a sweep's studies. It hands out trials and takes results.
+"""The controller: the only owner of a sweep's studies. It hands out packs of trials and takes results.
 
-A worker calls `take`, `report` and `tell`. The answers follow from the sweep's seed and from earlier reports. They
-never depend on a clock, on the order of slots, or on how often the process was killed.
+A worker calls `take`, `report` and `tell`. The answers follow from the sweep's seed, numbers (of trials, slots and
+workers) and earlier reports. They never depend on a clock, on which worker came first, or on how often the process was
+killed.
 """
 
 from __future__ import annotations
 
+import shutil
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import chain, islice, zip_longest
 from typing import Literal
 
 from lorasweep.config.redaction import redact
@@ -18,11 +21,12 @@ from lorasweep.disk import remove_leftovers
 from lorasweep.errors import Diverged, OutOfMemory, RunError, WorkerError
 from lorasweep.record import RunRecord, SweepState, Trial, TrialState
 from lorasweep.sweep.controller.arm_trials import ArmTrials
-from lorasweep.sweep.controller.folder import RUNS_FOLDER, SweepFolder, check_disk
+from lorasweep.sweep.controller.folder import PACKS_FOLDER, RUNS_FOLDER, SweepFolder, check_disk, find_checkpoint
 from lorasweep.sweep.controller.stages import Confirmation, OpenStage, Search, choose_settings
 from lorasweep.sweep.controller.stopping import explain_stop
+from lorasweep.sweep.cost import count_workers
 from lorasweep.sweep.definition.arms import Arm
-from lorasweep.training.checkpoint import remove_checkpoints, split_pack
+from lorasweep.sweep.definition.packing import choose_pack_sizes, group_arms
 from lorasweep.training.open_run import RunFolder, RunRequest
 
 MAX_DEATHS_IN_A_ROW = 10
@@ -49,9 +53,14 @@ class Controller:
     As a Ray actor it serves several workers, one call at a time.
     """
 
-    def __init__(self, sweep: SweepFolder) -> None:
-        """Reads the journal, and resumes the current stage."""
+    def __init__(self, sweep: SweepFolder, *, num_workers: int | None = None) -> None:
+        """Reads the journal, and resumes the current stage.
+
+        Packs are planned for `num_workers`; None means as many as the definition says.
+        """
         self.sweep = sweep
+        self._num_workers = num_workers or count_workers(sweep.definition)
+        self._groups = group_arms(sweep.definition)
         self.search = Search(sweep)
         self.confirm: Confirmation | None = None
         self._is_over = False
@@ -64,30 +73,65 @@ class Controller:
         """The stage whose trials are handed out now."""
         return self.confirm or self.search
 
-    def take(self, arms: Collection[str] | None = None, *, worker: str = "") -> Assignment | None:
-        """Hands out the next trial, of all arms or of `arms`, or None if no trial can be trained now.
+    def take(self, *, slots: Mapping[str, int], worker: str = "") -> list[Assignment]:
+        """Hands out the trials of the next pack, or none if no trial can train now.
 
-        `worker` is empty for the worker of this process.
+        Args:
+            slots: The maximum number of trials that train together, by arm.
+            worker: The name of the worker that trains the pack; empty for the worker of this process.
         """
-        if arms is None:
-            self._advance_stage()
-        candidates = [trials for name, trials in self.stage.arms.items() if arms is None or name in arms]
-        # First the trials of workers that are gone, in the order in which they were handed out.
-        running = [(trials, trial) for trials in candidates for trial in trials.list_running()]
-        abandoned = [(trials, trial) for trials, trial in running if trial.number not in trials.held]
+        self._advance_stage()
+        plan = list(self._plan_packs(slots))
+        # First the packs of workers that are gone, in the order in which they were handed out.
+        abandoned = [trial for trials, trial in self._list_running() if trial.number not in trials.held]
         if abandoned:
-            trials, trial = min(abandoned, key=lambda pair: pair[1].order)
-            trials.held[trial.number] = worker
-            return self._assign(trials, trial)
-        # Then arms without a space, then the arm that has begun the smallest fraction of its trials; of equal arms, the
-        # first of the sweep file.
-        for trials in sorted(candidates, key=lambda one: (bool(one.arm.space), len(one.trials) / max(one.planned, 1))):
-            if trials.may_begin() and not (self.confirm is None and self.search.awaits_base(trials.arm)):
+            pack = min(abandoned, key=lambda trial: trial.order).pack
+            members = [trial for trial in abandoned if trial.pack == pack]
+            # A process may have been killed before it had begun all trials of a pack. The others still join it if it
+            # begins at step 0.
+            may_join = not find_checkpoint(self.sweep.path, pack).exists()
+            plan = [places for places in plan if may_join and all(one in [t for _, t in places] for one in members)]
+        else:
+            pack = ""
+            plan = [places for places in plan if any(trial is None for _, trial in places)]
+        for trials, known in plan[0] if plan else ():
+            if known is None:
                 params, state = self.stage.propose(trials)
                 orders = [other.order for others in self.stage.arms.values() for other in others.trials.values()]
                 order = 1 + max(orders, default=-1)
-                return self._assign(trials, trials.begin(params, worker=worker, order=order, sampler_state=state))
-        return None
+                pack = trials.begin(params, pack=pack, order=order, sampler_state=state).pack
+        taken = [(trials, trial) for trials, trial in self._list_running() if trial.pack == pack]
+        taken.sort(key=lambda pair: pair[1].order)  # the run that gave the pack its name comes first
+        for trials, trial in taken:
+            trials.held[trial.number] = worker
+        self._save_if_due()
+        return [self._assign(trials, trial) for trials, trial in taken]
+
+    def _list_running(self) -> list[tuple[ArmTrials, Trial]]:
+        return [(trials, trial) for trials in self.stage.arms.values() for trial in trials.list_running()]
+
+    def _plan_packs(self, slots: Mapping[str, int]) -> Iterator[list[tuple[ArmTrials, Trial | None]]]:
+        """Yields the packs of the current rounds. None stands for a trial that has not begun.
+
+        The plan also has the trials that have begun or ended, so it is the same whichever worker asks, and after a
+        process was killed.
+        """
+        arms = self.stage.arms
+        groups = [[arms[arm.name] for arm in group if arm.name in arms] for group in self._groups]
+        # First arms without a space, then the arms that have begun the smallest fraction of their trials.
+        for group in sorted(filter(None, groups), key=_rank_group):
+            if self.confirm is None and any(self.search.awaits_base(trials.arm) for trials in group):
+                continue
+            # A round of arms that share packs begins when the earlier round of all of them has ended.
+            for round_ in zip_longest(*map(self.stage.list_rounds, group), fillvalue=()):
+                places = [(trials, trial) for trials, part in zip(group, round_, strict=True) for trial in part]
+                if all(trial is not None and trial.state != "running" for _, trial in places):
+                    continue
+                fitting = slots[group[0].arm.name]
+                rest = iter(places)
+                for size in choose_pack_sizes(len(places), slots=fitting, num_workers=self._num_workers):
+                    yield list(islice(rest, size))
+                break
 
     def report(self, evaluations: Sequence[tuple[Assignment, int, Mapping[str, float]]]) -> list[str | None]:
         """Takes evaluations (trial, optimizer step, every metric). Returns for each trial why it must stop, or None."""
@@ -134,30 +178,26 @@ class Controller:
                 f"{str(self.sweep.path / 'runs')!r}."
             ) from error
 
-    def take_by_folder(self, folder_name: str) -> Assignment | None:
-        """Returns the trial whose run is in this folder, handed out again; None if this stage has no such trial."""
-        for trials in self.stage.arms.values():
-            for trial in trials.trials.values():
-                if trial.run == f"{RUNS_FOLDER}/{folder_name}":
-                    if trial.state == "running":
-                        trials.held[trial.number] = ""
-                    return self._assign(trials, trial)
-        return None
+    def split(self, packs: Sequence[Sequence[Assignment]]) -> None:
+        """Makes several packs of one that broke. They are handed out again before any other trial.
 
-    def release(self, assignments: Sequence[Assignment]) -> None:
-        """Releases the trials of a pack that broke up. They are handed out again before any other trial."""
-        for assignment in assignments:
+        The first pack keeps the name, and each other pack is named by its first run.
+        """
+        for pack in packs[1:]:
+            for assignment in pack:
+                trials, trial = self._find(assignment)
+                trials.move(trial, pack[0].run_folder.path.name)
+        for assignment in chain.from_iterable(packs):
             trials, trial = self._find(assignment)
             trials.held.pop(trial.number, None)
 
     def release_worker(self, worker: str) -> None:
-        """Releases the trials of a worker that died. They are handed out again before any other trial.
+        """Releases the packs of a worker that died. They are handed out again before any other trial.
 
         Raises WorkerError if `MAX_DEATHS_IN_A_ROW` workers died in a row.
         """
         for trials in self.stage.arms.values():
             trials.held = {number: holder for number, holder in trials.held.items() if holder != worker}
-        split_pack(self.sweep.path / f"pack-{worker}.ckpt", runs=self.sweep.path / RUNS_FOLDER)
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row >= MAX_DEATHS_IN_A_ROW:
             raise WorkerError(
@@ -181,9 +221,9 @@ class Controller:
     def finish(self) -> bool:
         """Writes the record as complete or interrupted, and returns whether the sweep is complete."""
         if self._is_over:
+            shutil.rmtree(self.sweep.path / PACKS_FOLDER, ignore_errors=True)
             for folder in (self.sweep.path / RUNS_FOLDER).iterdir():
-                remove_checkpoints(folder)  # killed processes may have left checkpoints and half-written files
-                remove_leftovers(folder)
+                remove_leftovers(folder)  # a killed process may have left half-written files
         self.save("complete" if self._is_over else "interrupted")
         return self._is_over
 
@@ -213,14 +253,12 @@ class Controller:
         params = trial.params
         if self.confirm is not None:  # every source of randomness is set by the seed
             number, params = self.confirm.find_tried(trial), {**params, **dict.fromkeys(SEED_KEYS, trial.seed)}
-        assignment = Assignment(
+        return Assignment(
             arm=trials.arm,
             trial=copy(trial),
             config=trials.arm.compose(params),
             run_folder=RunFolder(path=self.sweep.path / trial.run, arm=trial.arm, trial=number),
         )
-        self._save_if_due()
-        return assignment
 
     def _find(self, assignment: Assignment) -> tuple[ArmTrials, Trial]:
         trials = self.stage.arms[assignment.arm.name]
@@ -229,3 +267,9 @@ class Controller:
     def _save_if_due(self) -> None:
         if self.sweep.is_save_due():
             self.save()
+
+
+def _rank_group(group: Sequence[ArmTrials]) -> tuple[bool, float]:
+    """Returns the sort key of arms that share packs: whether they search anything, and the fraction that has begun."""
+    begun, planned = (sum(numbers) for numbers in zip(*((len(one.trials), one.planned) for one in group), strict=True))
+    return any(one.arm.space for one in group), begun / max(planned, 1)

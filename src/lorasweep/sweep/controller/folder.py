@@ -2,7 +2,7 @@
 
 DIR/sweep.json     the record: what was asked for, each trial and its run
 DIR/journal.log    Optuna's storage: studies ARM and ARM/confirm of each arm
-DIR/pack.ckpt      the checkpoint of the pack that trains now, from which a killed sweep resumes
+DIR/packs          the checkpoint of each pack that trains now, from which a killed sweep resumes
 DIR/runs/ARM-0003  one folder per run of the search
 DIR/runs/ARM-confirm-0003  one folder per run of the confirm stage
 DIR/report         the report, which is written at the sweep's end and by `lorasweep compare`
@@ -31,7 +31,7 @@ from lorasweep.record import JOURNAL_FILE, SweepRecord, SweepState, utc_now, wri
 from lorasweep.sweep.definition.arms import Definition
 
 RUNS_FOLDER = "runs"
-PACK_FILE = "pack.ckpt"
+PACKS_FOLDER = "packs"
 MAX_SAVE_FRACTION = 0.1
 """Maximum fraction of the time that writing the record may take. The journal has the trials that the record lacks."""
 
@@ -72,6 +72,11 @@ def damaged_journal(folder: Path, error: Exception) -> RecordError:
         f"{str(folder / JOURNAL_FILE)!r} must be as the sweep wrote it, but is damaged: {first_line(error)}. "
         "Restore it, or start a new sweep."
     )
+
+
+def find_checkpoint(sweep: Path, pack: str) -> Path:
+    """Returns the file from which a pack resumes, whichever worker trains it."""
+    return sweep / PACKS_FOLDER / f"{pack}.ckpt"
 
 
 def name_study(arm: str, stage: Literal["search", "confirm"]) -> str:

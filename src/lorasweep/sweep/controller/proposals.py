@@ -28,7 +28,6 @@ from dataclasses import replace
 from typing import Any
 
 import optuna
-import torch
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
 from optuna.storages import InMemoryStorage
@@ -60,8 +59,7 @@ def propose(arm: Arm, history: History, *, number: int) -> tuple[dict[str, Any],
     seed, arm_seed = (zlib.crc32(f"{arm.sweep_config.sweep.seed}/{arm.name}/{of}".encode()) for of in (number, ""))
     state: dict[str, Any] = {}
     try:
-        # a pack asks inside `torch.no_grad`, where a Gaussian process could not be fitted
-        with warnings.catch_warnings(), torch.enable_grad():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             if isinstance(sampler, Component):
                 seeded = _add_seeds({TARGET: sampler.target, **sampler.arguments}, seed=seed, key="sampler")

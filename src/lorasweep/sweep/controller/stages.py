@@ -1,11 +1,12 @@
 """The stages of a sweep: `search` tunes on validation data, `confirm` scores the chosen settings on test data.
 
-The controller hands out the trials of the stage that is current (`arms`, `propose`). Beside that, only the search knows
-the scores of untrained answers, and only the confirm stage has settings and looks.
+The controller hands out the trials of the current stage, round by round (`list_rounds`, `propose`). Beside that, only
+the search knows the scores of untrained answers, and only the confirm stage has settings and looks.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
@@ -45,6 +46,12 @@ class Search:
             self._histories[arm.name] = History(arm, metric=sweep.record.search_metric)
         self._base_scores: dict[str, Mapping[str, float]] = {}
         """Every metric of the frozen base, by name of its arm."""
+
+    def list_rounds(self, trials: ArmTrials) -> list[list[Trial | None]]:
+        """Returns the arm's trials by batch of proposals. None stands for a trial that has not begun."""
+        every = [*trials.trials.values(), *[None] * trials.num_left]
+        first = find_batch_start(trials.arm, trials.planned - 1)
+        return [batch for batch in (every[:first], every[first:]) if batch]
 
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the parameters of an arm's next trial, and what its sampler stores with it."""
@@ -119,17 +126,22 @@ class Confirmation:
         self._sweep = sweep
         self._settings = {(row.arm, row.setting): row for row in settings}
         self._looks = looks
-        self._plan: dict[str, list[tuple[int, int]]] = {}
-        """Setting and seed of the runs up to the look that is due, by arm."""
+        self._plan = defaultdict[str, list[list[tuple[int, int]]]](list)
+        """Setting and seed of the runs that each look so far trains, by arm."""
         self.looks_done: list[LookRow] = []
         chosen = {row.arm for row in settings}
         arms = [arm for arm in sweep.definition.arms if arm.name in chosen]
         self.arms = {arm.name: ArmTrials(sweep, arm, stage=self.name, planned=0) for arm in arms}
         self._plan_runs()
 
+    def list_rounds(self, trials: ArmTrials) -> list[list[Trial | None]]:
+        """Returns the arm's runs by look, as `Search.list_rounds`."""
+        begun = _list_begun(trials)
+        return [[begun.get(run) for run in runs] for runs in self._plan[trials.arm.name]]
+
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
         begun = _list_begun(trials)
-        setting, seed = next(run for run in self._plan[trials.arm.name] if run not in begun)
+        setting, seed = next(run for runs in self._plan[trials.arm.name] for run in runs if run not in begun)
         return {SETTING: setting, SEED: seed}, {}
 
     def find_tried(self, run: Trial) -> int | None:
@@ -164,14 +176,18 @@ class Confirmation:
         seeds, num_due = self._sweep.record.confirm_seeds, count_seeds_due(self._looks, self.looks_done)
         for name, trials in self.arms.items():
             settings = {row.subject: row.setting for row in self._settings.values() if row.arm == name}
-            runs = list_confirm_runs([*settings], seeds=num_due, is_fixed=has_fixed_score(trials.arm))
-            self._plan[name] = [(settings[subject], seeds[index]) for subject, index in runs]
-            trials.planned = len(_list_begun(trials) | set(self._plan[name]))
+            is_fixed = has_fixed_score(trials.arm)
+            runs = list_confirm_runs([*settings], seeds=num_due, is_fixed=is_fixed)
+            known = [run for look in self._plan[name] for run in look]  # the runs of earlier looks come first
+            planned = [(settings[subject], seeds[index]) for subject, index in runs]
+            new = [run for run in planned if run not in known]
+            self._plan[name].append(new)
+            trials.planned = len({*_list_begun(trials), *known, *new})
 
 
-def _list_begun(trials: ArmTrials) -> set[tuple[int | None, int | None]]:
-    """Returns the settings and seeds of the confirm runs of an arm that have begun."""
-    return {(trial.setting_number, trial.seed) for trial in trials.trials.values()}
+def _list_begun(trials: ArmTrials) -> dict[tuple[int | None, int | None], Trial]:
+    """Returns the confirm runs of an arm that have begun, by setting and seed."""
+    return {(trial.setting_number, trial.seed): trial for trial in trials.trials.values()}
 
 
 OpenStage: TypeAlias = Search | Confirmation

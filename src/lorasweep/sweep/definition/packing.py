@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.wording import join_words
@@ -19,7 +22,7 @@ def check_packing(definition: Definition) -> None:
             raise ConfigError(
                 f"`worker.pack_size` must be 1 or auto for arm `{arm.name}`, but got {size!r}: {plan.reason}"
             )
-        num_trials = sum(other.trials for other in list_pack_arms(definition, arm))
+        num_trials = sum(other.trials for other in definition.arms if other.packing.key == arm.packing.key)
         if plan.key is not None and size > num_trials:
             raise ConfigError(
                 f"`worker.pack_size <= {num_trials}` must hold, because only {num_trials} trials can share a pack "
@@ -27,9 +30,22 @@ def check_packing(definition: Definition) -> None:
             )
 
 
-def list_pack_arms(definition: Definition, arm: Arm) -> list[Arm]:
-    """Returns the arms whose trials can share packs with those of an arm, with the arm itself."""
-    return [other for other in definition.arms if other.packing.key == arm.packing.key]
+def group_arms(definition: Definition) -> list[list[Arm]]:
+    """Returns the arms in groups: arms whose trials share packs, and each other arm alone."""
+    groups: dict[Any, list[Arm]] = {}
+    for arm in definition.arms:
+        is_packed = arm.packing.key is not None and arm.sweep_config.worker.pack_size != 1
+        groups.setdefault(arm.packing.key if is_packed else arm.name, []).append(arm)
+    return [*groups.values()]
+
+
+def choose_pack_sizes(num_trials: int, *, slots: int, num_workers: int) -> list[int]:
+    """Returns the sizes of the packs in which trials train: as few as fit, but one for each worker, of even sizes.
+
+    Nine trials with four slots are 3 + 3 + 3. If the sizes can't be equal, the first packs have one trial more.
+    """
+    num_packs = max(math.ceil(num_trials / slots), min(num_workers, num_trials))
+    return [num_trials // num_packs + (number < num_trials % num_packs) for number in range(num_packs)]
 
 
 def explain_solo_arms(definition: Definition) -> list[str]:

@@ -30,17 +30,16 @@ import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from lorasweep.config.run import RunConfig
 from lorasweep.errors import LoraSweepError, OutOfMemory, RanksLost, WorkerError, first_line
-from lorasweep.record import RunRecord, read_sweep
+from lorasweep.record import read_sweep
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.lifecycle import read_saved_definition, reopen_sweep
 from lorasweep.sweep.workers.ray_cluster import WorkerNeeds, count_fitting_workers
 from lorasweep.sweep.workers.worker import Worker
 from lorasweep.training.environment import describe_packages, name_device
 from lorasweep.training.inputs import InputsCache
-from lorasweep.training.open_run import RunFolder
-from lorasweep.training.run import train_alone
+from lorasweep.training.open_run import RunRequest
+from lorasweep.training.run import train_runs
 
 CHECK_INTERVAL_S = 1.0
 """Seconds between two checks for a stop request and for new nodes. The end of a worker is noticed immediately."""
@@ -105,9 +104,9 @@ def _get_results(calls: Any, *, timeout_s: float | None = None) -> Any:
 class ControllerActor(Controller):
     """The controller of a sweep as a Ray actor."""
 
-    def __init__(self, context: WorkerContext) -> None:
+    def __init__(self, context: WorkerContext, *, num_workers: int) -> None:
         context.enter()
-        super().__init__(reopen_sweep(context.sweep_path))
+        super().__init__(reopen_sweep(context.sweep_path), num_workers=num_workers)
         self.save("running")
 
     def close(self) -> None:
@@ -139,7 +138,7 @@ class RemoteController:
 
 @ray.remote(concurrency_groups={"control": 1})
 class WorkerActor:
-    """One process of a worker. The first process runs the worker's loop; its peers train the same trials with it."""
+    """One process of a worker. The first process runs the worker's loop; its peers train the same packs with it."""
 
     def __init__(self, context: WorkerContext, *, threads: int) -> None:
         self._context = context
@@ -170,7 +169,7 @@ class WorkerActor:
             stop_requested=self._stop.is_set,
             name=name,
             num_workers=num_workers,
-            train_alone=self._train_with_peers if peers else None,
+            train_runs=self._train_with_peers if peers else None,
         ).run()
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]  # can be called during `run`
@@ -181,14 +180,18 @@ class WorkerActor:
     def enter(self) -> None:
         self._context.enter()
 
-    def train_as_peer(
-        self, config: RunConfig, run_folder: RunFolder, *, resume: bool, ranks: Mapping[str, str]
-    ) -> None:
-        """Trains a run together with the other ranks. `ranks` has the environment variables of this rank."""
+    def train_as_peer(self, requests: Sequence[RunRequest], *, checkpoint_file: Path, ranks: Mapping[str, str]) -> None:
+        """Trains a pack together with the other ranks. `ranks` has the environment variables of this rank."""
         os.environ.update(ranks)
         self._inputs_cache.folder = self._context.sweep_path
         try:
-            train_alone(config, run_folder, inputs=self._inputs_cache.load(config), resume=resume)
+            train_runs(
+                requests,
+                inputs=self._inputs_cache.load(requests[0].config),
+                checkpoint_file=checkpoint_file,
+                on_evaluation=lambda evaluations: [None] * len(evaluations),
+                on_end=lambda run, outcome: None,
+            )
         except OutOfMemory:  # `_train_with_peers` tells the controller
             raise
         except BaseException as error:
@@ -196,16 +199,20 @@ class WorkerActor:
             if not isinstance(error, LoraSweepError) or isinstance(error, RanksLost):
                 _end_process()
 
-    def _train_with_peers(self, config: RunConfig, run_folder: RunFolder, *, resume: bool, **options: Any) -> RunRecord:
-        """Trains a run on all ranks. If a rank is lost, ends this process too, so that the pool replaces all ranks."""
-        # a free port for each run, because torch's store of the last run may still listen on the last port
+    def _train_with_peers(self, requests: Sequence[RunRequest], *, checkpoint_file: Path, **options: Any) -> bool:
+        """Trains a pack on all ranks, as `train_runs`.
+
+        If a rank is lost, ends this process too, so that the pool replaces all ranks.
+        """
+        # a free port for each pack, because torch's store of the last pack may still listen on the last port
         with socket.socket() as free_socket:
             free_socket.bind(("", 0))
             rendezvous = (ray.util.get_node_ip_address(), free_socket.getsockname()[1])
         size = len(self._peers) + 1
+        ranks = [_rank_variables(rank, size, *rendezvous) for rank in range(size)]
         calls = [
-            peer.train_as_peer.remote(config, run_folder, resume=resume, ranks=_rank_variables(rank, size, *rendezvous))
-            for rank, peer in enumerate(self._peers, start=1)
+            peer.train_as_peer.remote(requests, checkpoint_file=checkpoint_file, ranks=variables)
+            for peer, variables in zip(self._peers, ranks[1:], strict=True)
         ]
         ended = threading.Event()
 
@@ -215,10 +222,10 @@ class WorkerActor:
                 _end_process()
 
         threading.Thread(target=end_with_peers, daemon=True).start()
-        os.environ.update(_rank_variables(0, size, *rendezvous))
+        os.environ.update(ranks[0])
         try:
             try:
-                record = train_alone(config, run_folder, resume=resume, **options)
+                is_done = train_runs(requests, checkpoint_file=checkpoint_file, **options)
             except RanksLost:
                 _get_results(calls, timeout_s=PEER_TIMEOUT_S)  # raises `OutOfMemory` of another rank
                 raise
@@ -231,7 +238,7 @@ class WorkerActor:
             raise
         finally:
             ended.set()
-        return record
+        return is_done
 
 
 def _rank_variables(rank: int, size: int, address: str, port: int) -> dict[str, str]:
@@ -268,9 +275,12 @@ class _PoolMember:
 class WorkerPool:
     """The workers of a sweep on the Ray cluster that this process is connected to."""
 
-    def __init__(self, path: Path, *, num: int | Literal["auto"], needs: WorkerNeeds) -> None:
-        """Starts the controller. No process may have the sweep open. `num="auto"` means as many workers as fit."""
-        self._num = num
+    def __init__(self, path: Path, *, num: int | Literal["auto"], num_planned: int, needs: WorkerNeeds) -> None:
+        """Starts the controller. No process may have the sweep open.
+
+        `num="auto"` means as many workers as fit at each moment. Packs are planned for `num_planned` workers.
+        """
+        self._num, self._num_planned = num, num_planned
         self._needs = needs
         self._context = WorkerContext(current_folder=Path.cwd(), sweep_path=path.resolve(), code=code_versions())
         self._members: dict[Any, _PoolMember] = {}  # the key is the running call of the worker's loop
@@ -279,7 +289,7 @@ class WorkerPool:
         self._num_refused = 0  # refused workers are not replaced until the cluster has other nodes
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         actor_class = ray.remote(ControllerActor).options(num_cpus=0, scheduling_strategy=here)
-        self._actor = actor_class.remote(self._context)
+        self._actor = actor_class.remote(self._context, num_workers=num_planned)
         self._controller = RemoteController(self._actor, sweep=path)
 
     def train(self, *, stop_requested: Callable[[], bool], require_nodes: Callable[[], None] = lambda: None) -> bool:
@@ -331,11 +341,11 @@ class WorkerPool:
                 options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "scheduling_strategy": strategy}
                 actors.append(actor_class.options(**options).remote(self._context, threads=needs.cpus))
             name = str(next(self._numbers))
-            run = actors[0].run.remote(self._actor, name=name, num_workers=wanted, peers=actors[1:])
+            run = actors[0].run.remote(self._actor, name=name, num_workers=self._num_planned, peers=actors[1:])
             self._members[run] = _PoolMember(name=name, actors=actors, group=group)
 
     def _wait_for_ends(self) -> None:
-        """Waits until a worker ends, and releases the trials of a dead worker. `_start_missing` replaces workers."""
+        """Waits until a worker ends, and releases the packs of a dead worker. `_start_missing` replaces workers."""
         if not self._members:
             time.sleep(CHECK_INTERVAL_S)
             return

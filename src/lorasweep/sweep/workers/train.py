@@ -12,17 +12,18 @@ from lorasweep.config.sweep import LocalWorker, SlurmWorkers
 from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError, WorkerError
 from lorasweep.sweep.controller.controller import Controller
-from lorasweep.sweep.controller.folder import PACK_FILE, RUNS_FOLDER, SweepFolder, check_disk
+from lorasweep.sweep.controller.folder import SweepFolder, check_disk
+from lorasweep.sweep.cost import count_workers
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.workers.ray_cluster import (
     WorkerNeeds,
     check_capacity,
+    count_fitting_workers,
     join_cluster,
     start_head_for_nodes,
     start_local_cluster,
 )
 from lorasweep.sweep.workers.worker import Worker
-from lorasweep.training.checkpoint import split_pack
 from lorasweep.training.environment import name_device
 from lorasweep.training.inputs import InputsCache
 
@@ -68,21 +69,21 @@ def train_sweep(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested
 
 def _train(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested: Callable[[], bool]) -> bool:
     config = sweep.definition.sweep_config.worker
-    for path in sweep.path.glob("pack*.ckpt"):  # of killed workers
-        if not isinstance(config, LocalWorker) or path.name != PACK_FILE:
-            split_pack(path, runs=sweep.path / RUNS_FOLDER)
     if not isinstance(config, LocalWorker):
         sweep.close()  # the controller's process opens it again
         processes = _count_processes(sweep.definition.arms[0])
         needs = WorkerNeeds(cpus=config.cpus, gpus=config.gpus, processes=processes)
         if isinstance(config, SlurmWorkers):
-            return _train_on_slurm(sweep.path, config, needs, stop_requested=stop_requested)
+            planned = count_workers(sweep.definition)
+            return _train_on_slurm(sweep.path, config, needs, num_planned=planned, stop_requested=stop_requested)
         address = config.address
         with start_local_cluster() if address is None else join_cluster(address):
             from lorasweep.sweep.workers.ray_workers import WorkerPool  # noqa: PLC0415 (needs Ray)
 
             check_capacity(needs)
-            return WorkerPool(sweep.path, num=config.num, needs=needs).train(stop_requested=stop_requested)
+            planned = count_fitting_workers(needs) if config.num == "auto" else config.num
+            pool = WorkerPool(sweep.path, num=config.num, num_planned=planned, needs=needs)
+            return pool.train(stop_requested=stop_requested)
     try:
         controller = Controller(sweep)
         controller.note_worker(device=name_device(), threads=torch.get_num_threads())
@@ -101,7 +102,7 @@ def _train(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested: Cal
 
 
 def _train_on_slurm(
-    path: Path, config: SlurmWorkers, needs: WorkerNeeds, *, stop_requested: Callable[[], bool]
+    path: Path, config: SlurmWorkers, needs: WorkerNeeds, *, num_planned: int, stop_requested: Callable[[], bool]
 ) -> bool:
     from lorasweep.sweep.workers import slurm  # noqa: PLC0415 (needs submitit)
 
@@ -126,7 +127,7 @@ def _train_on_slurm(
         try:
             slurm.cancel_jobs(path)  # jobs that a killed process of this sweep left behind
             slurm.submit_jobs(config, path)
-            pool = WorkerPool(path, num="auto", needs=needs)
+            pool = WorkerPool(path, num="auto", num_planned=num_planned, needs=needs)
             return pool.train(stop_requested=stop_requested, require_nodes=require_jobs)
         finally:
             write_atomically(path / slurm.ADDRESS_FILE, "")  # tells the nodes to end

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from lorasweep.data.rows import Batch
+from lorasweep.objectives.scored_tokens import have_trained_weights
 from lorasweep.tasks.preferences.objective import PairObjective, split_pairs
 from lorasweep.tasks.preferences.settings import DpoConfig
 
@@ -37,7 +38,7 @@ class Dpo(PairObjective):
 
     def compare(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         beta, _ = split_pairs(batch["beta"])
-        if any(parameter.requires_grad for parameter in model.parameters()):
+        if have_trained_weights(model.modules()):
             shifts = self.sum_log_probabilities(model, batch) - batch["reference"]
         else:  # the base: rounding in batches of other shapes must not decide which answer is preferred
             shifts = torch.zeros_like(batch["reference"])

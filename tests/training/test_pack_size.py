@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import lorasweep.training.packs.size as pack_size_file
-from lorasweep.training.packs.size import MAX_SLOTS, choose_pack_size
+import lorasweep.training.pack_size as pack_size_file
+from lorasweep.training.pack_size import MAX_SLOTS, choose_pack_size
 
 
 @pytest.mark.parametrize(

@@ -9,20 +9,18 @@ import transformers
 from safetensors.torch import load_file
 from tests.small_runs import SMALL_RUN
 from tests.tiny_tokenizer import WORDS, make_word_tokenizer
-from tests.training.packs.conftest import save_gpt2
+from tests.training.gpt2 import save_gpt2
+from tests.training.runs import ADAPTER, all_go_on, train, train_together
 
-import lorasweep.training.packs.pack as pack_file
+import lorasweep.training.module as module_file
 from lorasweep.config.compose import compose_run
 from lorasweep.data import batching
-from lorasweep.errors import Diverged, OutOfMemory
+from lorasweep.errors import OutOfMemory
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import read_run, read_steps
+from lorasweep.training.checkpoint import split_checkpoint
 from lorasweep.training.inputs import load_inputs
-from lorasweep.training.open_run import RunFolder, RunRequest
-from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.run import train_alone
 
-ADAPTER = "adapter_model.safetensors"
 MIXED = (
     {"method.rank": 2, "method.dropout": 0.2},
     {"method.rank": 8, "method.alpha": 4.0, "optim.lr": 3e-3, "seed": 3},
@@ -35,38 +33,18 @@ LOSS_TOLERANCE = 1e-4
 BF16_LOSS_TOLERANCE = 0.02
 
 
-def make_job(folder, config):
-    return RunRequest(config=config, run_folder=RunFolder(path=folder))
-
-
-def all_go_on(evaluated):
-    return [None] * len(evaluated)
-
-
-def stop_at(job, step):
+def stop_at(name, step):
     """Returns a hook that stops one run at a step."""
-    return lambda evaluated: ["poor" if (one.run, one.step) == (job, step) else None for one in evaluated]
+    return lambda evaluated: [
+        "poor" if (one.run.run_folder.path.name, one.step) == (name, step) else None for one in evaluated
+    ]
 
 
-def train(jobs, folder, *, inputs, waiting=None, on_evaluation=all_go_on, slots=1):
-    """Trains a pack whose state is in `folder`, and then what waits. Returns how each run ended, by its folder's name.
-
-    A pack of any size is refilled, so `slots` matters only if it grows.
-    """
-    ended = {}
-
-    def note_end(job, outcome):
-        ended[job.run_folder.path.name] = "failed" if isinstance(outcome, Diverged) else outcome.status
-
-    assert train_pack(
-        jobs,
-        inputs=inputs,
-        slots=slots,
-        next_run=lambda: waiting.pop(0) if waiting else None,
-        on_evaluation=on_evaluation,
-        on_end=note_end,
-        checkpoint_file=folder / "pack.ckpt",
-    )
+def train_pack(configs, folder, *, inputs, **hooks):
+    """Trains a pack of runs by name, whose folders and checkpoint are in `folder`. Returns how each run ended."""
+    runs = {folder / name: config for name, config in configs.items()}
+    ended = train_together(runs, inputs=inputs, checkpoint_file=folder / "pack.ckpt", **hooks)
+    assert not (folder / "pack.ckpt").exists()
     return ended
 
 
@@ -81,18 +59,13 @@ def assert_same_losses(alone, packed, *, rel):
 
 
 def check_packed_equals_alone(configs, folder, *, inputs, rel=LOSS_TOLERANCE, stopped=None):
-    """Trains runs alone and in a pack of two slots, which others take over. One run may be stopped at step 2."""
+    """Trains runs alone and in a pack. One run may be stopped at step 2."""
     for n, config in enumerate(configs):
-        is_stopped = n == stopped
-        train_alone(
-            config,
-            RunFolder(path=folder / f"alone{n}"),
-            inputs=inputs,
-            on_evaluation=lambda step, values, is_stopped=is_stopped: "poor" if is_stopped and step == 2 else None,
-        )
-    jobs = [make_job(folder / f"pack{n}", config) for n, config in enumerate(configs)]
-    stop = all_go_on if stopped is None else stop_at(jobs[stopped], 2)
-    ended = train(jobs[:2], folder, inputs=inputs, waiting=jobs[2:], on_evaluation=stop)
+        stop = (lambda step, values: "poor" if step == 2 else None) if n == stopped else None
+        train(folder / f"alone{n}", config, inputs=inputs, on_evaluation=stop)
+    stop = all_go_on if stopped is None else stop_at(f"pack{stopped}", 2)
+    packed = {f"pack{n}": config for n, config in enumerate(configs)}
+    ended = train_pack(packed, folder, inputs=inputs, on_evaluation=stop)
     assert ended == {f"pack{n}": "stopped" if n == stopped else "complete" for n in range(len(configs))}
     for n in range(len(configs)):
         alone, packed = folder / f"alone{n}", folder / f"pack{n}"
@@ -108,12 +81,11 @@ def check_packed_equals_alone(configs, folder, *, inputs, rel=LOSS_TOLERANCE, st
         assert other.batching["micro_batches"] == one.batching["micro_batches"] == configs[n].trainer.accumulate
         assert other.best["loss"] == pytest.approx(one.best["loss"], rel=rel)
         assert not list(packed.glob("*.ckpt"))
-    assert not (folder / "pack.ckpt").exists()
     base = inputs.base
     assert fingerprint_weights(base.model, exclude=base.new_head_names) == base.fingerprint
 
 
-def test_packed_runs_equal_runs_alone_while_slots_join_and_leave(make_config, inputs, tmp_path, monkeypatch):
+def test_packed_runs_equal_runs_alone_while_one_leaves(make_config, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(batching, "MIN_PART_EXAMPLES", 1)  # so that half of the four examples are evaluated
     shared = {"trainer.accumulate": 2, "trainer.max_steps": 6, "trainer.eval_fraction": 0.5}
     configs = [make_config({**settings, **shared}) for settings in MIXED]
@@ -146,14 +118,14 @@ DROPPING = ({"method.rank": 2, "method.dropout": 0.2}, {"method.rank": 4, "seed"
 
 
 @pytest.mark.parametrize("attention", [0.0, 0.3], ids=["no dropout of attention", "dropout of attention"])
-def test_a_base_that_drops_is_packed_with_a_stream_for_each_slot(make_config, tmp_path, attention):
+def test_a_base_that_drops_draws_the_masks_of_each_slot_as_alone(make_config, tmp_path, attention):
     model = save_gpt2(tmp_path / "model", attention=attention, others=0.1)
     configs = [make_config({**model, **own, "model.attention": "eager"}) for own in DROPPING]
     inputs = load_inputs(configs[0])
     check_packed_equals_alone(configs, tmp_path, inputs=inputs)
     assert not any(read_run(tmp_path / f"pack{n}").pack["shared_draws"] for n in range(len(configs)))
     undropped = dataclasses.replace(configs[1], seeds=dataclasses.replace(configs[1].seeds, dropout=8))
-    train_alone(undropped, RunFolder(path=tmp_path / "other"), inputs=inputs)
+    train(tmp_path / "other", undropped, inputs=inputs)
     assert rows(tmp_path / "other")[0][1] != pytest.approx(rows(tmp_path / "alone1")[0][1], rel=LOSS_TOLERANCE)
 
 
@@ -214,14 +186,13 @@ def make_rows_config(rows_folder):
 )
 def test_packed_rows_of_different_lengths_train_as_alone(make_rows_config, tmp_path, kind, shared):
     configs = [make_rows_config(kind, {**settings, **shared}) for settings in ROWS]
-    # the third run takes the slot of the second, which is stopped: their steps have other rows
     check_packed_equals_alone(configs, tmp_path, inputs=load_inputs(configs[0]), stopped=1)
 
 
 def test_a_classifier_learns_and_its_score_is_accuracy(make_rows_config, tmp_path):
     config = make_rows_config("table", {"trainer.max_steps": 90, "trainer.eval_every_steps": 30, "model.dropout": 0.0})
     inputs = load_inputs(config)
-    record = train_alone(config, RunFolder(path=tmp_path / "lora"), inputs=inputs)
+    record = train(tmp_path / "lora", config, inputs=inputs)
     assert (record.metric, record.direction) == ("accuracy", "maximize")
     losses = [row["loss"] for row in read_steps(tmp_path / "lora") if "loss" in row]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])  # with the seeds 0 to 3, the last are 0.08 to 0.52 of the first
@@ -230,21 +201,21 @@ def test_a_classifier_learns_and_its_score_is_accuracy(make_rows_config, tmp_pat
 
 
 def test_a_slot_that_diverges_ends_alone_and_changes_no_bit_of_the_others(make_config, inputs, tmp_path):
-    """Another run takes its place at the next evaluation, so the pack keeps its size, on which rounding depends."""
+    """It leaves the pack at the next evaluation, as a run that is stopped there does."""
     good, late = make_config({"method.dropout": 0.1}), make_config({"seed": 2, "method.dropout": 0.3})
+    ended = {}
     for name, lr in (("calm", 1e-3), ("wild", 1e30)):
-        folder = tmp_path / name
         other = make_config({"seed": 1, "optim.lr": lr, "optim.clip_norm": None})
-        waiting = [make_job(folder / "late", late)] if name == "wild" else []
-        jobs = [make_job(folder / "good", good), make_job(folder / "other", other)]
-        ended = train(jobs, tmp_path, inputs=inputs, waiting=waiting)
-        assert ended["good"] == "complete"
-    assert ended == {"good": "complete", "other": "failed", "late": "complete"}
+        configs, stop = {"good": good, "other": other, "late": late}, stop_at("other", 2)
+        ended[name] = train_pack(configs, tmp_path / name, inputs=inputs, on_evaluation=stop)
+    others = {"good": "complete", "late": "complete"}
+    assert ended == {"calm": {**others, "other": "stopped"}, "wild": {**others, "other": "failed"}}
     assert read_run(tmp_path / "wild" / "other").status == "failed"
-    calm, wild = (tmp_path / name / "good" for name in ("calm", "wild"))
-    assert rows(calm) == rows(wild)
-    a, b = load_file(calm / "best" / ADAPTER), load_file(wild / "best" / ADAPTER)
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    for run in others:
+        calm, wild = (tmp_path / name / run for name in ("calm", "wild"))
+        assert rows(calm) == rows(wild)
+        a, b = load_file(calm / "best" / ADAPTER), load_file(wild / "best" / ADAPTER)
+        assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_permuted_slots_give_each_run_the_same_value_and_are_reported_together(make_config, inputs, tmp_path):
@@ -259,8 +230,8 @@ def test_permuted_slots_give_each_run_the_same_value_and_are_reported_together(m
             )
             return ["poor" if one.run.run_folder.path.name == "1" else None for one in evaluated]
 
-        jobs = [make_job(folder / str(n), make_config(settings[n])) for n in order]
-        train(jobs, folder, inputs=inputs, on_evaluation=report)
+        configs = {str(n): make_config(settings[n]) for n in order}
+        train_pack(configs, folder, inputs=inputs, on_evaluation=report)
         # slots are sorted by rank; the last run diverges at once
         assert [list(together) for together in reported] == [[(name, 2) for name in "021"], [("0", 4), ("2", 4)]]
         values.append(reported[0] | reported[1])
@@ -271,52 +242,46 @@ def test_permuted_slots_give_each_run_the_same_value_and_are_reported_together(m
     assert values[1] == pytest.approx(values[0], rel=LOSS_TOLERANCE)
 
 
-def test_a_pack_that_runs_out_of_memory_says_so_and_its_runs_can_go_on(make_config, inputs, tmp_path, monkeypatch):
-    real, calls = pack_file.compute_losses, iter(range(1000))
+def test_a_pack_that_runs_out_of_memory_leaves_a_checkpoint_for_smaller_packs(
+    make_config, inputs, tmp_path, monkeypatch
+):
+    real, calls = module_file.compute_losses, iter(range(1000))
 
-    def fail_at_last(*args, **kwargs):
+    def fail_at_fifth(*args, **kwargs):
         if next(calls) == 5:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(pack_file, "compute_losses", fail_at_last)
-    jobs = [make_job(tmp_path / str(n), make_config({"trainer.max_steps": 8, "seed": n})) for n in range(2)]
-    with pytest.raises(OutOfMemory, match="CUDA out of memory"):
-        train(jobs, tmp_path, inputs=inputs)
-    assert (tmp_path / "0" / "slot.ckpt").exists()
+    configs = {str(n): make_config({"trainer.max_steps": 8, "seed": n}) for n in range(3)}
+    with monkeypatch.context() as patch:
+        patch.setattr(module_file, "compute_losses", fail_at_fifth)
+        with pytest.raises(OutOfMemory, match="CUDA out of memory"):
+            train_pack(configs, tmp_path, inputs=inputs)
+    parts = {tmp_path / "a.ckpt": ["0", "2"], tmp_path / "b.ckpt": ["1"]}
+    split_checkpoint(tmp_path / "pack.ckpt", parts)
     assert not (tmp_path / "pack.ckpt").exists()
-    assert train(jobs[:1], tmp_path, inputs=inputs) == {"0": "complete"}
-    assert [step for step, _ in rows(tmp_path / "0")] == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8]
+    for file, names in parts.items():
+        runs = {tmp_path / name: configs[name] for name in names}
+        assert train_together(runs, inputs=inputs, checkpoint_file=file) == dict.fromkeys(names, "complete")
+        assert not file.exists()
+    for name in configs:
+        assert [step for step, _ in rows(tmp_path / name)] == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8]
+        train(tmp_path / "alone" / name, configs[name], inputs=inputs)
+        assert_same_losses(tmp_path / "alone" / name, tmp_path / name, rel=LOSS_TOLERANCE)
 
 
 def test_a_slot_that_gets_no_better_ends_early_as_alone(make_config, inputs, tmp_path):
-    stuck = make_config({"optim.lr": 1e-12, "trainer.max_steps": 8, "trainer.early_stop_evaluations": 1})
-    better = make_config({"optim.lr": 1e-3, "trainer.max_steps": 8, "trainer.early_stop_evaluations": 1})
-    jobs = [make_job(tmp_path / "stuck", stuck), make_job(tmp_path / "better", better)]
+    shared = {"trainer.max_steps": 8, "trainer.early_stop_evaluations": 1}
+    stuck, better = (make_config({**shared, "optim.lr": lr}) for lr in (1e-12, 1e-3))
     # the answer makes no difference: the run has nothing left to do
-    train(jobs, tmp_path, inputs=inputs, on_evaluation=stop_at(jobs[0], 4))
-    alone = train_alone(stuck, RunFolder(path=tmp_path / "alone"), inputs=inputs)
+    train_pack({"stuck": stuck, "better": better}, tmp_path, inputs=inputs, on_evaluation=stop_at("stuck", 4))
+    alone = train(tmp_path / "alone", stuck, inputs=inputs)
     packed = read_run(tmp_path / "stuck")
     assert (packed.status, packed.steps_done, packed.reason) == ("complete", alone.steps_done, alone.reason)
     assert read_run(tmp_path / "better").steps_done == 8
 
 
-@pytest.mark.release
-def test_a_pack_that_shrank_grows_again_and_its_runs_equal_runs_alone(make_config, inputs, tmp_path):
-    configs = [make_config({**settings, "trainer.max_steps": 6}) for settings in MIXED]
-    jobs = [make_job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
-    waiting, sizes = [], []
-
-    def stop_first(evaluated):
-        sizes.append(len(evaluated))
-        if len(sizes) == 2:
-            waiting.extend(jobs[2:])
-        return stop_at(jobs[0], 2)(evaluated)
-
-    ended = train(jobs[:2], tmp_path, inputs=inputs, waiting=waiting, on_evaluation=stop_first, slots=4)
-    assert sizes == [2, 1, 3, 2, 2]  # the first run is stopped; after two evaluations there are two runs more
-    assert ended == {"pack0": "stopped", "pack1": "complete", "pack2": "complete", "pack3": "complete"}
-    for n in (1, 2, 3):
-        run_folder = RunFolder(path=tmp_path / f"alone{n}")
-        train_alone(configs[n], run_folder, inputs=inputs)
-        assert_same_losses(run_folder.path, tmp_path / f"pack{n}", rel=LOSS_TOLERANCE)
+def test_a_pack_whose_last_interval_is_shorter_is_evaluated_at_its_end(make_config, inputs, tmp_path):
+    configs = {str(n): make_config({"trainer.max_steps": 5, "seed": n}) for n in range(2)}
+    assert train_pack(configs, tmp_path, inputs=inputs) == {"0": "complete", "1": "complete"}
+    assert [row["step"] for row in read_steps(tmp_path / "0") if "validation" in row] == [2, 4, 5]
