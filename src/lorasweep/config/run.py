@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import field, fields
 from itertools import groupby
@@ -323,14 +322,7 @@ class RunConfig(Settings):
         if not self.method.packs:  # no other setting would change that
             return f"`method={self.method.name}` trains alone; only `method=lora` shares packs."
         needed = [f"`{override}`" for override, holds in NEEDED_BY_PACKS.items() if not holds(self)]
-        sentences = [f"Packs need {join_words(needed)}."] if needed else []
-        steps, every = self.trainer.max_steps, self.trainer.eval_every_steps
-        if steps % every:
-            sentences.append(
-                "Slots are refilled at evaluations, so packs need a multiple of `trainer.eval_every_steps`, such as "
-                f"`trainer.max_steps={math.ceil(steps / every) * every}`."
-            )
-        return " ".join(sentences)
+        return f"Packs need {join_words(needed)}." if needed else ""
 
     def _find_unsharded(self) -> str | None:
         """Returns the key of a setting that needs whole weights on each process; None if there is none."""

@@ -32,7 +32,6 @@ def test_lora_trials_and_arms_that_differ_in_what_a_slot_owns_share_packs(plan, 
 @pytest.mark.parametrize(
     ("key", "value", "remedy"),
     [
-        ("trainer.max_steps", 9, "trainer.max_steps=10"),
         ("trainer.devices", 2, "trainer.devices=1"),
         ("trainer.compile", True, "trainer.compile=false"),
         ("optim", "sgd", "optim=adamw"),
