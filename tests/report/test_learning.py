@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import pytest
 from rich.console import Console
@@ -9,7 +10,7 @@ from tests.files import edit_json
 
 from lorasweep.errors import RecordError
 from lorasweep.report.caveats import judge_learning
-from lorasweep.report.recommend import read_recommended
+from lorasweep.report.recommend import find_recommended_run, read_recommended
 from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.report.terminal import render_terminal
 from lorasweep.report.text import list_warnings
@@ -104,6 +105,23 @@ def test_gains_that_test_data_do_not_show_are_said(confirmed):
     assert {answer.missing for answer in findings.answers} <= {"not learned", "no rank"}
     with pytest.raises(RecordError, match="must be a sweep that learned something"):
         read_recommended(confirmed)
+    # who names an arm exports it nevertheless, with a warning
+    run, said = find_recommended_run(confirmed / "lora")
+    assert run.parent == confirmed / "runs"
+    assert "WARNING: nothing is shown to be learned" in said
+
+
+def test_dpo_that_hardly_left_the_loss_of_its_base_is_a_warning(confirmed):
+    losses = {"lora": 0.69, "full": 0.31, "frozen": math.log(2)}
+
+    def change(raw):
+        for row in raw["confirm"]:
+            row["test_scores"] |= {"loss": losses[row["arm"]], "chosen_shift": 0.0}
+
+    edit_json(confirmed / "sweep.json", change)
+    (warning,) = (text for text in list_warnings(report(confirmed)) if text.startswith("Hardly trained"))
+    assert all(part in warning for part in ("0.690 for `lora`", "0.693 without training"))
+    assert "`full`" not in warning
 
 
 @pytest.mark.parametrize(("spread", "is_shown"), [(0.01, True), (0.1, False)])

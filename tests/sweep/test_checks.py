@@ -1,6 +1,7 @@
 """Each arm is checked against its base model and data before anything is written."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import yaml
 from tests.objectives.test_objectives import make_splits
 
 from lorasweep.cli import run
+from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.models.load import load_base
@@ -18,6 +20,7 @@ from lorasweep.outcome import WRONG_REQUEST
 from lorasweep.sweep.assess import assess
 from lorasweep.sweep.checks import (
     check_definition,
+    check_rows,
     find_metric,
     score_constant_answer,
 )
@@ -194,6 +197,16 @@ def test_too_few_rows_are_refused_by_new_and_sweep(tmp_path, monkeypatch, capsys
         assert run([*words, "model.path=embedded:tiny", "data.train=few.csv"]) == WRONG_REQUEST
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert all(part in error for part in said)
+
+
+@pytest.mark.parametrize(("lost", "is_refused"), [(20, False), (21, True)])
+def test_a_length_that_leaves_out_more_than_half_of_the_examples_is_refused(lost, is_refused):
+    data = compose_run({"data": "chat", "data.train": "chats.jsonl"}).data
+    whole, cut = (SimpleNamespace(describe=lambda n=n: {"examples": 40 - n, "left_out": n}) for n in (0, lost))
+    splits = SimpleNamespace(train=whole, validation=cut, test=lambda: whole)
+    message = rf"data\.max_length.*{lost} of 40 of validation"
+    with pytest.raises(ConfigError, match=message) if is_refused else nullcontext():
+        check_rows(data, splits)
 
 
 def test_a_shipped_sweep_finds_columns_and_length_as_a_draft_does(tmp_path, monkeypatch):

@@ -27,6 +27,10 @@ Delimiter = Literal["auto", "comma", "semicolon", "tab", "pipe"]
 
 DEFAULT_SPLIT_PERCENT = 10
 """Percentage of the training data that a split gets if neither its source nor its share is set."""
+SCORE_ROUNDING = 1e-6
+"""Relative difference up to which two scores are equal.
+
+Both are computed in fp32 (eps = 1.2e-7), perhaps on different devices, which may add in different orders."""
 METRIC_RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("accuracy", "f1", "preference_accuracy", *get_args(AnswerMetric)), (0.0, 1.0)),
     **dict.fromkeys(("matthews", "pearson", "spearman"), (-1.0, 1.0)),
@@ -59,6 +63,10 @@ class ScoreMetric:
     @property
     def better_scores(self) -> str:
         return "lower" if self.direction == "minimize" else "higher"
+
+    def is_better(self, score: float, other: float) -> bool:
+        """Returns whether a score is better than another by more than rounding."""
+        return self.sign * (other - score) > SCORE_ROUNDING * abs(other)
 
     def best(self, scores: Iterable[float]) -> float | None:
         """Returns the best score; None if there are none."""

@@ -57,7 +57,7 @@ class Learning:
         if self.metric is None or self.score is None or not is_number(score) or not has_ended:
             return None
         # a stopped trial has only a score on the validation examples of evaluations, but it was not better there either
-        return trial.state == "complete" and self.metric.sign * (self.score - score) > 0
+        return trial.state == "complete" and self.metric.is_better(score, self.score)
 
 
 def judge_learning(data: SweepData) -> Learning:

@@ -74,8 +74,17 @@ def test_a_stopped_trial_is_no_winner_and_confirm_runs_are_not_stopped(begin, wo
 
 def test_nothing_is_confirmed_if_no_trial_is_better_than_an_answer_without_training(begin, work, runs, confirming):
     confirming["settings"] |= {"trainer.max_steps": 4, "trainer.eval_every_steps": 2}
-    folder = begin(confirming, constant_answer={"bits_per_byte": 1.0})
-    runs.score = lambda config, step: 1.0 + config.optim.lr
+    folder = begin(confirming, "sweep.max_failures=100", constant_answer={"bits_per_byte": 1.0})
+
+    def score(config, step):
+        if config.method.name == "full":  # what a run had before it diverged does not count
+            return 0.5 if step == 2 else fail()
+        return 1.0 if config.method.name == "frozen" else 1.0 + config.optim.lr
+
+    def fail():
+        raise Diverged("the training loss became NaN")
+
+    runs.score = score
     assert work(folder)
     record = read_sweep(folder.path)
     assert (record.status, record.confirm, record.confirm_seeds, record.looks) == ("complete", [], [], [])

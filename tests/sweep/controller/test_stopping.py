@@ -5,8 +5,8 @@ import math
 import pytest
 
 from lorasweep.config.compose import compose_run
-from lorasweep.config.data import ScoreMetric
-from lorasweep.sweep.controller.stopping import SCORE_ROUNDING, explain_stop, find_half_step
+from lorasweep.config.data import SCORE_ROUNDING, ScoreMetric
+from lorasweep.sweep.controller.stopping import explain_stop, find_half_step
 
 ACCURACY = ScoreMetric(name="accuracy", direction="maximize")
 UNTRAINED = {"accuracy": 0.5, "loss": 0.69}

@@ -20,13 +20,15 @@ from lorasweep.record import (
     list_confirm_runs,
     read_run,
 )
+from lorasweep.report.caveats import judge_learning
 from lorasweep.report.evidence.evidence import answer_sweep, read_confirm_scores
+from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.sweep.controller.arm_trials import SEED, SETTING, SETTINGS_ATTRIBUTE, ArmTrials
 from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.folder import SweepFolder, name_study
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.controller.proposals import find_batch_start, propose
-from lorasweep.sweep.controller.stopping import find_half_step, is_better
+from lorasweep.sweep.controller.stopping import find_half_step
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.confirm import has_fixed_score
 
@@ -68,34 +70,28 @@ class Search:
 
         Empty if none is known, and for an arm that searches nothing, whose only setting the user wants to see.
         """
-        return self._read_untrained_scores(arm) if arm.space else {}
-
-    def has_learned(self) -> bool:
-        """Returns whether a trial was ever better than an answer that needs no training; True if that is not known.
-
-        If none was, confirm runs would take most of the sweep's time to say so again.
-        """
-        trained = [one for one in self.arms.values() if not one.arm.base.method.trains_nothing]
-        judged = [one for one in trained if any(trial.values for trial in one.trials.values())]
-        return not judged or any(map(self._has_arm_learned, judged))
-
-    def _has_arm_learned(self, trials: ArmTrials) -> bool:
-        metric = self._sweep.record.search_metric
-        untrained = self._read_untrained_scores(trials.arm).get(metric.name)
-        if untrained is None or find_half_step(trials.arm.base) is None:  # short runs are not judged
-            return True
-        scores = (value for trial in trials.trials.values() for value in trial.values.values())
-        return any(is_better(score, untrained, metric.sign) for score in scores)
-
-    def _read_untrained_scores(self, arm: Arm) -> Mapping[str, float]:
-        if self._sweep.record.constant_answer or (base := self._find_base_arm(arm)) is None:
-            return self._sweep.record.constant_answer
+        base = self._find_base_arm(arm) if arm.space and not self._sweep.record.constant_answer else None
+        if base is None:
+            return self._sweep.record.constant_answer if arm.space else {}
         ended = [trial for trial in base.trials.values() if trial.state == "complete"]
         if not ended:  # it failed
             return {}
         if base.arm.name not in self._base_scores:  # in the run's record, because a trial has no loss
             self._base_scores[base.arm.name] = read_run(self._sweep.path / ended[0].run).last
         return self._base_scores[base.arm.name]
+
+    def has_learned(self) -> bool:
+        """Returns whether a trial is better than an answer that needs no training, as the report judges it.
+
+        If none is, confirm runs would take most of the sweep's time to say so again. Returns True if that is not known,
+        or if an arm has runs that are too short to be judged.
+        """
+        trained = [one.arm.base for one in self.arms.values() if not one.arm.base.method.trains_nothing]
+        if any(find_half_step(config) is None for config in trained):
+            return True
+        ended = [trial for one in self.arms.values() for trial in one.trials.values()]
+        data = load_sweep_data(self._sweep.path, replace(self._sweep.record, trials=ended))
+        return judge_learning(data).state != "nothing"
 
     def awaits_base(self, arm: Arm) -> bool:
         """Returns whether the trials of an arm must wait for the score of the frozen base (`find_untrained_scores`)."""

@@ -8,12 +8,8 @@ from lorasweep.config.data import ScoreMetric
 from lorasweep.config.run import MIN_STEPS, RunConfig
 from lorasweep.wording import format_metric, format_score
 
-LOSS_METRIC = "loss"
+LOSS_METRIC = ScoreMetric(name="loss", direction="minimize")
 """Metric that every task reports, also if another metric is its score. A module of the user may not log it."""
-SCORE_ROUNDING = 1e-6
-"""Relative difference up to which a score equals that of the untrained answer.
-
-Both are computed in fp32 (eps = 1.2e-7), perhaps on different devices, which may add in different orders."""
 
 
 def find_half_step(config: RunConfig) -> int | None:
@@ -24,11 +20,6 @@ def find_half_step(config: RunConfig) -> int | None:
     every, steps = config.trainer.eval_every_steps, config.num_steps
     half = -(-steps // (2 * every)) * every
     return half if steps >= MIN_STEPS and half < steps else None
-
-
-def is_better(score: float, untrained: float, sign: int) -> bool:
-    """Returns whether a score is better than that of the untrained answer by more than rounding; see `metric.sign`."""
-    return sign * (untrained - score) > SCORE_ROUNDING * abs(untrained)
 
 
 def explain_stop(
@@ -42,9 +33,8 @@ def explain_stop(
     """
     if step != find_half_step(config) or metric.name not in untrained:
         return None
-    for name in {metric.name, LOSS_METRIC} & untrained.keys() & scores.keys():
-        sign = metric.sign if name == metric.name else 1
-        if is_better(scores[name], untrained[name], sign):
+    for one in (metric, LOSS_METRIC):
+        if one.name in untrained.keys() & scores.keys() and one.is_better(scores[one.name], untrained[one.name]):
             return None
     score, answer = (format_score(values[metric.name]) for values in (scores, untrained))
     return (
