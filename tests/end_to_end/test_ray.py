@@ -102,7 +102,7 @@ def test_a_sweep_whose_head_or_controller_died_is_resumed(start, tmp_path, victi
     check_whole(folder, steps=steps)
 
 
-def test_a_worker_of_two_processes_trains_each_trial_on_both(start, tmp_path):
+def test_a_worker_of_two_processes_trains_packs_and_trials_on_both(start, tmp_path):
     words = ("worker.num=1", "sweep.output=out", "confirm.seeds=0", "trainer.max_steps=12", "sweep.trials=2")
     sweep, folder = start(*words, "trainer.devices=2", "trainer.strategy=fsdp"), tmp_path / "out"
     wait_for(lambda: count_evaluations(folder), sweep)
@@ -114,6 +114,7 @@ def test_a_worker_of_two_processes_trains_each_trial_on_both(start, tmp_path):
     for row in record.trials:
         run = read_run(folder / row.run)
         assert (run.status, run.steps_done, run.platform["processes"]) == ("complete", 12, 2)
+        assert (run.pack is None) == (row.arm == "full")
         assert [step["step"] for step in read_steps(folder / row.run) if "loss" in step] == list(range(1, 13))
 
 

@@ -14,9 +14,9 @@ import lorasweep.objectives.next_tokens as objective_file
 from lorasweep.config.compose import compose_run
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.training.inputs import InputsCache
-from lorasweep.training.open_run import RunFolder
+from lorasweep.training.open_run import RunFolder, RunRequest
 from lorasweep.training.processes import join_processes
-from lorasweep.training.run import train_alone
+from lorasweep.training.run import train_alone, train_runs
 from lorasweep.training.stop_signal import StopSignal
 
 SETTINGS = {
@@ -47,9 +47,19 @@ VARIANTS = {
 }
 """Settings that must train as in one process, by method, strategy and micro-batches. A step has 5 rows, so one process
 has a row more than the other; in 3 micro-batches one has a single row."""
+SLOTS = {
+    "a": {"method.rank": 4, "seed": 3},
+    "b": {"method.rank": 20, "optim.lr": 2e-3, "optim.clip_norm": 0.1},
+    "c": {"method.rank": 8, "method.alpha": 4},
+}
+"""The runs of a pack, in two groups of ranks, by the names of their folders."""
 SIGNALS = (("training", "1"), ("training", "01"), ("evaluation", "0"))
 """When processes get a signal, and which of them."""
 TRUE_SCORE = objective_file.score_tokens
+
+
+def end_b(evaluated):
+    return ["poor" if run.step == 2 and run.run.run_folder.path.name == "b" else None for run in evaluated]
 
 
 def config_of(**settings):
@@ -96,6 +106,7 @@ class Child:
         """Everything that no process dies of."""
         self.train()
         self.end()
+        self.packs()
         self.signalled()
 
     def train(self):
@@ -107,7 +118,7 @@ class Child:
 
     def end(self):
         """Runs that a hook stops, that are interrupted and resumed, and that diverge on one process."""
-        self.attempt("ended", {"on_evaluation": lambda step, values: "poor" if step == 2 else None})
+        self.attempt("ended", {"on_evaluation": lambda runs: ["poor" if run.step == 2 else None for run in runs]})
         for strategy in ("ddp", "fsdp"):
             settings = {"method": "full", "trainer__strategy": strategy, "trainer__max_steps": 6}
             self.attempt(f"whole-{strategy}", **settings)
@@ -116,6 +127,29 @@ class Child:
                 stop = {"stop_requested": lambda steps=steps: next(steps) == 4 and self.rank == 1}
                 self.attempt(f"{name}-{strategy}", stop, **settings)
             self.attempt(f"stopped-{strategy}", {"resume": True}, **settings)
+
+    def packs(self):
+        """Packs of which one run ends at step 2. One process is asked to stop at step 3, and then all resume."""
+        for strategy in ("ddp", "fsdp"):
+            requests = [
+                RunRequest(
+                    config=config_of(trainer__devices=2, trainer__strategy=strategy, **VARIANTS["all-fsdp-1"], **own),
+                    run_folder=RunFolder(path=self.out / f"pack-{strategy}" / name),
+                )
+                for name, own in SLOTS.items()
+            ]
+            steps, ended = iter(range(1, 9)), []
+            for stop_requested in (lambda steps=steps: next(steps) == 4 and self.rank == 1, lambda: False):
+                train_runs(
+                    [request for request in requests if request not in ended],
+                    inputs=self.inputs_cache.load(requests[0].config),
+                    checkpoint_file=self.out / f"pack-{strategy}" / "pack.ckpt",
+                    on_evaluation=end_b,
+                    on_end=lambda request, record, ended=ended: (
+                        None if record.status == "interrupted" else ended.append(request)
+                    ),
+                    stop_requested=stop_requested,
+                )
 
     def killed(self):
         """The second process is killed at step 3, unless the run resumes."""

@@ -129,17 +129,17 @@ class TrainerConfig(Settings):
     activation_checkpointing: bool
     """Whether activations are recomputed in the backward pass. It needs less memory and about a third more time."""
     compile: bool
-    """Whether to use `torch.compile`. Such trials run alone, because the model of a pack changes during training."""
+    """Whether to use `torch.compile`. Such trials run alone, because each layer of a pack is compiled again."""
     precision: Literal["auto", "bf16", "fp32"]
     """`auto` takes bf16 if the processor or GPU computes in it, else fp32."""
     device: Literal["auto", "cpu", "gpu"]
     """`auto` takes a GPU if there is one."""
     strategy: StrategyName | Component
     """Lightning's strategy. `auto` takes `ddp` for several processes, each with the whole model. `fsdp` (FSDP2) shards
-    every block's weights over the processes. `_target_` sets any other strategy."""
+    every block's weights over the processes. `_target_` sets any other strategy; such trials run alone."""
     devices: Positive | Literal["auto"]
     """Processes per node, each with one GPU or a share of the cores. `auto` is the number that torchrun or srun
-    started, else the number of GPUs. Trials of several processes run alone."""
+    started, else the number of GPUs."""
     num_nodes: Positive
     """Number of machines on which the processes of a run are started."""
     deterministic: Literal[True, False, "strict"]
@@ -245,12 +245,16 @@ class Capabilities(NamedTuple):
     exports: Capability
 
 
+SOLO_CALLBACKS: Mapping[str, str] = {
+    "EarlyStopping": "would end all runs of a pack by the score of one. Use `trainer.early_stop_evaluations`.",
+    "ModelCheckpoint": "would save all runs of a pack by the score of one. The best weights of a run are in `best/`.",
+    "OnExceptionCheckpoint": "would save all runs of a pack. A run resumes from its last evaluation without it.",
+}
+"""For Lightning's callbacks that can't share a pack: why."""
 NEEDED_BY_PACKS: Mapping[str, Callable[[RunConfig], bool]] = {
     "trainer.compile=false": lambda config: not config.trainer.compile,
-    "trainer.devices=1": lambda config: not config.trainer.needs_process_group,
-    "optim=adamw": lambda config: not isinstance(config.optim, Component),
+    "trainer.strategy=auto": lambda config: not isinstance(config.trainer.strategy, Component),
     "schedule=cosine": lambda config: not isinstance(config.schedule, Component),
-    "callbacks=none": lambda config: not config.callbacks,
 }
 """For each setting in the message about packs: whether a run has it, or another value that packs can train too."""
 
@@ -273,7 +277,8 @@ class RunConfig(Settings):
     logger: Mapping[str, Component] = field(hash=False, default_factory=dict)
     """Lightning loggers by name. They get every metric that `steps.jsonl` has."""
     callbacks: Mapping[str, Component] = field(hash=False, default_factory=dict)
-    """Lightning callbacks by name. Trials with callbacks run alone."""
+    """Lightning callbacks by name. In a pack they see all slots. Trials with early stopping or checkpoints of Lightning
+    run alone."""
     seed: Seed
     """Default of every seed in `seeds`."""
     seeds: SeedsConfig
@@ -322,7 +327,9 @@ class RunConfig(Settings):
         if not self.method.packs:  # no other setting would change that
             return f"`method={self.method.name}` trains alone; only `method=lora` shares packs."
         needed = [f"`{override}`" for override, holds in NEEDED_BY_PACKS.items() if not holds(self)]
-        return f"Packs need {join_words(needed)}." if needed else ""
+        sentences = [f"Packs need {join_words(needed)}."] if needed else []
+        named = {f"`callbacks.{key}`": SOLO_CALLBACKS.get(callback.name) for key, callback in self.callbacks.items()}
+        return " ".join([*sentences, *(f"{key} {why}" for key, why in named.items() if why)])
 
     def _find_unsharded(self) -> str | None:
         """Returns the key of a setting that needs whole weights on each process; None if there is none."""

@@ -318,7 +318,7 @@ def _cut_trials(definition: Definition, *, typed: Collection[str]) -> Iterator[C
 
 
 def _cut_steps(definition: Definition, *, least: float) -> Iterator[Cut]:
-    """Yields fewer steps of a run. If the interval of evaluations is set, packs need a multiple of it."""
+    """Yields fewer steps of a run, in whole intervals of evaluations if the interval is set."""
     arms = [arm for arm in definition.arms if arm.base.num_steps]
     if not arms or any(STEPS_KEY in arm.space for arm in arms):
         return

@@ -62,6 +62,9 @@ class FsdpStrategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         states = []
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            if "slots" in state:  # the state of slots is whole
+                states.append(state)
+                continue
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             moments = {
                 index: {name: shard_like(value, parameters[index]) for name, value in values.items()}

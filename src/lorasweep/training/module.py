@@ -265,15 +265,17 @@ class TrainingModule(lightning.LightningModule):
             evaluation.objective = objective
 
     def _end_evaluation(self, split: str) -> list[dict[str, float]]:
-        """Returns the metrics of an evaluation by slot. Logs those of the only run, for callbacks and loggers."""
+        """Returns the metrics of an evaluation by slot. Logs them for callbacks, in a pack as `SPLIT/NAME/SLOT`."""
         values = [evaluation.compute() for evaluation in self._evaluations]
         for evaluation in self._evaluations:
             evaluation.reset()
-        if self.num_slots == 1:
-            # The values are equal on all processes. Lightning demands a reduction, and `max` leaves equal values
-            # unchanged.
-            named = {f"{split}/{name}": value for name, value in values[0].items()}
-            self.log_dict(named, sync_dist=True, reduce_fx="max", logger=self._logger_choice)
+        named = {
+            f"{split}/{name}" if self.num_slots == 1 else f"{split}/{name}/{slot}": value
+            for slot, metrics in enumerate(values)
+            for name, value in metrics.items()
+        }
+        # The values are equal on all processes. Lightning demands a reduction, and `max` leaves equal values unchanged.
+        self.log_dict(named, sync_dist=True, reduce_fx="max", logger=self._logger_choice)
         return read_metrics(values)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

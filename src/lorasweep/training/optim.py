@@ -164,6 +164,7 @@ class SlotOptimizers(torch.optim.Optimizer):
                     ):
                         parameters[name].grad = gradient
             optimizer.step()
+            optimizer.zero_grad()  # they are views, which would keep all gradients until the next step
         self.weights.forget()  # fused kernels change values without a count
         return loss
 

@@ -189,7 +189,8 @@ class _Training:
 
     def cut_micro_batches(self, error: OutOfMemory) -> None:
         """Lets a run begin again with smaller micro-batches. Raises OutOfMemory if that can't help."""
-        if self.num_processes > 1:  # the other processes are in a step, so they can't agree on smaller micro-batches
+        # the other processes are in a step, so they can't agree on smaller micro-batches
+        if self.num_processes > 1 and len(self.pending) == 1:
             raise OutOfMemory(
                 f"a run of several processes must fit in memory, but {error}. Start it again with a larger "
                 "`trainer.accumulate`."

@@ -32,10 +32,8 @@ def test_lora_trials_and_arms_that_differ_in_what_a_slot_owns_share_packs(plan, 
 @pytest.mark.parametrize(
     ("key", "value", "remedy"),
     [
-        ("trainer.devices", 2, "trainer.devices=1"),
         ("trainer.compile", True, "trainer.compile=false"),
-        ("optim", "sgd", "optim=adamw"),
-        ("callbacks", ["lr_monitor"], "callbacks=none"),
+        ("trainer.strategy", {"_target_": "my.Strategy"}, "trainer.strategy=auto"),
         ("schedule", "one_cycle", "schedule=cosine"),
     ],
 )
@@ -45,6 +43,20 @@ def test_a_setting_that_slots_do_not_have_runs_alone_and_says_what_mends_it(plan
     assert lora.key is None
     assert lora.reason.endswith(f"`{remedy}`.")
     assert plan(content, f"arms.lora.{remedy}")["lora"].key is not None
+
+
+def test_callbacks_that_would_end_or_save_all_runs_of_a_pack_run_alone_and_other_callbacks_are_shared(plan, content):
+    for target, said in (("EarlyStopping", "`trainer.early_stop_evaluations`"), ("ModelCheckpoint", "`best/`")):
+        content["arms"]["lora"]["settings"]["callbacks.mine._target_"] = f"lightning.pytorch.callbacks.{target}"
+        lora = plan(content)["lora"]
+        assert lora.key is None
+        assert "`callbacks.mine` would" in lora.reason
+        assert said in lora.reason
+    content["arms"]["lora"]["settings"]["callbacks.mine._target_"] = "mine.Callback"
+    content["arms"]["other"] = {"settings": {"method": "lora"}, "trials": 1}
+    plans = plan(content)
+    assert None not in (plans["lora"].key, plans["other"].key)
+    assert plans["lora"].key != plans["other"].key  # the callbacks of a pack belong to all of its slots
 
 
 def test_trials_of_the_shipped_qlora_share_packs(tmp_path):

@@ -115,9 +115,11 @@ class GroupWeights(nn.Module):
             Segment("vectors", tuple(block for block in heads if len(block.shape) < 2)),
         )
         dtype = next(p for solo in solos for p in solo.parameters() if p.requires_grad).dtype
+        columns = [sum(map(_size, segments)) for segments in (self.lora_segments, self.other_segments)]
         self.lora, self.others = (
-            nn.Parameter(torch.zeros(len(solos), sum(map(_size, segments)), dtype=dtype, device=device))
-            for segments in (self.lora_segments, self.other_segments)
+            # DDP refuses a parameter that never gets a gradient
+            nn.Parameter(torch.zeros(len(solos), num, dtype=dtype, device=device), requires_grad=num > 0)
+            for num in columns
         )
         self._set_factors([[by_name[name][slot] for name in shapes] for slot in range(len(solos))], b)
         for slot, solo in enumerate(solos):

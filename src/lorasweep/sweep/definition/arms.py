@@ -108,8 +108,9 @@ class Arm:
         ]
         capabilities = [corner.capabilities.packs for corner in self.corner_configs]
         obstacles += [sentence for sentence in capabilities if sentence is not True]
+        callbacks = tuple(sorted(config.callbacks.items()))
         return ArmPacking(
-            key=None if obstacles else (config.model, config.data, objective.shared, config.trainer),
+            key=None if obstacles else (config.model, config.data, objective.shared, config.trainer, callbacks),
             reason=" ".join(dict.fromkeys(obstacles)),
             largest=max(self.corner_configs, key=lambda config: getattr(config.method, "rank", 0)),
         )
