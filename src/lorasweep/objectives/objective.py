@@ -185,10 +185,6 @@ class Objective(ABC):
         """Returns a split's scores if all examples get the answer of `fit_constant`; None without such an answer."""
         return None
 
-    def describe_constant(self, train: Rows) -> str:
-        """Returns the answer of `fit_constant` as text."""
-        return ""
-
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user on how the base model is scored."""

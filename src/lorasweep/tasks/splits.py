@@ -19,7 +19,6 @@ from lorasweep.errors import ConfigError
 from lorasweep.models.load import BaseModel
 from lorasweep.objectives.objective import Objective, build_own_metric
 from lorasweep.tasks.task import find_task
-from lorasweep.wording import join_words
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,19 +83,14 @@ def build_data_splits(
             f"`data.metric` must be one of auto, {', '.join(chosen.metrics)} for these examples, but got "
             f"{config.metric!r}."
         )
-    splits = DataSplits(
+    return DataSplits(
         train=train,
         validation=validation,
         test=functools.cache(lambda: build(source.test())),
         score_metric=score_metric,
         objective=chosen,
+        notes=(*source.notes, *train.notes, *validation.notes, *chosen.notes),
     )
-    notes = (*source.notes, *train.notes, *validation.notes)
-    if scores := splits.score_constant_answer(validation):
-        values = [f"{name} {value:.4f}" for name, value in scores.items() if name != "loss"]
-        answer = chosen.describe_constant(train)
-        notes = (*notes, f"Always answering {answer}, has {join_words(values)} on validation.")
-    return replace(splits, notes=(*notes, *chosen.notes))
 
 
 def build_objective(

@@ -109,10 +109,6 @@ class Classification(LabelObjective):
         # One more example of each class, so that a class without examples has a finite loss.
         return (train.columns["targets"].long().bincount(minlength=self.num_classes) + 1.0).log()
 
-    def describe_constant(self, train: Rows) -> str:
-        names = list(train.facts["labels"])
-        return f"{names[int(self.fit_constant(train).argmax())]!r}, the most frequent label of train"
-
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(logits, targets, reduction="none")
 
@@ -151,9 +147,6 @@ class Regression(LabelObjective):
 
     def fit_constant(self, train: Rows) -> Tensor:
         return train.columns["targets"].double().mean(0, keepdim=True).float()
-
-    def describe_constant(self, train: Rows) -> str:
-        return f"{float(self.fit_constant(train)):.4g}, the mean of train"
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return (self._predict(logits) - targets).square()
