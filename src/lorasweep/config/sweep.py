@@ -37,21 +37,15 @@ SamplerConfig = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class LocalWorker(Settings):
-    """One worker in the process of the controller."""
+    """Workers on this machine, without Ray."""
 
     name: Literal["local"]
-    num: int
-    """Number of workers, which is 1."""
+    num: Positive | Literal["auto"]
+    """Number of processes. On a CPU `auto` starts one for each core that the process may use, with one thread, if there
+    are trials and memory for them; on a GPU one. A resumed sweep keeps its number."""
     pack_size: Positive | Literal["auto"]
     """Maximum number of trials that train together on one frozen base. 1 trains each trial alone; `auto` depends on
     the device, the lengths of rows and the number of trials left."""
-
-    def __post_init__(self) -> None:
-        if self.num != 1:
-            raise ConfigError(
-                f"`worker.num` must be 1 with `worker=local`, but got {self.num!r}. For several workers "
-                f"use `worker=ray worker.num={self.num}`."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,6 +194,8 @@ class SweepRecord:
     """Device of the last trials: `cpu`, `cuda:0`, ..."""
     threads: Count = 0
     """Number of CPU threads of one operation."""
+    workers: Count = 0
+    """Number of workers for which packs are planned."""
 
     def find_state(self, *, is_running: bool) -> SweepState:
         """Returns the sweep's state. The record of a killed sweep still has the status `running`."""

@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from lorasweep.config.run import MIN_STEPS, STEPS_KEY, RunConfig
-from lorasweep.config.sweep import DEFAULT_MARGIN, RayWorkers, SlurmWorkers, parse_margin
+from lorasweep.config.sweep import DEFAULT_MARGIN, SlurmWorkers, parse_margin
 from lorasweep.errors import ConfigError
 from lorasweep.record import QuestionName
 from lorasweep.sweep.controller.proposals import find_batch_start
@@ -157,7 +157,7 @@ def count_workers(definition: Definition) -> int:
     if isinstance(config, SlurmWorkers):
         processes = 1 if trainer.devices == "auto" else trainer.devices * trainer.num_nodes
         return max(1, config.jobs * config.processes_per_job // processes)
-    return config.num if isinstance(config, RayWorkers) and config.num != "auto" else 1
+    return 1 if config.num == "auto" else config.num  # the sweep has replaced `auto` of local workers by a number
 
 
 def find_empty_cost(config: RunConfig) -> float:

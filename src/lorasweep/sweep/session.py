@@ -18,14 +18,15 @@ from lorasweep.record import write_record
 from lorasweep.sweep.assess import Assessment, assess
 from lorasweep.sweep.checks import check_definition, list_retained, list_test_metrics, score_constant_answer
 from lorasweep.sweep.controller.folder import SweepFolder
-from lorasweep.sweep.controller.lifecycle import create_sweep, read_saved_definition, reopen_sweep
-from lorasweep.sweep.cost import FittedSweep, Rates, fit_minutes
+from lorasweep.sweep.controller.lifecycle import create_sweep, grow_definition, read_saved_definition, reopen_sweep
+from lorasweep.sweep.cost import FittedSweep, Rates, count_workers, fit_minutes
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.draft import complete_definition, draft_definition, draft_sweep
 from lorasweep.sweep.fingerprints import compute_fingerprints
 from lorasweep.sweep.measure import MeasuredTooLong, measure_sweep
 from lorasweep.sweep.plan import SweepPlan
 from lorasweep.sweep.status import SweepStatus, report_status, show_progress
+from lorasweep.sweep.workers.local_workers import limit_threads, number_workers
 from lorasweep.sweep.workers.train import train_sweep
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.stop_signal import StopSignal
@@ -111,7 +112,7 @@ class Session:
         Raises ConfigError if the sweep can't run as asked; then nothing was written.
         """
         cache, wanted = self.inputs_cache, definition.sweep_config.sweep.output if output is None else str(output)
-        definition = complete_definition(definition, cache)
+        definition = number_workers(complete_definition(definition, cache), cache)
         metric = check_definition(definition, cache, new_folder=wanted)
         assessment, constant_answer = assess(definition, cache), score_constant_answer(definition, cache)
         retained, fingerprints = list_retained(definition, cache), compute_fingerprints(definition, cache)
@@ -132,6 +133,10 @@ class Session:
     def reopen(self, folder: Path, *, changes: Mapping[str, Any]) -> SweepFolder:
         """Opens a sweep that has begun, and checks it again. Errors as in `reopen_sweep`."""
         before = read_saved_definition(folder)
+        grown = grow_definition(before, changes=changes)
+        numbered = number_workers(grown, self.inputs_cache)
+        if numbered is not grown:  # `worker.num=auto` was typed
+            changes = {**changes, "worker.num": count_workers(numbered)}
         opened = reopen_sweep(folder, changes=changes)
         cache, definition, record = self.inputs_cache, opened.definition, opened.record
         try:
@@ -171,19 +176,20 @@ class Session:
 
         Raises ConfigError if the measurement takes all `minutes`.
         """
-        definition = complete_definition(definition, self.inputs_cache)
+        definition = number_workers(complete_definition(definition, self.inputs_cache), self.inputs_cache)
         check_definition(definition, self.inputs_cache, new_folder=definition.sweep_config.sweep.output)
 
         def measure_time() -> float:
             return time.monotonic() - self._began_s
 
         try:
-            return definition, measure_sweep(
-                definition,
-                self.inputs_cache,
-                on_progress=lambda phrase: self._on_note(add_clock(phrase)),
-                is_late=lambda: minutes is not None and measure_time() > 60 * minutes,
-            )
+            with limit_threads(definition):
+                return definition, measure_sweep(
+                    definition,
+                    self.inputs_cache,
+                    on_progress=lambda phrase: self._on_note(add_clock(phrase)),
+                    is_late=lambda: minutes is not None and measure_time() > 60 * minutes,
+                )
         except MeasuredTooLong:
             raise ConfigError(
                 f"`--minutes` must leave time to train, but got {minutes:g}, and measuring a few steps alone took "

@@ -59,7 +59,7 @@ class Controller:
         Packs are planned for `num_workers`; None means as many as the definition says.
         """
         self.sweep = sweep
-        self._num_workers = num_workers or count_workers(sweep.definition)
+        self._num_workers = sweep.record.workers = num_workers or count_workers(sweep.definition)
         self._groups = group_arms(sweep.definition)
         self.search = Search(sweep)
         self.confirm: Confirmation | None = None

@@ -40,11 +40,12 @@ def group_arms(definition: Definition) -> list[list[Arm]]:
 
 
 def choose_pack_sizes(num_trials: int, *, slots: int, num_workers: int) -> list[int]:
-    """Returns the sizes of the packs in which trials train: as few as fit, but one for each worker, of even sizes.
+    """Returns the sizes of the packs in which trials train: as few as fit, equally many for each worker, of even sizes.
 
-    Nine trials with four slots are 3 + 3 + 3. If the sizes can't be equal, the first packs have one trial more.
+    Nine trials with four slots are 3 + 3 + 3, and 3 + 2 + 2 + 2 for two workers. If the sizes can't be equal, the first
+    packs have one trial more.
     """
-    num_packs = max(math.ceil(num_trials / slots), min(num_workers, num_trials))
+    num_packs = min(num_trials, num_workers * math.ceil(num_trials / slots / num_workers))
     return [num_trials // num_packs + (number < num_trials % num_packs) for number in range(num_packs)]
 
 

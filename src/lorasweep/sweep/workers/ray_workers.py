@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
@@ -35,7 +35,7 @@ from lorasweep.record import read_sweep
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.lifecycle import read_saved_definition, reopen_sweep
 from lorasweep.sweep.workers.ray_cluster import WorkerNeeds, count_fitting_workers
-from lorasweep.sweep.workers.worker import Worker
+from lorasweep.sweep.workers.worker import RemoteController, Worker
 from lorasweep.training.environment import describe_packages, name_device
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.open_run import RunRequest
@@ -113,27 +113,17 @@ class ControllerActor(Controller):
         self.sweep.close()
 
 
-class RemoteController:
-    """Calls the methods of the controller, which runs in another process."""
-
-    def __init__(self, actor: Any, *, sweep: Path) -> None:
-        self._actor, self._sweep = actor, sweep
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        """Returns a method that waits for the controller's answer, and raises the controller's errors."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return _get_results(getattr(self._actor, name).remote(*args, **kwargs))
-            except RayActorError as error:
-                if isinstance(cause := error.__cause__, LoraSweepError):
-                    raise cause from None
-                raise WorkerError(
-                    f"a sweep's controller must run as long as its workers, but it ended: {first_line(error)}. Type "
-                    f"`lorasweep sweep --resume {self._sweep}`."
-                ) from error
-
-        return call
+def _call_actor(actor: Any, sweep: Path, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Returns the answer of the controller's method, or raises its error."""
+    try:
+        return _get_results(getattr(actor, name).remote(*args, **kwargs))
+    except RayActorError as error:
+        if isinstance(cause := error.__cause__, LoraSweepError):
+            raise cause from None
+        raise WorkerError(
+            f"a sweep's controller must run as long as its workers, but it ended: {first_line(error)}. Type "
+            f"`lorasweep sweep --resume {sweep}`."
+        ) from error
 
 
 @ray.remote(concurrency_groups={"control": 1})
@@ -150,7 +140,7 @@ class WorkerActor:
     def run(self, controller: Any, *, name: str, num_workers: int, peers: Sequence[Any]) -> None:
         self.enter()
         path = self._context.sweep_path
-        client = RemoteController(controller, sweep=path)
+        client = RemoteController(partial(_call_actor, controller, path))
         definition, record = read_saved_definition(path), read_sweep(path)
         client.note_worker(device=name_device(), threads=torch.get_num_threads())
         self._peers = list(peers)
@@ -290,7 +280,7 @@ class WorkerPool:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         actor_class = ray.remote(ControllerActor).options(num_cpus=0, scheduling_strategy=here)
         self._actor = actor_class.remote(self._context, num_workers=num_planned)
-        self._controller = RemoteController(self._actor, sweep=path)
+        self._controller = RemoteController(partial(_call_actor, self._actor, path))
 
     def train(self, *, stop_requested: Callable[[], bool], require_nodes: Callable[[], None] = lambda: None) -> bool:
         """Trains the remaining trials, and returns whether the sweep is complete.

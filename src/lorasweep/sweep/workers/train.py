@@ -1,4 +1,4 @@
-"""Trains the remaining trials of a sweep: in this process, on Ray, or on Ray in Slurm jobs."""
+"""Trains the remaining trials of a sweep: in processes of this machine, on Ray, or on Ray in Slurm jobs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.folder import SweepFolder, check_disk
 from lorasweep.sweep.cost import count_workers
 from lorasweep.sweep.definition.arms import Arm, Definition
+from lorasweep.sweep.workers.local_workers import LocalWorkers
 from lorasweep.sweep.workers.ray_cluster import (
     WorkerNeeds,
     check_capacity,
@@ -86,16 +87,19 @@ def _train(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested: Cal
             return pool.train(stop_requested=stop_requested)
     try:
         controller = Controller(sweep)
-        controller.note_worker(device=name_device(), threads=torch.get_num_threads())
         controller.save("running")
-        Worker(
-            path=sweep.path,
-            definition=sweep.definition,
-            controller=controller,
-            test_metric=sweep.record.verdict_metric.name,
-            inputs_cache=inputs_cache,
-            stop_requested=stop_requested,
-        ).run()
+        if (num := count_workers(sweep.definition)) > 1:
+            LocalWorkers(controller, num=num, inputs_cache=inputs_cache).train(stop_requested=stop_requested)
+        else:
+            controller.note_worker(device=name_device(), threads=torch.get_num_threads())
+            Worker(
+                path=sweep.path,
+                definition=sweep.definition,
+                controller=controller,
+                test_metric=sweep.record.verdict_metric.name,
+                inputs_cache=inputs_cache,
+                stop_requested=stop_requested,
+            ).run()
         return controller.finish()
     finally:
         sweep.close()

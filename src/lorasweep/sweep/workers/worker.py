@@ -1,19 +1,31 @@
 """The loop of a worker: take a pack from the controller, train it, tell the controller the outcome of each trial.
 
-A worker runs in the controller's process, or as a Ray actor in its own process (`ray_workers`).
+A worker runs in the controller's process, or in its own: on this machine (`local_workers`) or as a Ray actor
+(`ray_workers`).
 """
 
 from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lorasweep.console import RUNNING_TRAINING
-from lorasweep.errors import Diverged, OutOfMemory, RecordError, RunError, WorkerError, describe_error
+from lorasweep.errors import (
+    Diverged,
+    LoraSweepError,
+    OutOfMemory,
+    RecordError,
+    RunError,
+    WorkerError,
+    describe_error,
+)
 from lorasweep.record import RunRecord, read_run
 from lorasweep.report.facts import MAX_CUT_OFF_SHARE
 from lorasweep.sweep.controller.controller import Assignment, Controller
@@ -27,8 +39,19 @@ from lorasweep.training.inputs import InputsCache
 from lorasweep.training.pack_size import PackSize, choose_pack_size
 from lorasweep.training.run import train_runs
 
-ASK_INTERVAL_S = 2.0
+ASK_INTERVAL_S = 0.5
 """Seconds until a worker asks again after it got no pack, while other workers train."""
+
+
+class RemoteController:
+    """Calls the methods of a controller in another process."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        """`call(name, *args, **kwargs)` returns the answer of the controller's method, or raises its error."""
+        self._call = call
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return partial(self._call, name)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -109,7 +132,7 @@ class Worker:
             except WorkerError:
                 raise
             except Exception as error:
-                self.controller.tell_failure(assignment, error)
+                self.controller.tell_failure(assignment, _make_portable(error))
 
     def _train_rest(self, running: list[Assignment], *, on_end: Callable[..., None]) -> None:
         """Trains the trials of a pack that have not ended. `on_end` removes those that end from `running`.
@@ -134,7 +157,7 @@ class Worker:
         except Exception as error:
             check_disk(self.path, error)
             if len(running) == 1:
-                self.controller.tell_failure(running[0], error)
+                self.controller.tell_failure(running[0], _make_portable(error))
             elif running:
                 self._split(running, error)
 
@@ -174,6 +197,13 @@ class Worker:
         if self.test_metric not in record.test:
             raise RunError(str(record.answers["test"]["problem"]))
         return record
+
+
+def _make_portable(error: Exception) -> Exception:
+    """Returns an error that another process can read. One of a user's class may fail to be pickled."""
+    if isinstance(error, LoraSweepError | OSError):
+        return error
+    return RunError(traceback.format_exception_only(error)[-1].strip())
 
 
 def choose_slots(
