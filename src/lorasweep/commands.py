@@ -17,9 +17,9 @@ from lorasweep.training.torch_variables import quick_imports
 if TYPE_CHECKING:
     from lorasweep.hydra_app import Job
     from lorasweep.results import RunResult, SweepResult
-    from lorasweep.sweep.assess import Note
     from lorasweep.sweep.definition.arms import Definition
     from lorasweep.tasks.examples import Examples
+    from lorasweep.wording import Note
 
 RECIPE_FORMATS = ("axolotl", "trl", "llamafactory")
 """Formats of `export` that write settings into a training file of another tool."""

@@ -6,7 +6,8 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 UNKNOWN = "–"
 """Text of an unknown value."""
@@ -22,6 +23,15 @@ MIN_WIDTH = 1e-6
 """Width of an interval below which it is taken for a rounding error; relative to its ends, of a share to 1."""
 MAX_EXTRA_DECIMALS = 2
 """Maximum number of decimals that are added so that an end of an interval is not rounded to a critical value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """A sentence for the user on what was asked for, before it trains."""
+
+    kind: Literal["warning", "sweep", "data"]
+    """A warning is always shown, a note on the sweep in its plan and by `--verbose`, one on the data by `--verbose`."""
+    text: str
 
 
 def suggest_nearest(name: str, choices: Iterable[str]) -> str:

@@ -112,7 +112,7 @@ def test_coverage_counts_parameters_and_names_fused_experts(model):
     assert find_targets(model, config()).matched_fraction == pytest.approx(up_and_proj / total)
     saved = LoraConfig(rank=2, targets=("up",), modules_to_save=("out",))
     assert find_targets(model, saved).matched_fraction == pytest.approx((2 * 8 * 16 + head) / total)
-    assert "experts" not in find_targets(model, config()).describe()
+    assert "experts" not in find_targets(model, config()).note.text
     model.experts = nn.Module()
     model.experts.down_proj = nn.Parameter(torch.zeros(4, 8, 8))
     coverage = find_targets(model, config())
@@ -124,7 +124,7 @@ def test_coverage_counts_parameters_and_names_fused_experts(model):
         "`experts.down_proj`",
         "target_modules: [proj, up], target_parameters: [experts.down_proj]",
     ):
-        assert words in coverage.describe()
+        assert words in coverage.note.text
 
 
 MOE = {"hidden_size": 16, "intermediate_size": 8, "moe_intermediate_size": 8, "num_hidden_layers": 2, "vocab_size": 32}

@@ -149,7 +149,7 @@ def test_what_lora_adapts_is_said_once_and_experts_that_it_leaves_out_are_a_warn
     with_experts = RunInputs(base=replace(base, model=model), splits=tiny_inputs.load(config).splits, precision="fp32")
     cache = SimpleNamespace(load=lambda config: with_experts)
     found = assess(definition, cache)
-    assert found.warnings == [with_experts.list_notes(config)[-1]]
+    assert found.warnings == [with_experts.list_notes(config)[-1].text]
     assert not any("experts" in note for note in found.others)
 
 

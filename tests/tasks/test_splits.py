@@ -165,9 +165,9 @@ def test_conversations_are_completions_and_those_whose_answer_is_cut_off_are_dro
     assert splits.train.sequences["input_ids"][0].tolist() == encoded[:-1]
     splits = build(CONVERSATIONS, data="chat", template="plain", max_length=10)
     assert (len(splits.train), splits.train.groups, splits.train.describe()["left_out"]) == (1, ("0",), 1)
-    ((sentence, is_warning),) = describe_lost([splits.train], is_longest=False).items()
-    assert "`data.max_length` cuts off" in sentence
-    assert is_warning
+    (note,) = describe_lost([splits.train], is_longest=False)
+    assert "`data.max_length` cuts off" in note.text
+    assert note.kind == "warning"
 
 
 def test_answers_that_become_examples_of_their_own_keep_the_group_of_their_conversation():
@@ -205,6 +205,6 @@ def test_pairs_whose_answers_are_cut_off_are_counted_and_dropped_without_a_score
     cut = pair("a prompt of which nothing is left to be scored", "yes", "no")
     splits = build([*PAIRS, cut], data="preferences", template="plain", max_length=22)
     assert (len(splits.train), splits.train.describe()["left_out"], splits.train.describe()["truncated"]) == (2, 1, 2)
-    ((sentence, is_warning),) = describe_lost([splits.train, splits.test()], is_longest=True).items()
-    assert "2 of 3 examples of train, 2 of 3 examples of test, and leaves out 1 of train, 1 of test" in sentence
-    assert is_warning
+    (note,) = describe_lost([splits.train, splits.test()], is_longest=True)
+    assert "2 of 3 examples of train, 2 of 3 examples of test, and leaves out 1 of train, 1 of test" in note.text
+    assert note.kind == "warning"

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorasweep.config.data import ScoreMetric
+from lorasweep.wording import Note
 
 IGNORED = -100
 """Target at positions that are not scored. It is the `ignore_index` of torch's cross-entropy."""
@@ -250,23 +251,24 @@ def list_passages(split: Rows, index: int, *, tokenizer: PreTrainedTokenizerBase
     return passages
 
 
-def describe_lost(splits: Sequence[SplitFacts], *, is_longest: bool) -> dict[str, bool]:
-    """Returns a sentence on what `data.max_length` cuts off, and whether it warns: of more than `MAX_CUT_SHARE`.
+def describe_lost(splits: Sequence[SplitFacts], *, is_longest: bool) -> list[Note]:
+    """Returns a note on what `data.max_length` cuts off, if it cuts anything: a warning above `MAX_CUT_SHARE`.
 
-    It also warns of examples that are left out because no answer remains. Empty if nothing is cut off. `is_longest`
-    says whether the model reads no longer examples.
+    It also warns of examples that are left out because no answer remains. `is_longest` says whether the model reads no
+    longer examples.
     """
     facts = {split.name: split.describe() for split in splits}
     if not any(one.get("truncated") for one in facts.values()):
-        return {}
+        return []
     cut = {name: one["truncated"] for name, one in facts.items()}
     sizes = {name: one["examples"] + one.get("left_out", 0) for name, one in facts.items()}
     listed = ", ".join(f"{cut[name]:,} of {sizes[name]:,} examples of {name}" for name in facts)
     left_out = [f"{one['left_out']:,} of {name}" for name, one in facts.items() if one.get("left_out")]
     dropped = f", and leaves out {', '.join(left_out)}, of which no answer remains" if left_out else ""
     remedy = "The model reads no more: shorten the examples." if is_longest else "A larger one keeps them."
-    sentence = f"`data.max_length` cuts off the end of {listed}{dropped}. {remedy}"
-    return {sentence: bool(left_out) or sum(cut.values()) > MAX_CUT_SHARE * sum(sizes.values())}
+    is_warning = bool(left_out) or sum(cut.values()) > MAX_CUT_SHARE * sum(sizes.values())
+    text = f"`data.max_length` cuts off the end of {listed}{dropped}. {remedy}"
+    return [Note(kind="warning" if is_warning else "sweep", text=text)]
 
 
 def select_model_inputs(batch: Batch) -> Batch:

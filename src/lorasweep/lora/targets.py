@@ -20,7 +20,7 @@ from lorasweep.lora.layer_kinds import (
     matrix_shape,
 )
 from lorasweep.lora.patterns import find_first_match, fits_pattern, suggest_layer
-from lorasweep.wording import format_share
+from lorasweep.wording import Note, format_share
 
 PatternValue = TypeVar("PatternValue", int, float)
 
@@ -71,21 +71,23 @@ class Coverage:
         """Names of the adapted layers in the model's order."""
         return tuple(self.targets)
 
-    def describe(self) -> str:
-        """Returns sentences on the share of the parameters that is adapted, and on experts that are left out."""
+    @property
+    def note(self) -> Note:
+        """The share of the parameters that is adapted; a warning if it leaves out fused experts."""
         matched, other = format_share(self.matched_fraction), format_share(1 - self.matched_fraction)
         text = f"LoRA adapts layers with {matched} of the model's parameters"
         text += f"; `method.targets` leaves out {other}" if self.matched_fraction < 1 else ""
         if not self.fused_experts:
-            return f"{text}."
+            return Note(kind="sweep", text=f"{text}.")
         parameters = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in self.fused_experts))
         # not `all-linear`, with which PEFT would train the routers too
         modules = ", ".join(sorted({name.rpartition(".")[2] for name in self.layers} - EXPERT_LAYER_NAMES))
-        return (
-            f"{text}, among them all experts of the model, which are fused into parameters such as "
+        text += (
+            ", among them all experts of the model, which are fused into parameters such as "
             f"`{self.fused_experts[0]}`. PEFT trains them, each run alone: `method=peft method.config={{peft_type: "
             f"LORA, r: 8, target_modules: [{modules}], target_parameters: [{parameters}]}}`."
         )
+        return Note(kind="warning", text=text)
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> Coverage:

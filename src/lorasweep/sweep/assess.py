@@ -5,23 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from lorasweep.sweep.checks import score_constant_answer
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.definition.confirm import find_warnings
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms
 from lorasweep.training.inputs import InputsCache
-from lorasweep.wording import format_share
-
-
-@dataclass(frozen=True, kw_only=True)
-class Note:
-    """A sentence on a sweep that has not started."""
-
-    kind: Literal["warning", "sweep", "data"]
-    """A warning is always shown, a note on the sweep in its plan and by `--verbose`, one on the data by `--verbose`."""
-    text: str
+from lorasweep.wording import Note, format_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,23 +38,16 @@ class Assessment:
 
 def assess(definition: Definition, inputs_cache: InputsCache) -> Assessment:
     """Returns the notes on a checked sweep: warnings about its definition first."""
-    warnings = {text: Note(kind="warning", text=text) for text in find_warnings(definition)}
-    found = {note.text: note for note in _list_notes(definition, inputs_cache)}
-    return Assessment(notes=(*warnings.values(), *found.values()))
+    notes = {note.text: note for note in _list_notes(definition, inputs_cache)}
+    return Assessment(notes=tuple(notes.values()))
 
 
 def _list_notes(definition: Definition, inputs_cache: InputsCache) -> Iterator[Note]:
-    """Yields notes on what was loaded; the last one of a text counts."""
+    for text in find_warnings(definition):
+        yield Note(kind="warning", text=text)
     has_test = bool(definition.sweep_config.confirm.list_looks())
-    for arm in definition.arms:
-        inputs = inputs_cache.load(arm.base)
-        for text in inputs.list_notes(arm.base):
-            yield Note(kind="data", text=text)
-        for text, is_warning in inputs.describe_lost(arm.base, has_test=has_test).items():
-            yield Note(kind="warning" if is_warning else "sweep", text=text)
     for config in definition.corner_configs:
-        if (coverage := inputs_cache.load(config).find_coverage(config)) is not None:
-            yield Note(kind="warning" if coverage.fused_experts else "sweep", text=coverage.describe())
+        yield from inputs_cache.load(config).list_notes(config, has_test=has_test)
     yield from _describe_steps(definition, inputs_cache)
     for text in (*explain_bases(definition), *explain_solo_arms(definition)):
         yield Note(kind="sweep", text=text)
@@ -90,9 +73,8 @@ def _describe_steps(definition: Definition, inputs_cache: InputsCache) -> Iterat
             "So few steps may not get beyond the answer that is always the most frequent label (accuracy "
             f"{format_share(most_frequent)})."
         )
-    kind: Literal["warning", "sweep"] = "sweep" if most_frequent is None else "warning"
     sentences.append(f"`trainer.max_steps={math.ceil(num_examples / batch_size)}` makes one epoch.")
-    yield Note(kind=kind, text=" ".join(sentences))
+    yield Note(kind="sweep" if most_frequent is None else "warning", text=" ".join(sentences))
 
 
 def _describe_test_data(definition: Definition, inputs_cache: InputsCache) -> str:

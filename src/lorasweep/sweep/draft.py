@@ -186,7 +186,7 @@ def draft_sweep(
     content = {"name": path.stem, **shorter, "settings": {**numbered, **of_sweep}, "arms": kept}
     facts = [
         *([f"Cut to a time, {given_up}"] if given_up else []),
-        *inputs.describe_lost(config, has_test=True),
+        *(note.text for note in inputs.describe_lost(config, has_test=True)),
         *notes,
     ]
     head = _list_head(path, inputs, recipe, facts, kept)

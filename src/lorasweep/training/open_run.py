@@ -111,7 +111,7 @@ def _open_record(
         packages=describe_packages(),
         platform=platform,
         environment=describe_environment(),
-        notes=list(inputs.list_notes(config)),
+        notes=[note.text for note in inputs.list_notes(config)],
         data={"train": splits.train.describe(), "validation": splits.describe(splits.validation)},
         base=inputs.base.describe(),
         fingerprints=inputs.fingerprints(config),

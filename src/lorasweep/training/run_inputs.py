@@ -23,6 +23,7 @@ from lorasweep.record import compute_sha256
 from lorasweep.tasks.splits import DataSplits
 from lorasweep.training.environment import Precision, get_device
 from lorasweep.training.reference import add_reference
+from lorasweep.wording import Note
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +50,8 @@ class RunInputs:
         positions: int | None = getattr(getattr(self.base.model, "config", None), "max_position_embeddings", None)
         return positions
 
-    def describe_lost(self, config: RunConfig, *, has_test: bool) -> dict[str, bool]:
-        """Returns sentences on what `data.max_length` cuts off; True marks a warning (`data.rows.describe_lost`)."""
+    def describe_lost(self, config: RunConfig, *, has_test: bool) -> list[Note]:
+        """Returns a note on what `data.max_length` cuts off (`data.rows.describe_lost`)."""
         splits = self.splits.train, self.splits.validation, *([self.splits.test()] if has_test else [])
         return describe_lost(splits, is_longest=config.data.max_tokens == self.max_positions)
 
@@ -78,11 +79,15 @@ class RunInputs:
         """Returns the layers that a run adapts; None if its method has no targets."""
         return bind(config.method).find_coverage(self.base.model, new_head_names=self.base.new_head_names)
 
-    def list_notes(self, config: RunConfig) -> tuple[str, ...]:
-        """Returns sentences on the prepared data, on the chosen attention, and on the layers that a run adapts."""
+    def list_notes(self, config: RunConfig, *, has_test: bool = False) -> list[Note]:
+        """Returns notes on the prepared data, on the chosen attention, and on the layers that a run adapts."""
         attention, coverage = self.attention, self.find_coverage(config)
-        chosen = () if attention is None else (f"Attention is {attention.name}: {attention.reason}.",)
-        return *self.splits.notes, *chosen, *(() if coverage is None else (coverage.describe(),))
+        chosen = [] if attention is None else [f"Attention is {attention.name}: {attention.reason}."]
+        return [
+            *(Note(kind="data", text=text) for text in (*self.splits.notes, *chosen)),
+            *self.describe_lost(config, has_test=has_test),
+            *([] if coverage is None else [coverage.note]),
+        ]
 
     def fingerprints(self, config: RunConfig) -> dict[str, str]:
         """Returns digests of base, training and validation data, chat template and the user's code, by setting."""

@@ -46,7 +46,7 @@ def train_solo_run(
             check_answers(config, inputs.splits.validation, inputs=inputs)
         trial = f"of trial {origin['trial']}" if origin.get("trial") is not None else "that were predicted best"
         used = [f"settings {trial} of arm `{origin['arm']}` in {origin['sweep']}"] if origin else []
-        notes = [*used, *inputs.describe_lost(config, has_test=False), *inputs.list_notes(config)]
+        notes = [*used, *(note.text for note in inputs.list_notes(config))]
         for note in notes if group.is_global_zero else ():
             say_note(f"• {note}")
         # after the checks, so that a wrong request creates no folder
