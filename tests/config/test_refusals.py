@@ -77,7 +77,7 @@ def test_a_wrong_setting_of_a_run_is_refused(settings, words):
     ("settings", "words"),
     [
         ({"sampler": "cmaes"}, ["`sampler`", "gp, grid, qmc, random, tpe", "'cmaes'"]),
-        ({"worker.num": 0}, ["`worker`", "num", "0"]),
+        ({"worker.num": 0}, ["`worker.num >= 1`", "0", "auto"]),
         ({"confirm": "no"}, ["`confirm`", "a group of settings", "'no'"]),
         ({"confirm.seed": 3}, ["`confirm.seed`", "`confirm.seeds`"]),
         ({"confirm.seeds": "many"}, ["`confirm.seeds`", "'many'"]),
