@@ -96,8 +96,8 @@ def test_a_users_own_conf_is_found_first(tmp_path, monkeypatch):
 
 
 MANDATORY = {
-    **{f"model={option}": {"model.path": "owner/name"} for option in ("causal_lm", "classifier")},
-    **{f"data={option}": {"data.train": "file"} for option in ("text", "table", "chat", "preferences")},
+    **{f"model={option}": {"model.path": "owner/name"} for option in ("causal_lm", "classifier", "embedder")},
+    **{f"data={option}": {"data.train": "file"} for option in ("text", "table", "chat", "preferences", "embeddings")},
 }
 """Settings without a default."""
 OPTIONS = [

@@ -8,7 +8,7 @@ from lorasweep.tasks import DATA, OBJECTIVES, PLAIN_TEXT
 from lorasweep.tasks.task import Task, find_task
 
 PACKAGE = Path(lorasweep.__file__).parent
-TASKS = {"text", "chat", "table", "preferences"}
+TASKS = {"text", "chat", "table", "preferences", "embeddings"}
 NAMES = {*DATA, *OBJECTIVES} - {PLAIN_TEXT, "module", "default", "dpo"}
 """Words that name a task or its objective. Others have further meanings, such as `dpo`, a stage of other tools."""
 OWN_CLASSES = {

@@ -16,7 +16,7 @@ from lorasweep.config.build import AtLeastTwo, ChosenByName, Positive, Settings
 from lorasweep.config.components import Component
 from lorasweep.errors import ConfigError
 
-ModelKind = Literal["causal_lm", "classifier"]
+ModelKind = Literal["causal_lm", "classifier", "embedder"]
 Direction = Literal["minimize", "maximize"]
 """Whether a lower or a higher score is better."""
 AnswerMetric = Literal["exact_match", "last_number"]
@@ -33,6 +33,7 @@ SCORE_ROUNDING = 1e-6
 Both are computed in fp32 (eps = 1.2e-7), perhaps on different devices, which may add in different orders."""
 METRIC_RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("accuracy", "f1", "preference_accuracy", *get_args(AnswerMetric)), (0.0, 1.0)),
+    **dict.fromkeys(("ndcg_at_10", "mrr_at_10", "accuracy_at_1"), (0.0, 1.0)),
     **dict.fromkeys(("matthews", "pearson", "spearman"), (-1.0, 1.0)),
     **dict.fromkeys(("bits_per_byte", "loss", "mse"), (0.0, math.inf)),
     "perplexity": (1.0, math.inf),
@@ -117,6 +118,8 @@ class DataSettings(Settings):
     """Settings that limit the number of scored examples: of validation, then of test."""
     cuts_examples: ClassVar[bool] = False
     """Whether the examples have lengths of their own, which `data.max_length` cuts."""
+    needs_whole_batch: ClassVar[bool] = False
+    """Whether the loss of an example depends on the others of its batch, so that nothing may cut a batch."""
     is_built_in: ClassVar[bool] = False
     """Whether every installation has the data, so that a run needs no whole epoch of them."""
 

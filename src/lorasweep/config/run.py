@@ -45,7 +45,7 @@ class ModelConfig(Settings):
 
     name: str
     kind: ModelKind
-    """Kind of output: the next token (`causal_lm`), or labels or a number (`classifier`)."""
+    """Kind of output: the next token (`causal_lm`), labels or a number (`classifier`), or a vector (`embedder`)."""
     path: str
     """Hub id or folder; `embedded:tiny` is inside this package."""
     revision: str | None
@@ -351,6 +351,17 @@ class RunConfig(Settings):
             raise ConfigError(
                 f"`model.quantization` must be none with `method={self.method.name}`, which needs weights of the base, "
                 f"but got {self.model.quantization!r}. Use `method=lora`, or in a sweep set it once for all arms."
+            )
+        cuts = {
+            "accumulate": self.trainer.accumulate,
+            "devices": self.trainer.devices,
+            "num_nodes": self.trainer.num_nodes,
+        }
+        if self.data.needs_whole_batch and (cut := next((key for key, number in cuts.items() if number != 1), None)):
+            raise ConfigError(
+                f"`trainer.{cut}` must be 1 with `data={self.data.name}`, because the examples of a batch are each "
+                f"other's negatives, so that a batch can't be cut, but got {cuts[cut]!r}. For less memory use "
+                "`trainer.activation_checkpointing=true`."
             )
         if self.trainer.is_sharded and (key := self._find_unsharded()):
             raise ConfigError(

@@ -244,6 +244,9 @@ def list_passages(split: Rows, index: int, *, tokenizer: PreTrainedTokenizerBase
         if "targets" in split.columns:
             passages += [(str(tokenizer.decode(ids)), False), (str(split.columns["targets"][row].item()), True)]
             continue
+        if "targets" not in split.sequences:  # all texts are compared
+            passages.append((str(tokenizer.decode(ids)), True))
+            continue
         targets = split.sequences["targets"][row].tolist()
         tokens = zip([*ids, targets[-1]], [False, *(target != IGNORED for target in targets)], strict=True)
         runs = itertools.groupby((token for token in tokens if token[0] != IGNORED), key=lambda token: token[1])
@@ -278,7 +281,7 @@ def select_model_inputs(batch: Batch) -> Batch:
 def move_batch(batch: Batch, device: torch.device) -> Batch:
     """Moves a batch to `device`, except for what the CPU reads (`HOST_KEYS`). Counts the scored tokens before."""
     counted = dict(batch)
-    if batch["targets"].dim() == 2:
+    if "targets" in batch and batch["targets"].dim() == 2:
         counted["num_scored"] = (batch["targets"] != IGNORED).sum(1)
     return {name: value if name in HOST_KEYS else move_tensor(value, device) for name, value in counted.items()}
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -40,6 +41,7 @@ from lorasweep.models.pretrained import (
 MODEL_CLASSES: dict[ModelKind, Any] = {
     "causal_lm": AutoModelForCausalLM,
     "classifier": AutoModelForSequenceClassification,
+    "embedder": AutoModel,
 }
 
 ALWAYS_DOWNLOADED = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
@@ -68,7 +70,8 @@ class BaseModel:
     """A pre-trained model whose weights never change. Each run trains a copy that shares these weights."""
 
     model: nn.Module
-    """In evaluation mode, with frozen parameters and without key-value cache. `model(input_ids=...)` has `logits`."""
+    """In evaluation mode, with frozen parameters and without key-value cache. `model(input_ids=...)` has `logits`, or
+    `last_hidden_state` if it is an embedder."""
     tokenizer: PreTrainedTokenizerBase
     path: str
     """The value of `model.path`, or of `module._target_`."""
@@ -188,6 +191,12 @@ def list_model_files(folder: Path) -> list[Path]:
     return sorted(path for pattern in (*ALWAYS_DOWNLOADED, "*.py") for path in folder.glob(pattern))
 
 
+def list_module_files(folder: Path) -> list[Path]:
+    """Returns the files from which sentence-transformers knows the modules of an embedder; none for other models."""
+    own = [folder / f"{name}.json" for name in ("modules", "sentence_bert_config", "config_sentence_transformers")]
+    return [path for path in (*own, *sorted(folder.glob("[0-9]*/config.json"))) if path.is_file()]
+
+
 def _download(config: ModelConfig) -> Path:
     """Returns the folder of a hub id in the hub's cache. Downloads the files that the cache does not have."""
     wanted = [*ALWAYS_DOWNLOADED, *(["*.py"] if config.trust_remote_code else [])]
@@ -196,7 +205,8 @@ def _download(config: ModelConfig) -> Path:
             config.path,
             revision=config.revision,
             allow_patterns=wanted,
-            ignore_patterns=["*/*"],  # subfolders have the model in other formats
+            # subfolders have the model in other formats, but for those of sentence-transformers, such as `1_Pooling`
+            ignore_patterns=["[!0-9]*/*"],
         )
     except GatedRepoError as error:
         raise ConfigError(

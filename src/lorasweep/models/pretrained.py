@@ -45,6 +45,7 @@ def load_pretrained(
     The head is every module outside the pre-trained network (`classifier`, `score`), and the pooler inside. With
     `may_lack_head` the checkpoint may have none, or one for other labels. A new head is initialised as its architecture
     defines, with a fixed seed. Later, each run draws the head again. Some buffers (rotary frequencies) stay fp32.
+    A network without a head loses its pooler, which computes nothing that is used.
 
     Raises:
         ValueError: Weights are missing or have the wrong shape. transformers alone would only warn.
@@ -61,6 +62,9 @@ def load_pretrained(
             **({"use_safetensors": True, "trust_remote_code": False} | settings),
         )
     missing = sorted(info["missing_keys"]) + sorted(name for name, *_ in info["mismatched_keys"])
+    if model.base_model is model and getattr(model, "pooler", None) is not None:
+        model.pooler = None  # type: ignore[assignment]
+        missing = [name for name in missing if not name.startswith("pooler.")]
     network = f"{model.base_model_prefix}."
     needed = [
         name for name in missing if not may_lack_head or (name.startswith(network) and "pooler" not in name.split("."))

@@ -28,7 +28,7 @@ from lorasweep.disk import require_new_folder
 from lorasweep.errors import ConfigError, RecordError, RunError, first_line
 from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_peft_settings
 from lorasweep.methods import bind
-from lorasweep.models.load import BaseModel, fingerprint_weights, load_tokenizer
+from lorasweep.models.load import BaseModel, fingerprint_weights, list_module_files, load_tokenizer
 from lorasweep.models.paths import EMBEDDED_PREFIX, find_local_path
 from lorasweep.models.pretrained import NF4_ARGUMENTS, load_pretrained, quiet_transformers
 from lorasweep.record import RunRecord, read_run, restore_config
@@ -36,7 +36,7 @@ from lorasweep.training.finished_run import check_kept_files, restore_model, res
 
 ExportFormat = Literal["peft", "merged"]
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-CLASS_ENDINGS = {"causal_lm": "ModelForCausalLM", "classifier": "ModelForSequenceClassification"}
+CLASS_ENDINGS = {"causal_lm": "ModelForCausalLM", "classifier": "ModelForSequenceClassification", "embedder": "Model"}
 """Names of the classes that load a model, without `Auto` (transformers) or `AutoPeft` (PEFT)."""
 SHOWN_SETTINGS = (
     *("method.", "optim.", "schedule.", "seed", "trainer.max_steps", "trainer.batch_size"),
@@ -181,6 +181,11 @@ def _write_merged(
         model.save_pretrained(folder)
         if base.tokenizer is not None:
             base.tokenizer.save_pretrained(folder)
+    if config.model.kind == "embedder" and base.folder is not None:
+        for file in list_module_files(base.folder):
+            target = folder / file.relative_to(base.folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
     return type(model), model.dtype, fingerprint_weights(model)
 
 
@@ -246,6 +251,11 @@ def _describe_loading(record: RunRecord, config: ModelConfig, *, format: str, re
         f'model = {name}.from_pretrained("{repository}"{arguments})',
         f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})",
     ]
+    if config.kind == "embedder":
+        imports = ["from sentence_transformers import SentenceTransformer"]
+        shown = base if format == "peft" else repository
+        lines = [f'model = SentenceTransformer("{shown}")']
+        lines += [f'model.load_adapter("{repository}")'] if format == "peft" else []
     code = "\n".join([*imports, "", *lines])
     if text := record.data.get("train", {}).get("format"):
         notes.append(f"In training, an example was `{text}`. Write prompts in the same way.")

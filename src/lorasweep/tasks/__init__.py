@@ -8,6 +8,7 @@ from __future__ import annotations
 from lorasweep.config.data import DataSettings, ModuleDataConfig
 from lorasweep.config.objective import ObjectiveConfig
 from lorasweep.tasks.chat.settings import ChatConfig
+from lorasweep.tasks.embeddings.settings import EmbeddingsConfig, InBatchConfig
 from lorasweep.tasks.preferences.settings import DpoConfig, OrpoConfig, PreferencesConfig
 from lorasweep.tasks.table.settings import TableConfig
 from lorasweep.tasks.text.settings import StdlibConfig, TextConfig
@@ -16,6 +17,7 @@ DATA: dict[str, type[DataSettings]] = {
     "stdlib_docs": StdlibConfig,
     "stdlib_code": StdlibConfig,
     "text": TextConfig,
+    "embeddings": EmbeddingsConfig,
     "preferences": PreferencesConfig,
     "chat": ChatConfig,
     "table": TableConfig,
@@ -28,5 +30,6 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "default": ObjectiveConfig,
     "dpo": DpoConfig,
     "orpo": OrpoConfig,
+    "in_batch_negatives": InBatchConfig,
 }
 """The settings of each value of `objective.name`."""

@@ -197,7 +197,8 @@ class _Training:
             ) from error
         [*opened] = self.opened.values()
         micro_batches = int(opened[0].record.batching.get("micro_batches", 1)) if opened else 0
-        can_cut = self.config.module is None and micro_batches < self.config.trainer.batch_size
+        can_cut = self.config.module is None and not self.config.data.needs_whole_batch
+        can_cut = can_cut and micro_batches < self.config.trainer.batch_size
         if len(self.pending) > 1 or not opened or not can_cut or not opened[0].record.steps_planned:
             raise error
         self.too_large.append(micro_batches)
