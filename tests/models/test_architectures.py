@@ -188,7 +188,7 @@ def test_a_slot_of_a_pack_gets_the_logits_and_gradients_of_its_solo_run(load, ar
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks transformers
 def test_fused_experts_train_with_the_settings_that_the_warning_names(load, tmp_path):
     base = load("qwen3_moe", "causal_lm")
-    warning = bind(CONFIGS["lora"]).find_coverage(base.model).describe()
+    warning = bind(CONFIGS["lora"]).find_coverage(base.model).note.text
     settings = yaml.safe_load(re.search(r"method.config=({.*})`", warning)[1])
     model = bind(PeftConfig(config=settings)).prepare(base, generator=torch.Generator().manual_seed(0))
     changed = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
