@@ -72,7 +72,8 @@ def _choose_number(definition: Definition, inputs_cache: InputsCache) -> int:
         inputs = inputs_cache.load(arm.base)
         sizes = [(weight.numel(), weight.element_size()) for weight in inputs.base.model.parameters()]
         shared_bytes = max(shared_bytes, sum(number * size for number, size in sizes))
-        trained = 0 if arm.base.method.adapter_kind is not None else TRAINED_BYTES * sum(number for number, _ in sizes)
+        trains_few = arm.base.method.trains_nothing or arm.base.method.adapter_kind is not None
+        trained = 0 if trains_few else TRAINED_BYTES * sum(number for number, _ in sizes)
         shape: Any = getattr(inputs.base.model, "config", None)
         layers, hidden = getattr(shape, "num_hidden_layers", 0), getattr(shape, "hidden_size", 0)
         width = DTYPES[inputs.precision].itemsize / 2
@@ -95,7 +96,7 @@ def limit_threads(definition: Definition) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Start:
-    """What a worker's process gets when it starts."""
+    """The arguments of a worker's process."""
 
     name: str
     path: Path
@@ -134,7 +135,7 @@ class LocalWorkers:
         self._members: list[_Member] = []
 
     def train(self, *, stop_requested: Callable[[], bool]) -> None:
-        """Trains the remaining trials, or until a stop is requested. Raises the error of a worker.
+        """Trains the remaining trials, or until a stop is requested. Raises errors of the controller and of a worker.
 
         A worker that dies is replaced if no other is left: it may have died because memory ran out.
         """
@@ -186,25 +187,22 @@ class LocalWorkers:
         try:
             message = member.connection.recv()
         except (EOFError, OSError):  # it has ended, or died in the middle of a message
-            member.process.join()
             self._end(member)
             return
         if isinstance(message, BaseException):
             raise message
         name, args, kwargs = message
-        try:
-            answer = True, getattr(self._controller, name)(*args, **kwargs)
-        except Exception as error:
-            answer = False, error
-        with suppress(OSError):  # it died while it waited
+        answer = getattr(self._controller, name)(*args, **kwargs)  # its errors end the sweep, so no worker needs them
+        with suppress(OSError):  # the worker died while it waited
             member.connection.send(answer)
 
     def _end(self, member: _Member) -> None:
         """Forgets a worker that has ended, and releases its pack if it died."""
         self._members.remove(member)
         member.connection.close()
-        if (code := member.process.exitcode) != 0:
-            how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        member.process.join()  # its files are closed a moment before its exit code is known
+        if code := member.process.exitcode:
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             self._controller.warn(
                 f"A worker process died ({how}); another one continues its pack. If the system killed it because "
                 "memory ran out, use a smaller `worker.num`."
@@ -222,10 +220,7 @@ def _work(start: _Start) -> None:
 
     def call(name: str, *args: Any, **kwargs: Any) -> Any:
         start.connection.send((name, args, kwargs))
-        is_answer, answer = start.connection.recv()
-        if not is_answer:
-            raise answer
-        return answer
+        return start.connection.recv()
 
     try:
         definition, cache = start.loaded or (read_saved_definition(start.path), InputsCache())

@@ -47,7 +47,7 @@ class RemoteController:
     """Calls the methods of a controller in another process."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
-        """`call(name, *args, **kwargs)` returns the answer of the controller's method, or raises its error."""
+        """`call(name, *args, **kwargs)` returns the answer of the controller's method."""
         self._call = call
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
