@@ -1,6 +1,7 @@
 """Replays whole sweeps on stored complete runs, from the search to the verdicts, and counts wrong and open answers.
 
     python benchmarks/bench_answers.py [--replays 500] [--tasks stdlib_docs ...] [--seconds TODAY TUNED OURS]
+    python benchmarks/bench_answers.py --minutes 12 --rows 200 500 1000 [--without-full]
 
 Tables (`benchmarks/answers/`, made by `record_answers.py`): LoRA at ranks × learning rates and full fine-tuning at
 learning rates, each on several seeds, with validation curves and the score of each test document or example. Between
@@ -20,6 +21,11 @@ share of full's gain. `runs` and `steps`: of search and confirm stage.
 `time_to_answer`: today's way is Optuna's TPE over rank, α and rate for one trial after another with a median pruner, as
 many trials as give the same median regret for every rank, then the same seeds one by one. Both ways' steps are
 multiplied with the seconds of a trial-step that `bench_today.py` prints (--seconds TODAY TUNED OURS).
+
+With `--minutes` the product's `fit_minutes` cuts the sweep first, at the rates of `build_rates`. A replay then has the
+trials, seeds and ranks that are left, and draws `--rows` test examples. `settled` has the share of replays in which
+each question is settled, of those where its truth is decidable; `two settled` that of replays with two settled
+questions, of those with two decidable ones. A setting is decidable if its true regret is, as a rank is.
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ import multiprocessing
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -50,12 +56,14 @@ from lorasweep.config.data import ScoreMetric
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import Question, Subject, Trial
 from lorasweep.report.evidence.estimates import ConfirmScores
-from lorasweep.report.evidence.questions import AnswerRow, MarginScale, answer_questions
+from lorasweep.report.evidence.questions import AnswerRow, MarginScale, answer_questions, compute_level
 from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.controller.proposals import find_batch_start, propose
 from lorasweep.sweep.controller.stopping import explain_stop
-from lorasweep.sweep.definition.arms import DEFAULT_TRIALS, Arm
+from lorasweep.sweep.cost import Rates, fit_minutes
+from lorasweep.sweep.definition.arms import DEFAULT_TRIALS, Arm, Definition, read_definition
+from lorasweep.sweep.definition.confirm import list_questions
 from lorasweep.sweep.definition.ranges import Range
 
 FOLDER = Path(__file__).parent / "answers"
@@ -314,10 +322,12 @@ def choose_settings(
 ) -> Chosen:
     """Replays the searches of a sweep, and returns what they chose for full fine-tuning and each rank."""
     searches = {name: run_search(with_seed(arm, number), table, rng=rng) for name, arm in arms.items()}
-    metric, trials = get_metric(table), searches["full"].trials
-    complete = [trial for trial in trials if trial.state == "complete"]
-    winner = min(complete, key=lambda trial: table.sign * (trial.search_score or 0.0))
-    found = {0: predict_best(arms["full"], trials, Subject(arm="full"), metric=metric, chosen=winner.params)}
+    metric, found, rates = get_metric(table), {}, {}
+    if "full" in searches:
+        complete = [trial for trial in searches["full"].trials if trial.state == "complete"]
+        winner = min(complete, key=lambda trial: table.sign * (trial.search_score or 0.0))
+        of_full, trials, rates = Subject(arm="full"), searches["full"].trials, {0: winner.params[LR]}
+        found[0] = predict_best(arms["full"], trials, of_full, metric=metric, chosen=winner.params)
     arm = with_seed(arms["lora"], number)
     for rank in ranks:
         subject = Subject(arm=arm.name, key=RANK, value=rank)
@@ -326,7 +336,7 @@ def choose_settings(
     assert len(known) == len(found)
     return Chosen(
         searches=searches,
-        rates={rank: prediction.params[LR] for rank, prediction in known.items()} | {0: winner.params[LR]},
+        rates={rank: prediction.params[LR] for rank, prediction in known.items()} | rates,
         regrets={rank: prediction.regret or 0.0 for rank, prediction in known.items()},
     )
 
@@ -347,6 +357,7 @@ class Confirmation:
     """The drawn groups of test examples."""
     looks: Sequence[int]
     """The numbers of seeds of all planned looks."""
+    questions: Sequence[Question]
     values: dict[str, dict[int, Array]] = field(default_factory=dict)
     answers: list[AnswerRow] = field(default_factory=list)
     looks_done: list[int] = field(default_factory=list)
@@ -355,7 +366,12 @@ class Confirmation:
 
     @property
     def scale(self) -> MarginScale:
-        return MarginScale(margin=parse_margin("5%"), metric=get_metric(self.table), base="frozen", full="full")
+        trained = {name: found for name, found in self.values.items() if name != "frozen"}
+        best = min(trained, key=lambda name: self.table.sign * np.mean([*trained[name].values()]))
+        full = "full" if "full" in trained else None
+        return MarginScale(
+            margin=parse_margin("5%"), metric=get_metric(self.table), base="frozen", full=full, best=best
+        )
 
     @property
     def scores(self) -> ConfirmScores:
@@ -380,7 +396,7 @@ class Confirmation:
                 self.values[name][index] = run.test[self.groups]
                 self.num_runs += rank is not None
         self.looks_done.append(look)
-        self.answers = answer_questions(QUESTIONS, self.scores, self.scale, looks=self.looks)
+        self.answers = answer_questions(self.questions, self.scores, self.scale, looks=self.looks)
 
     def run(self) -> None:
         """Trains up to each planned look, until no open answer may settle."""
@@ -390,11 +406,19 @@ class Confirmation:
                 break
 
 
-def confirm(table: Table, chosen: Chosen, *, looks: Sequence[int], rng: np.random.Generator) -> Confirmation:
-    """Replays a confirm stage with its own draw of seeds and of groups of test examples."""
+def confirm(
+    table: Table,
+    chosen: Chosen,
+    *,
+    looks: Sequence[int],
+    rng: np.random.Generator,
+    rows: int | None = None,
+    questions: Sequence[Question] = QUESTIONS,
+) -> Confirmation:
+    """Replays a confirm stage with its own draw of seeds and of `rows` groups of test examples, by default all."""
     seeds = [int(seed) for seed in rng.choice(table.seeds, size=max(looks))]
-    groups = rng.integers(len(table.shares), size=len(table.shares))
-    stage = Confirmation(table=table, chosen=chosen, seeds=seeds, groups=groups, looks=looks)
+    groups = rng.integers(len(table.shares), size=rows or len(table.shares))
+    stage = Confirmation(table=table, chosen=chosen, seeds=seeds, groups=groups, looks=looks, questions=questions)
     stage.run()
     return stage
 
@@ -423,12 +447,15 @@ def replay(task: str, looks: Sequence[int], numbers: Sequence[int]) -> list[Outc
     return [replay_sweep(table, arms, number=number, looks=looks) for number in numbers]
 
 
-def replay_in_processes(task: str, looks: Sequence[int], *, replays: int, processes: int) -> list[Outcome]:
+def replay_in_processes(
+    replay: Callable[..., list[Any]], settings: Sequence[Any], *, replays: int, processes: int
+) -> list[Any]:
+    """Returns the outcomes of `replay(*settings, numbers)` for all numbers."""
     parts = [range(start, replays, processes) for start in range(processes)]
     if processes == 1:
-        return replay(task, looks, parts[0])
+        return replay(*settings, parts[0])
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        return [outcome for found in pool.map(functools.partial(replay, task, looks), parts) for outcome in found]
+        return [outcome for found in pool.map(functools.partial(replay, *settings), parts) for outcome in found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -577,6 +604,128 @@ def measure_time_to_answer(
     }
 
 
+EPOCH_STEPS = 150
+"""Steps of a run that `--minutes` cuts no further: one epoch of 2,400 texts."""
+STEP_S = 0.5
+"""Seconds of a step of full fine-tuning in the cut sweep, with which full fine-tuning and LoRA at two ranks, each with
+the fewest trials and seeds, take 17 minutes, as on the loaded machine where this was first tried."""
+
+
+def build_rates() -> list[Rates]:
+    """Returns rates as those of a small classifier: a pack of 8 LoRA trials steps in 2.8 times the time of `full`."""
+
+    def build(arm: str, *, slots: int, step_s: float, steps_scored: float) -> Rates:
+        return Rates(
+            arms=(arm,),
+            slots=slots,
+            reason="",
+            loading_s=0.5,
+            step_s=step_s * STEP_S,
+            step_tokens=0.0,
+            evaluation_s=slots * steps_scored * STEP_S,
+            final_s=0.0,
+            test_s=steps_scored * STEP_S,
+            answers_s={},
+            num_scored={"validation": 300, "test": 300},
+            num_train=16 * EPOCH_STEPS,
+            peak_memory_bytes=0,
+            metric="",
+            trained_params={},
+        )
+
+    shapes = {"frozen": (1, 0.0), "full": (1, 1.0), "lora": (8, 2.8)}
+    return [build(arm, slots=slots, step_s=step_s, steps_scored=6.0) for arm, (slots, step_s) in shapes.items()]
+
+
+def cut_sweep(minutes: float, *, has_full: bool) -> tuple[Definition, str]:
+    """Returns the sweep that fits the minutes, and what it gives up."""
+    rates = {"low": 1e-5, "high": 1e-3, "log": True}
+    arms: dict[str, Any] = {
+        "frozen": {"settings": {"method": "frozen"}},
+        "full": {"settings": {"method": "full"}, "space": {LR: rates}},
+        "lora": {"settings": {"method": "lora"}, "space": {RANK: list(RANKS), LR: rates}, "confirm_each": RANK},
+    }
+    settings = {"model": "tiny", "trainer.max_steps": EPOCH_STEPS, "trainer.batch_size": 16}
+    settings |= {"trainer.eval_every_steps": EPOCH_STEPS // 2}
+    kept = {name: arm for name, arm in arms.items() if has_full or name != "full"}
+    definition = read_definition({"name": "cut", "settings": settings, "arms": kept})
+    rates_of_arms = [group for group in build_rates() if has_full or group.arms != ("full",)]
+    fitted = fit_minutes(definition, rates_of_arms, minutes, typed=["trainer.max_steps"])
+    return fitted.definition, fitted.given_up
+
+
+def replay_cut(
+    task: str, minutes: float, rows: int, numbers: Sequence[int], *, has_full: bool
+) -> list[dict[str, tuple[bool, bool, bool]]]:
+    """Returns of each replay, for each question that is asked: whether it is decidable, settled, and wrong."""
+    table, (definition, _) = read_table(task), cut_sweep(minutes, has_full=has_full)
+    kept = {arm.name: arm for arm in definition.arms}
+    ranks = [subject.value or kept["lora"].settings[RANK] for subject in kept["lora"].subjects]
+    arms = {name: _build_arm(table, name, trials=kept[name].trials) for name in ("full", "lora") if name in kept}
+    arms["lora"] = replace(arms["lora"], space={**arms["lora"].space, RANK: Range(choices=tuple(ranks))})
+    looks, names = definition.sweep_config.confirm.list_looks(), [name_subject(rank) for rank in ranks]
+    asked = {question.name for question in list_questions(definition)}
+    questions = [replace(one, subjects=names) for one in QUESTIONS if one.name in asked]
+    trained = [*([0] if "full" in kept else []), *ranks]
+    best = min(table.sign * table.best[rank] for rank in (trained[:1] if "full" in kept else trained))
+    margin = 0.05 * (table.sign * table.base - best)
+    costs = {rank: table.sign * table.best[rank] / margin for rank in trained}
+    found = []
+    for number in numbers:
+        rng = np.random.default_rng(number)
+        chosen = choose_settings(table, arms, ranks=ranks, number=number, rng=rng)
+        stage = confirm(table, chosen, looks=looks, rng=rng, rows=rows, questions=questions)
+        found.append(dict(_judge(stage, costs, margin=margin)))
+    return found
+
+
+def _judge(
+    stage: Confirmation, costs: Mapping[int, float], *, margin: float
+) -> Iterator[tuple[str, tuple[bool, bool, bool]]]:
+    """Yields each question with whether its line is decidable, settled, and wrong. `costs` are scores in margins."""
+    ranks = [rank for rank in costs if rank]
+    behind = {name_subject(rank): costs[rank] - costs.get(0, 0.0) for rank in ranks}
+    larger = {
+        name_subject(rank): max(costs[rank] - costs[other] for other in ranks if other > rank) for rank in ranks[:-1]
+    }
+    truth = Truth(behind_full=behind, behind_larger=larger)
+    for name in dict.fromkeys(answer.name for answer in stage.answers):
+        answers = [answer for answer in stage.answers if answer.name == name]
+        if name == "smallest":  # down to the first rank that is not enough
+            needed = [*itertools.takewhile(lambda rank: larger[name_subject(rank)] <= 1, ranks[-2::-1])]
+            needed += [rank for rank in ranks[-2::-1] if rank not in needed][:1]
+            is_decidable = all(_is_decidable(larger[name_subject(rank)]) for rank in needed)
+        else:
+            is_decidable = _is_decidable(behind[name_subject(ranks[-1])])
+        yield name, (is_decidable, is_line_settled(name, answers), any(is_wrong(one, truth) for one in answers))
+    scale = stage.scale
+    gain = scale.find_gain(stage.scores, level=compute_level(stage.questions, stage.looks))
+    limit = scale.find_margin(gain)
+    rank = min(ranks, key=lambda rank: stage.table.sign * np.mean([*stage.values[name_subject(rank)].values()]))
+    regret = stage.table.regret(rank, stage.chosen.rates[rank]) * stage.table.gain / margin
+    is_settled = limit is not None and stage.chosen.regrets[rank] <= limit
+    yield "setting", (_is_decidable(regret), is_settled, is_settled and regret > 1)
+
+
+def _is_decidable(margins: float) -> bool:
+    return not DECIDABLE[0] < abs(margins) < DECIDABLE[1]
+
+
+def summarize_cut(found: Sequence[Mapping[str, tuple[bool, bool, bool]]]) -> dict[str, Any]:
+    """Returns the shares of settled and of wrong questions over all replays."""
+
+    def share(values: Iterable[bool]) -> float | None:
+        listed = [*values]
+        return round(statistics.fmean(listed), 3) if listed else None
+
+    several = [replay for replay in found if sum(decidable for decidable, _, _ in replay.values()) >= 2]
+    return {
+        "settled": {name: share(one[name][1] for one in found if one[name][0]) for name in found[0]},
+        "wrong": {name: share(one[name][2] for one in found) for name in found[0]},
+        "two settled": share(sum(ok for decidable, ok, _ in one.values() if decidable) >= 2 for one in several),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", help=f"default: those with at least {MIN_SEEDS} recorded seeds")
@@ -589,13 +738,25 @@ def main() -> None:
         metavar=("TODAY", "TUNED", "OURS"),
         help="seconds of a trial-step with its share of evaluations, as bench_today.py measures them",
     )
+    parser.add_argument("--minutes", type=float, help="cut the sweeps to this time first")
+    parser.add_argument("--rows", type=int, nargs="+", default=[200, 500, 1000], help="test examples, with --minutes")
+    parser.add_argument("--without-full", action="store_true", help="with --minutes: no arm of full fine-tuning")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if args.minutes:
+        definition, given_up = cut_sweep(args.minutes, has_full=not args.without_full)
+        print({arm.name: arm.trials for arm in definition.arms}, definition.sweep_config.confirm.seeds, given_up)
+        for task, rows in itertools.product(args.tasks or list_tasks(), args.rows):
+            replay_one = functools.partial(replay_cut, has_full=not args.without_full)
+            settings = (task, args.minutes, rows)
+            found = replay_in_processes(replay_one, settings, replays=args.replays, processes=args.processes)
+            print(f"{task}, {rows} test examples: {summarize_cut(found)}", flush=True)
+        return
     looks = compose_sweep({}).confirm.list_looks()
     for task in args.tasks or list_tasks():
         table = read_table(task)
         truth = find_truth(table)
-        outcomes = replay_in_processes(task, looks, replays=args.replays, processes=args.processes)
+        outcomes = replay_in_processes(replay, (task, looks), replays=args.replays, processes=args.processes)
         print(f"{task}: gain {table.gain:.4g}, base {table.base:.4g}, {len(table.seeds)} seeds")
         for name, value in summarize(outcomes, truth).items():
             print(f"  {name}: {value}")

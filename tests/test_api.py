@@ -8,7 +8,7 @@ import pytest
 from tests.small_runs import SMALL_RUN
 
 import lorasweep
-from lorasweep.errors import ConfigError, RecordError
+from lorasweep.errors import ConfigError, RecordError, SweepInterrupted
 from lorasweep.record import read_sweep, write_record
 from lorasweep.sweep.session import Session
 
@@ -42,6 +42,64 @@ def test_a_sweep_from_a_mapping_is_complete_and_its_best_trial_is_confirmed(resu
     for call in (result.best, result.study):
         with pytest.raises(ConfigError, match=r"`arm` must be one of frozen, lora.*'full'"):
             call("full")
+
+
+def test_without_an_arm_the_best_of_all_is_given_and_a_run_is_found_by_all_that_names_it(result):
+    assert result.best() in (result.best("frozen"), result.best("lora"))
+    assert result.best().search_score == min(result.best(arm).search_score for arm in result.arms)
+    assert result.best_params == result.best().params
+    folder = result.folder / result.best("lora").run
+    assert result.load_run(result.best("lora")).folder == result.load_run(folder).folder == folder
+    setting = result.recommended("lora")
+    assert result.load_run(setting).config["method"]["rank"] == setting.params["method.rank"]
+    with pytest.raises(ConfigError, match=r"must be the folder of a run.*Call `result.load_run"):
+        lorasweep.load_run(setting)
+
+
+def test_a_result_prints_its_answers_in_a_line_each(result):
+    first, *answers = repr(result).splitlines()
+    assert str(result.folder) in first
+    assert [answer.partition("?")[1] for answer in answers] == ["?", "?", "?"]
+
+
+def test_the_recommended_model_has_an_adapter_or_is_merged(result):
+    def list_names(**given):
+        return {name for name, _ in result.load_model("lora", **given).named_parameters()}
+
+    assert any("lora_a" in name for name in list_names())
+    assert not any("lora_a" in name for name in list_names(merged=True))
+
+
+def test_a_split_has_the_sweeps_own_rows_and_no_others(tmp_path, monkeypatch):
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n" + "".join(f"text {n},{'good' if n % 2 else 'bad'}\n" for n in range(60)))
+    classifier = {"model": "classifier", "model.path": "embedded:tiny", "data": "table", "data.train": str(file)}
+    settings = {**classifier, "trainer.max_steps": 2, "trainer.progress": False, "confirm.seeds": 0}
+    arms = {"frozen": {"settings": {"method": "frozen"}}}
+    result = lorasweep.run_sweep({"settings": settings, "arms": arms}, output=tmp_path / "out", progress=None)
+    frames = {name: result.split(name) for name in ("train", "validation", "test")}
+    assert sorted(text for frame in frames.values() for text in frame["text"]) == sorted(f"text {n}" for n in range(60))
+    assert len(frames["test"]) > len(frames["validation"])  # a fifth of few rows
+    assert set(frames["test"]["label"]) == {"good", "bad"}
+    with pytest.raises(ConfigError, match="`name` must be one of train, validation, test"):
+        result.split("tests")
+    file.write_text(file.read_text().replace("text 1,", "text one,"))
+    (name,) = [name for name, frame in frames.items() if "text 1" in set(frame["text"])]
+    with pytest.raises(RecordError, match="must be as they were"):
+        result.split(name)
+
+
+def test_an_unfinished_sweep_of_the_same_name_is_named_instead_of_a_second_one(result, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(shutil.copytree(result.folder, tmp_path / "outputs" / "small-2"))
+    record = read_sweep(folder)
+    record.status = "interrupted"
+    write_record(record, folder)
+    with pytest.raises(ConfigError, match=r"'outputs/small-2' is interrupted.*--resume outputs/small-2.*`--new`"):
+        lorasweep.run_sweep(SWEEP, progress=None)
+    monkeypatch.setattr(Session, "train", lambda self, opened, *, progress: opened.close())
+    with pytest.raises(SweepInterrupted):
+        lorasweep.run_sweep(SWEEP, progress=None, new=True)
 
 
 def test_dataframes_have_a_row_per_trial_run_and_step(result):
@@ -88,7 +146,9 @@ def test_changes_are_in_the_record_before_anything_trains(result, monkeypatch, t
 
     monkeypatch.setattr(Session, "train", look)
     folder = Path(shutil.copytree(result.folder, tmp_path / "copy"))
-    lorasweep.resume_sweep(folder, overrides={"confirm.seeds": 3, "arms.lora.trials": 3}, progress=None)
+    with pytest.raises(SweepInterrupted, match=r"lorasweep.resume_sweep\(") as interrupt:
+        lorasweep.resume_sweep(folder, overrides={"confirm.seeds": 3, "arms.lora.trials": 3}, progress=None)
+    assert isinstance(interrupt.value, KeyboardInterrupt)  # a script ends
     (record,) = seen
     assert (record.status, len(record.confirm_seeds), record.arms[1].trials) == ("interrupted", 3, 3)
 
@@ -102,7 +162,8 @@ def test_a_resumed_sweep_keeps_the_warnings_of_workers_and_drops_those_that_a_ch
     record.warnings.append("A pack broke.")
     write_record(record, folder)
     monkeypatch.setattr(Session, "train", lambda self, opened, *, progress: opened.close())
-    lorasweep.resume_sweep(folder, overrides={"confirm.seeds": 3}, progress=None)
+    with pytest.raises(SweepInterrupted):
+        lorasweep.resume_sweep(folder, overrides={"confirm.seeds": 3}, progress=None)
     warnings = read_sweep(folder).warnings
     assert "A pack broke." in warnings
     assert not any("`confirm.seeds` is" in warning for warning in warnings)
@@ -133,8 +194,8 @@ def test_overrides_as_words_and_as_a_mapping_are_the_same_run(tmp_path):
         (lambda path: lorasweep.run_sweep(SWEEP, overrides={"optim.lrr": 1}, output=path), ConfigError, "optim.lr"),
         (lambda path: lorasweep.train_run(["method.rank=x"], output=path), ConfigError, "method.rank"),
         (lambda path: lorasweep.train_run(resume=True), ConfigError, "output"),
-        (lambda path: lorasweep.load_sweep(path), RecordError, "sweep.json"),
-        (lambda path: lorasweep.load_run(path), RecordError, "run.json"),
+        (lambda path: lorasweep.load_sweep(path), RecordError, "a sweep's folder must exist"),
+        (lambda path: lorasweep.load_run(path), RecordError, "a run's folder must exist"),
     ],
 )
 def test_a_wrong_request_is_an_exception_and_leaves_nothing(tmp_path, monkeypatch, call, error, words):

@@ -80,7 +80,7 @@ def test_options_are_also_found_in_other_folders_and_packages(capsys, own_groups
         (["--cfg", "job", "method.rank=0"], "`method.rank >= 1` must hold, but got 0."),
         (["model=causal_lm"], "`model.path` must be set, but is missing."),
         (["--show-examples", "0"], "`--show-examples >= 1` must hold, but got 0."),
-        (["--from", "nowhere"], "a sweep's folder must contain sweep.json, but 'nowhere' does not."),
+        (["--from", "nowhere"], "a sweep's folder must exist, but 'nowhere' does not."),
     ],
 )
 def test_a_wrong_word_of_hydra_is_one_line_and_exit_code_2(capsys, here, words, message):

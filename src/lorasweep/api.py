@@ -1,14 +1,16 @@
 """The functions of `new`, `plan`, `sweep`, `train` and `export --into`. Other commands call a module of their own.
 
 A wrong request raises `ConfigError`, a damaged file `RecordError`, any other failure another `LoraSweepError`.
-Ctrl-C ends a sweep or a run after the current step, with a checkpoint: its result has the status `interrupted` and can
-be resumed. A second Ctrl-C raises KeyboardInterrupt.
+Ctrl-C ends a sweep or a run after the current step, with a checkpoint. A sweep then raises `SweepInterrupted`, which is
+a KeyboardInterrupt, so that a script ends; the result of a run has the status `interrupted`. Both can be resumed.
 
 torch, SciPy and what needs them are imported when they are needed, after keys, files and columns were checked.
 """
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +23,7 @@ from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import compose_run, merge_settings
 from lorasweep.config.run import RunConfig
 from lorasweep.console import say_note
-from lorasweep.errors import ConfigError
+from lorasweep.errors import ConfigError, SweepInterrupted
 from lorasweep.recipes.read import read_recipe
 from lorasweep.record import RUN_FILE, SWEEP_FILE, read_run, read_sweep
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
@@ -98,11 +100,17 @@ def define_sweep(
 
 
 def plan_sweep(
-    sweep: Sweep = None, *, overrides: Overrides = (), minutes: float | None = None, on_note: OnNote = _ignore
+    sweep: Sweep = None,
+    *,
+    overrides: Overrides = (),
+    minutes: float | None = None,
+    measure: bool = False,
+    on_note: OnNote = _ignore,
 ) -> SweepPlan:
     """Checks a sweep, measures a few steps of its trainings, and returns its cost. Arguments as in `run_sweep`.
 
-    `on_note` is called with each sentence on what is done now, and on what is given up for `minutes`. Leaves no file.
+    `on_note` is called with each sentence on what is done now, and on what is given up for `minutes`. Rates are kept
+    for a day; `measure` measures them anew.
 
     >>> lorasweep.plan_sweep("quickstart", overrides=["arms.full=null", "confirm.margin=0.01"]).as_json()["name"]
     'quickstart'
@@ -112,7 +120,7 @@ def plan_sweep(
         RunError: A training failed, as it would in the sweep.
     """
     session, definition, typed = _define(sweep, overrides, on_note=on_note, measures=True)
-    return session.plan(definition, minutes=minutes, typed=typed)
+    return session.plan(definition, minutes=minutes, typed=typed, anew=measure)
 
 
 def run_sweep(
@@ -121,6 +129,7 @@ def run_sweep(
     overrides: Overrides = (),
     minutes: float | None = None,
     output: str | Path | None = None,
+    new: bool = False,
     progress: Progress = "auto",
 ) -> SweepResult:
     """Runs a sweep, writes its report, and returns its result.
@@ -137,18 +146,40 @@ def run_sweep(
         overrides: Settings that replace settings of the sweep.
         minutes: The time that the sweep may take on this machine. A few steps are measured, and the sweep is cut.
         output: A new or empty folder; by default `sweep.output`, or `outputs/NAME` with the next free number.
+        new: Whether to begin another sweep beside one of the same name in `outputs` that runs or is not complete.
         progress: `auto` and `verbose` show the state of the sweep while it runs, a function receives it, None shows
             nothing.
 
     Raises:
         ConfigError: The request is wrong; nothing was written.
+        SweepInterrupted: Ctrl-C was pressed. The message says how to resume.
         LoraSweepError: The sweep can't continue. Call `resume_sweep` after you have removed the cause.
     """
     on_note = say_note if isinstance(progress, str) else _ignore
     session, definition, typed = _define(sweep, overrides, on_note=on_note, measures=minutes is not None)
+    if not new and output is None and definition.sweep_config.sweep.output is None:
+        _refuse_unfinished(definition.name)
     if minutes is not None:
         definition = session.plan(definition, minutes=minutes, typed=typed).definition
-    return _train(session, session.open_new(definition, output=output), progress=progress)
+    opened = session.open_new(definition, output=output)
+    opened.record.minutes = minutes  # a late sweep says so
+    return _train(session, opened, progress=progress)
+
+
+def _refuse_unfinished(name: str) -> None:
+    """Raises ConfigError if the newest sweep of this name in `outputs` runs or is not complete."""
+    found = [path.parent for path in Path("outputs").glob(f"{name}*/{SWEEP_FILE}")]
+    of_name = [folder for folder in found if re.fullmatch(rf"{re.escape(name)}(-\d+)?", folder.name)]
+    if not of_name:
+        return
+    newest = load_sweep(max(of_name, key=lambda folder: (folder / SWEEP_FILE).stat().st_mtime))
+    if newest.status != "complete":
+        command = "status" if newest.status == "running" else "sweep --resume"
+        raise ConfigError(
+            f"a sweep of the name {name!r} must be complete before another one begins, but {str(newest.folder)!r} is "
+            f"{newest.status}. Type `lorasweep {command} {shlex.quote(str(newest.folder))}`, or add `--new` (in Python "
+            "`new=True`) for another one beside it."
+        )
 
 
 def resume_sweep(folder: str | Path, *, overrides: Overrides = (), progress: Progress = "auto") -> SweepResult:
@@ -328,10 +359,10 @@ def _start_session(began_s: float, on_note: OnNote) -> Session:
 
 def _train(session: Session, opened: SweepFolder, *, progress: Progress) -> SweepResult:
     folder = opened.path
-    is_complete = session.train(opened, progress=progress)
-    result = load_sweep(folder)
-    if is_complete:
-        from lorasweep.report.write import write_report
+    if not session.train(opened, progress=progress):
+        raise SweepInterrupted(f"To resume the sweep call `lorasweep.resume_sweep({str(folder)!r})`", folder=folder)
+    from lorasweep.report.write import write_report
 
-        write_report(result.findings)
+    result = load_sweep(folder)
+    write_report(result.findings)
     return result

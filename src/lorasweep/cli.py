@@ -18,6 +18,7 @@ from lorasweep import commands
 from lorasweep.commands import Command
 from lorasweep.errors import ConfigError
 from lorasweep.outcome import Outcome, end
+from lorasweep.wording import suggest_nearest
 
 JSON_COMMANDS = ("sweep", "plan", "status", "compare")
 """Commands whose result `--json` prints."""
@@ -38,8 +39,15 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run_command(arguments: Sequence[str]) -> Outcome:
-    parser = build_parser()
+    parser, name = build_parser(), next(iter(arguments), "-")
+    known = parser.get_default("commands")
+    if not name.startswith("-") and name not in known:
+        raise ConfigError(
+            f"`lorasweep` must get a command ({', '.join(known)}), but got {name!r}.{suggest_nearest(name, known)}"
+        )
     parsed, others = parser.parse_known_args(arguments)
+    if "=" in (getattr(parsed, "resume", None) or ""):  # `--resume arms.lora.trials=20`
+        parsed.overrides, parsed.resume = [parsed.resume, *parsed.overrides], ""
     if hasattr(parsed, "overrides") and not any(other.startswith("-") for other in others):
         parsed.overrides = [*parsed.overrides, *others]  # argparse does not take overrides after a flag
     elif others:
@@ -73,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     help_parser.add_argument(
         "name", nargs="?", metavar="KEY|GROUP|COMMAND", help="optim.lr, optim, sweep; none lists all"
     )
-    help_parser.set_defaults(commands=subparsers.choices)
+    parser.set_defaults(commands=subparsers.choices)
     return parser
 
 
@@ -82,13 +90,19 @@ def _add_sweep_commands(add: Callable[[Command, str], argparse.ArgumentParser]) 
     _add_overrides(sweep_parser, "NAME|FILE key=value", "default: a sweep for data.train=FILE model.path=...")
     sweep_parser.add_argument(
         "--resume",
-        type=Path,
+        nargs="?",
+        const="",
         metavar="DIR",
-        help="resume the sweep in this folder; may add arms.ARM.trials=N, confirm.seeds=N, worker=ray ...",
+        help="resume the sweep in this folder, or the newest one in outputs; may add arms.ARM.trials=N, "
+        "confirm.seeds=N, worker=ray ...",
+    )
+    sweep_parser.add_argument(
+        "--new", action="store_true", help="begin another sweep beside an unfinished one of the same name"
     )
     sweep_parser.add_argument(*("-c", "--cfg"), choices=["job"], help="print all settings of all arms, train nothing")
     status_parser = add(commands.status, "show the arms of a sweep and the best trial so far")
-    status_parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
+    newest = "default: the newest sweep in outputs"
+    status_parser.add_argument("folder", type=Path, nargs="?", metavar="DIR", help=f"folder of the sweep; {newest}")
     new_parser = add(commands.new, "write a commented sweep file for your model and data")
     new_parser.add_argument("file", type=Path, metavar="FILE.yaml", help="the file to write")
     _add_overrides(new_parser, "key=value", "model.path=FOLDER-OR-HUB-ID data.train=FILE ...")
@@ -100,8 +114,9 @@ def _add_sweep_commands(add: Callable[[Command, str], argparse.ArgumentParser]) 
     )
     plan_parser = add(commands.plan, "estimate the time, memory and disk of a sweep without training it")
     _add_overrides(plan_parser, "NAME|FILE key=value", "as in sweep")
+    plan_parser.add_argument("--measure", action="store_true", help="measure anew what was measured within a day")
     compare_parser = add(commands.compare, "write and show the report of a sweep again, or compare several sweeps")
-    compare_parser.add_argument("folders", type=Path, metavar="DIR", nargs="+", help="folder of a sweep")
+    compare_parser.add_argument("folders", type=Path, metavar="DIR", nargs="*", help=f"folder of a sweep; {newest}")
     for shown in (sweep_parser, compare_parser):
         shown.add_argument("--verbose", action="store_true", help="print all notes and findings of the report")
     for timed in (sweep_parser, plan_parser, new_parser):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorasweep.console import EscapingConsole, say, say_error, say_note, show
-from lorasweep.errors import INTERRUPTED_EXIT_CODE, ConfigError
+from lorasweep.errors import INTERRUPTED_EXIT_CODE, ConfigError, SweepInterrupted
 from lorasweep.outcome import DONE, FAILED, Outcome, get_rank
 from lorasweep.training.torch_variables import quick_imports
 
@@ -31,23 +31,40 @@ def sweep(arguments: argparse.Namespace) -> Outcome:
 
     progress: Literal["auto", "verbose"] = "verbose" if arguments.verbose else "auto"
     name, words = _split_name(arguments)
-    if arguments.resume and (arguments.minutes or name):
-        given = "`--minutes`" if arguments.minutes else repr(name)
+    if arguments.resume is not None and (arguments.minutes or arguments.new or name):
+        given = "`--minutes`" if arguments.minutes else "`--new`" if arguments.new else repr(name)
         raise ConfigError(f"{given} must be left out with `--resume`, because the folder's sweep is already defined.")
-    if arguments.cfg and arguments.resume:
+    folder = None if arguments.resume is None else _choose_sweep(arguments.resume)
+    if arguments.cfg and folder:
         from lorasweep.sweep.controller.lifecycle import read_saved_definition
 
-        return _show_settings(read_saved_definition(arguments.resume))
+        return _show_settings(read_saved_definition(folder))
     if arguments.cfg:
         return _show_settings(api.define_sweep(name, overrides=words, minutes=arguments.minutes, on_note=say_note))
-    if arguments.resume:
-        result = api.resume_sweep(arguments.resume, overrides=words, progress=progress)
-    else:
-        result = api.run_sweep(name, overrides=words, minutes=arguments.minutes, progress=progress)
-    if result.status != "complete":
-        return _say_how_to_resume(result)
+    try:
+        if folder:
+            result = api.resume_sweep(folder, overrides=words, progress=progress)
+        else:
+            result = api.run_sweep(
+                name, overrides=words, minutes=arguments.minutes, new=arguments.new, progress=progress
+            )
+    except SweepInterrupted as interrupt:
+        from lorasweep.results import load_sweep
+
+        return _say_how_to_resume(load_sweep(interrupt.folder))
     _show_report(result, verbose=arguments.verbose)
     return Outcome(result, _say_unconfirmed(result))
+
+
+def _choose_sweep(folder: str | Path | None) -> Path:
+    """Returns the folder of a sweep, or the newest one in `outputs`, which is named in a line."""
+    from lorasweep.results import find_newest_sweep
+
+    if folder:
+        return Path(folder)
+    newest = find_newest_sweep()
+    say_note(f"{newest}: the newest sweep in outputs")
+    return newest
 
 
 def _split_name(arguments: argparse.Namespace) -> tuple[str | None, list[str]]:
@@ -75,7 +92,7 @@ def _show_settings(definition: Definition) -> Outcome:
 def status(arguments: argparse.Namespace) -> Outcome:
     from lorasweep.sweep.status import read_status, render_status
 
-    now = read_status(arguments.folder)
+    now = read_status(_choose_sweep(arguments.folder))
     show(render_status(now))
     return Outcome(now)
 
@@ -106,7 +123,8 @@ def plan(arguments: argparse.Namespace) -> Outcome:
     from lorasweep.wording import format_seconds
 
     began, (name, words) = time.monotonic(), _split_name(arguments)
-    found = api.plan_sweep(name, overrides=words, minutes=arguments.minutes, on_note=say_note)
+    given = {"minutes": arguments.minutes, "measure": arguments.measure}
+    found = api.plan_sweep(name, overrides=words, on_note=say_note, **given)
     from lorasweep.sweep.plan import render_plan
 
     if found.definition.description:
@@ -133,7 +151,7 @@ def compare(arguments: argparse.Namespace) -> Outcome:
         for line in format_comparison(table).splitlines():
             say(line)
         return Outcome({"subjects": table.to_dict("records")})
-    result = load_sweep(arguments.folders[0])
+    result = load_sweep(_choose_sweep(next(iter(arguments.folders), None)))
     write_report(result.findings)
     _show_report(result, verbose=arguments.verbose)
     return Outcome(result)
@@ -255,7 +273,7 @@ def _say_run(result: RunResult, job: str) -> int:
 
 
 def help(arguments: argparse.Namespace) -> Outcome:
-    """Explains the settings of a key or a group, or a command; without a name, lists the groups and the commands."""
+    """Explains a key, an option of a group, or a command; lists the options of a group, or all groups and commands."""
     from lorasweep.config.command_line import describe_groups
     from lorasweep.config.other_names import list_other_names
     from lorasweep.config.reference import list_fields, list_settings
@@ -268,6 +286,9 @@ def help(arguments: argparse.Namespace) -> Outcome:
     shown = [one for one in settings if f"{one.key}.".startswith(f"{ours}.")]
     shown = shown or [one for one in settings if one.key.endswith(f".{ours}")]
     shown = shown or [one for one in settings if name in one.options]  # an option of a group, such as `dpo`
+    group, _, option = (name or "").partition("=")
+    if option:
+        shown = [one for one in settings if one.key.startswith(f"{group}.") and option in one.options]
     groups = describe_groups()
     if name is None:
         say(f"commands: {', '.join(arguments.commands)}\nsweeps: {', '.join(sorted(files))}\n{groups}")
@@ -279,15 +300,20 @@ def help(arguments: argparse.Namespace) -> Outcome:
             "\n".join(line.removeprefix("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
         )
     elif not shown:
-        names = [
-            *arguments.commands,
-            *files,
-            *(part for one in settings for part in (one.key, one.key.partition(".")[0])),
-        ]
+        keys = [part for one in settings for part in (one.key, one.key.partition(".")[0], *one.options)]
+        names = [*arguments.commands, *files, *keys]
+        same = [one.key for one in settings if one.key.endswith(f".{name.rpartition('.')[2]}")][:1]
+        near = suggest_nearest(name, names) or "".join(f" Did you mean `{key}`?" for key in same)
+        if option:
+            near = suggest_nearest(name, [f"{group}={kind}" for one in settings for kind in one.options])
         raise ConfigError(
-            f"`lorasweep help` must get a setting, a group, a command or a sweep, but got {shorten(name)}."
-            f"{suggest_nearest(name, names)}"
+            f"`lorasweep help` must get a setting, a group, a command or a sweep, but got {shorten(name)}.{near}"
         )
+    of_kinds = [one for one in shown[::-1] if one.options and one.key.startswith(f"{ours}.")]
+    kinds = {min(one.options, key=len): one.about for one in of_kinds}
+    if len(kinds) > 1 and "." not in ours:
+        say("\n".join(f"lorasweep help {name}={kind}  {about}" for kind, about in sorted(kinds.items())))
+        shown = []
     if ours != name:
         say(f"`{name}` of other tools is `{ours}` here.")
     for line in groups.splitlines():

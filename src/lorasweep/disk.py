@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorasweep.errors import ConfigError, LoraSweepError, RecordError, first_line
+from lorasweep.wording import find_nearest
 
 LOCK_FILE = ".lock"
 """The file in a sweep's or run's folder that is locked while a process trains."""
@@ -64,6 +65,14 @@ def require_new_folder(path: Path, *, key: str, remedy: str = "Omit it for a new
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(f"`{key}` must be a new or empty folder, but {str(path)!r} is not. {remedy}")
     return path
+
+
+def suggest_path(path: Path, *folders: Path) -> str:
+    """Returns ` Did you mean ...?` with the path of a similar name in the path's own folder, or in other folders."""
+    places = [folder for folder in (*folders, path.parent) if folder.is_dir()]
+    found = {entry.name: entry for folder in places for entry in folder.iterdir()}
+    near = find_nearest(path.name, found)
+    return f" Did you mean `{found[near]}`?" if near else ""
 
 
 def require_no_links(folder: Path) -> None:

@@ -15,6 +15,8 @@ given, and what to do.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 INTERRUPTED_EXIT_CODE = 130
 """Exit code of a command that Ctrl-C or a batch system ended before its work was done."""
 
@@ -53,6 +55,14 @@ class WorkerError(LoraSweepError):
 
 class RanksLost(WorkerError):
     """One of the processes of a run ended. The run can resume."""
+
+
+class SweepInterrupted(KeyboardInterrupt):
+    """A sweep was stopped by Ctrl-C or a batch system, after a checkpoint. The message says how to resume it."""
+
+    def __init__(self, message: str, *, folder: Path) -> None:
+        super().__init__(message)
+        self.folder = folder
 
 
 def first_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from lorasweep.config.run import refuse_code
 from lorasweep.disk import is_running
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import (
+    SWEEP_FILE,
     RunRecord,
     SweepRecord,
     Trial,
@@ -106,12 +107,18 @@ class RunResult:
         return restore_model(config, restore_base(self.record, config), folder=self.folder / "best")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepResult:
     """One sweep, with its record as it was when this result was read."""
 
     folder: Path
-    record: SweepRecord = field(repr=False)
+    record: SweepRecord
+
+    def __repr__(self) -> str:
+        from lorasweep.report.terminal import list_lines  # noqa: PLC0415 (rich is slow to import)
+
+        answers = [f"{question} {headline}" for question, headline, _ in list_lines(self.findings)]
+        return "\n".join([f"{self.folder} ({self.status}, {self.metric})", *answers[:3]])
 
     @property
     def status(self) -> str:
@@ -165,18 +172,25 @@ class SweepResult:
         """Every trial of the search, by arm and number."""
         return self.record.trials
 
-    def best(self, arm: str) -> Trial:
-        """Returns the winner of an arm: the complete trial with the best validation score, the earlier of equal ones.
+    def best(self, arm: str | None = None) -> Trial:
+        """Returns the complete trial with the best validation score of an arm or of all, the earlier of equal ones.
 
         Raises:
             ConfigError: The sweep has no such arm.
-            RecordError: No trial of the arm is complete.
+            RecordError: No trial is complete.
         """
-        self._check_arm(arm)
-        winner = find_winner((trial for trial in self.trials if trial.arm == arm), record=self.record)
+        if arm is not None:
+            self._check_arm(arm)
+        winner = find_winner((trial for trial in self.trials if arm in (None, trial.arm)), record=self.record)
         if winner is None:
-            raise RecordError(f"arm `{arm}` must have a complete trial, but has none yet.")
+            whose = "the sweep" if arm is None else f"arm `{arm}`"
+            raise RecordError(f"{whose} must have a complete trial, but has none yet.")
         return winner
+
+    @property
+    def best_params(self) -> dict[str, Any]:
+        """The swept settings of the best trial of all arms."""
+        return self.best().params
 
     def recommended(self, subject: str | None = None) -> Setting:
         """Returns the recommended setting. Its `params` are the settings of `lorasweep train --from`.
@@ -192,9 +206,43 @@ class SweepResult:
 
         return find_recommended(self.findings.data, subject, key="subject")[-1]
 
-    def load_run(self, trial: Trial) -> RunResult:
-        """Returns the run of a trial, read from its folder."""
+    def load_run(self, run: Trial | Setting | str | Path) -> RunResult:
+        """Returns the run of a trial, of a setting, or in a folder."""
+        if isinstance(run, str | Path):
+            return load_run(run)
+        trial = run if isinstance(run, Trial) else run.run
+        if trial is None:
+            raise RecordError("a setting must have a complete run, but this one was only predicted. Resume the sweep.")
         return load_run(get_run_folder(self.folder, trial.run))
+
+    def load_model(self, subject: str | None = None, *, merged: bool = False, trust: bool = False) -> nn.Module:
+        """Returns the model of the recommended run, in evaluation mode on the CPU.
+
+        Args:
+            subject: As in `recommended`.
+            merged: Whether to add the adapter to the weights of the base, so that its layers are plain ones.
+            trust: As in `RunResult.load_model`, whose errors and those of `recommended` it raises.
+        """
+        from lorasweep.report.recommend import find_recommended_run  # noqa: PLC0415 (slow to import)
+
+        folder, _ = find_recommended_run(self.folder if subject is None else self.folder / subject)
+        model = load_run(folder).load_model(trust=trust)
+        if merged:
+            from lorasweep.lora import merge_lora  # noqa: PLC0415 (needs torch)
+
+            merge_lora(model)
+        return model
+
+    def split(self, name: str = "test") -> pandas.DataFrame:
+        """Returns the examples of `train`, `validation` or `test` as the sweep split them: a row for each.
+
+        Raises:
+            ConfigError: There is no such split, or the data is the user's own module.
+            RecordError: The data has changed since the sweep began.
+        """
+        from lorasweep.sweep.split_frame import build_split_frame  # noqa: PLC0415 (slow to import)
+
+        return build_split_frame(self.folder, name)
 
     def trials_dataframe(self) -> pandas.DataFrame:
         """Returns a row per trial of the search: `arm`, `trial`, `state`, the metric, swept keys, `step` and `run`."""
@@ -242,6 +290,14 @@ class SweepResult:
             raise ConfigError(f"`arm` must be one of {', '.join(self.arms)}, but got {arm!r}.")
 
 
+def find_newest_sweep() -> Path:
+    """Returns the folder in `outputs` whose sweep was written last. Raises RecordError if there is none."""
+    records = [*Path("outputs").glob(f"*/{SWEEP_FILE}")]
+    if not records:
+        raise RecordError("`DIR` must name the folder of a sweep, because the folder `outputs` has none.")
+    return max(records, key=lambda path: path.stat().st_mtime).parent
+
+
 def load_sweep(folder: str | Path) -> SweepResult:
     """Reads a sweep, finished or still running, and changes nothing.
 
@@ -264,4 +320,8 @@ def load_run(folder: str | Path) -> RunResult:
     Raises:
         RecordError: The folder is not a run, or its record is damaged.
     """
+    if not isinstance(folder, str | Path):
+        raise ConfigError(
+            f"`folder` must be the folder of a run, but got a {type(folder).__name__}. Call `result.load_run(...)`."
+        )
     return RunResult(folder=Path(folder), record=read_run(Path(folder)))

@@ -34,10 +34,10 @@ class Note:
     text: str
 
 
-def suggest_nearest(name: str, choices: Iterable[str]) -> str:
-    """Returns ` Did you mean ...?` with a choice whose last part is `name`, or the one with the fewest typing errors.
+def find_nearest(name: str, choices: Iterable[str]) -> str | None:
+    """Returns a choice whose last part is `name`, or the one with the fewest typing errors.
 
-    Returns an empty string if each choice has more than `MAX_TYPING_ERRORS`, or one is `name`.
+    Returns None if each choice has more than `MAX_TYPING_ERRORS`, or one is `name`.
     """
     options = list(choices)
     endings = [option for option in options if option.endswith(f".{name}")]
@@ -47,7 +47,13 @@ def suggest_nearest(name: str, choices: Iterable[str]) -> str:
         near[option] = sum(max(i_end - i, j_end - j) for tag, i, i_end, j, j_end in steps if tag != "equal")
     limit = MAX_TYPING_ERRORS if len(name) > MAX_TYPING_ERRORS + 1 else 1
     matches = endings or sorted((option for option in near if near[option] <= limit), key=near.__getitem__)
-    return f" Did you mean `{matches[0]}`?" if matches and name not in options else ""
+    return matches[0] if matches and name not in options else None
+
+
+def suggest_nearest(name: str, choices: Iterable[str]) -> str:
+    """Returns ` Did you mean ...?` with the choice of `find_nearest`; empty if there is none."""
+    near = find_nearest(name, choices)
+    return f" Did you mean `{near}`?" if near else ""
 
 
 def shorten(value: Any, limit: int = 60) -> str:

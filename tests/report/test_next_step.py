@@ -43,7 +43,7 @@ def test_an_open_question_has_seeds_that_may_settle_it_and_a_settled_one_has_not
     assert overrides["confirm.seeds"] == step.number == 2 * max(answer.num_seeds for answer in answers)
     assert 0 < step.seconds <= read_sweep(sweep).makespan_s
     assert "may settle it" in describe_step(step)
-    assert (rank.name, rank.command, setting) == ("none", None, None)  # twice the seeds would not settle it
+    assert (rank.name, rank.number, setting) == ("seeds", 2 * step.number, None)  # twice the seeds would not settle it
     assert f"{describe_step(step)}: {step.command}" in lorasweep.load_sweep(sweep).table()  # in one line, to be copied
 
 

@@ -98,9 +98,9 @@ def test_settings_are_read_of_a_sweep_or_of_an_arm_and_use_all_training_data(con
 
 def test_a_sweep_without_recommended_settings_is_refused(confirmed, monkeypatch):
     for name, error, message in (
-        ("lra", ConfigError, r"with one of the arms frozen, .*lra.* Did you mean `lora`\?"),
+        ("lra", ConfigError, r"with one of frozen, .*lra.* Did you mean `lora`\?"),
         ("frozen", RecordError, "a complete trial of a method that trains"),
-        ("lora/0", RecordError, r"must contain sweep\.json"),
+        ("lora/0", RecordError, "a sweep's folder must exist"),
     ):
         with pytest.raises(error, match=message):
             read_recommended(confirmed / name)

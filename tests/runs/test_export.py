@@ -99,7 +99,11 @@ def test_peft_loads_the_adapter_onto_its_base_with_the_same_logits(trained, tmp_
     run = trained(settings)
     written = export_run(run, format="peft", out=tmp_path / "adapter")
     names = {file.name for file in written.folder.iterdir()}
-    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    adapter, tokenizer = (
+        {"adapter_config.json", "adapter_model.safetensors"},
+        {"tokenizer.json", "tokenizer_config.json"},
+    )
+    assert names == {"README.md", *adapter, *tokenizer}
     assert kind in (written.folder / "README.md").read_text()
     base = load_embedded()
     before = logits_of(base)
@@ -179,6 +183,7 @@ def test_the_code_of_the_card_loads_a_classifier_with_its_head(
     assert tokenizer("w3 w4")["input_ids"][:2] == [6, 7]
     assert largest_difference(logits_of(model), logits_of(restored(run))) < LOGIT_TOLERANCE
     assert list(model.config.id2label.values()) == ["even", "none", "odd"]
+    assert ("is MISSING" in (written.folder / "README.md").read_text()) is (format == "peft")
 
 
 def damage_best(run):

@@ -6,6 +6,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -15,6 +16,7 @@ import lorasweep.sweep.measure as measure_file
 from lorasweep.errors import ConfigError, OutOfMemory
 from lorasweep.sweep.cost import Rates, estimate_cost, fit_minutes, list_cuts
 from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.confirm import list_questions
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.measure import measure_sweep
 from lorasweep.sweep.plan import render_plan
@@ -105,6 +107,18 @@ def test_a_plan_says_how_long_the_last_look_takes(content, write_file, rates_of,
     assert "--minutes" not in console.export_text()
 
 
+def test_a_measurement_beside_other_work_is_said_first(content, write_file, rates_of):
+    content["arms"] = {"lora": content["arms"]["lora"]}
+    definition = read_definition(write_file(content))
+    shown = {}
+    for load in (0.5, 3.0):
+        console = Console(record=True, width=200, file=io.StringIO())
+        console.print(render_plan(definition, [replace(rates_of(definition.arms[0]), load=load)]))
+        shown[load] = console.export_text()
+    assert shown[3.0].startswith("warning: Measured beside other work")
+    assert "beside other work" not in shown[0.5]
+
+
 def test_a_plan_fits_eighty_columns_and_breaks_no_name(content, write_file, rates_of):
     content["settings"]["confirm.seeds"] = 3
     content["arms"] = {"frozen": content["arms"]["frozen"], "loraplus-rank16": content["arms"]["lora"] | {"trials": 8}}
@@ -125,6 +139,7 @@ def test_a_plan_fits_eighty_columns_and_breaks_no_name(content, write_file, rate
 @pytest.fixture
 def plan(write_file, content, inputs, tmp_path, monkeypatch):
     """Returns a function that plans the sweep of `content` on the embedded model."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))  # where rates are kept
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     content["settings"] |= {key: value for key, value in SHORT_RUN.items() if key.startswith(("data.", "trainer."))}
@@ -158,6 +173,17 @@ def test_each_group_is_measured_once_and_the_base_stays(plan, inputs):
     for name in ("full", "lora"):
         assert min(groups[name].step_s, groups[name].evaluation_s, groups[name].loading_s) > 0
     assert all(torch.equal(p, weights[name]) for name, p in inputs.base.model.named_parameters())
+
+
+def test_rates_are_kept_for_these_settings_and_measured_anew_if_asked(plan, content):
+    first, _ = plan()
+    again, said = plan()
+    assert again == first
+    assert all("measured within a day" in sentence for sentence in said)
+    content["settings"]["confirm.seeds"] = 3  # and the number of steps change no rates
+    assert plan()[0] == first
+    content["settings"]["trainer.batch_size"] = 3
+    assert plan()[0]["lora"] != first["lora"]
 
 
 def test_arms_that_could_share_packs_are_measured_one_by_one_if_trials_run_alone(plan, content):
@@ -219,13 +245,31 @@ def test_seeds_ranks_and_trials_go_before_steps_and_full_last(quickstart):
     assert "3 of 10 seeds" in fitted.given_up
     fitted = fit(quickstart, 4)
     assert fitted.overrides["confirm.seeds"] == [3]
-    assert fitted.overrides["arms.lora.method.rank"] == [1, 64]
+    assert fitted.overrides["arms.lora.method.rank"] == [4, 16]
     assert "full" in list_names(fitted.definition)
     assert f"{count_steps(fitted)} of 240 steps" in fitted.given_up
-    assert "`method.rank` 1 and 64 alone" in fitted.given_up
+    assert "`method.rank` 4 and 16 alone" in fitted.given_up
     fitted = fit(quickstart, 1.2)
     assert list_names(fitted.definition) == ["frozen", "lora"]
     assert "whether LoRA is as good" in fitted.given_up
+
+
+def test_one_rank_in_the_middle_goes_before_full_and_both_choices_are_named(quickstart):
+    cuts = list_cuts(quickstart, step_rates(quickstart))
+    names = [*dict.fromkeys(cut.name for cut in cuts)]
+    assert names.index("ranks") < names.index("steps") < names.index("rank") < names.index("full")
+    (one,) = [cut for cut in cuts if cut.name == "rank"]
+    definition = quickstart.with_overrides(one.overrides)
+    assert definition.find_arm("lora").settings["method.rank"] == 16
+    assert [question.name for question in list_questions(definition)] == ["as_good_as_full"]
+    fitted = next(
+        found
+        for minutes in np.arange(4, 1, -0.1)
+        if "rank" in (found := fit(quickstart, float(minutes))).given_up and "method.rank` 16 alone" in found.given_up
+    )
+    assert "full" in list_names(fitted.definition)
+    asked = int(re.search(r"`--minutes (\d+)` asks it too, `arms.full=null` asks it instead", fitted.given_up)[1])
+    assert [*fit(quickstart, asked).definition.find_arm("lora").space["method.rank"].choices] == [4, 16]
 
 
 @pytest.mark.parametrize("minutes", [3, 5, 8, 14, 29, 30])
@@ -259,10 +303,10 @@ def test_what_was_typed_is_not_cut(quickstart):
     names = [{cut.name for cut in list_cuts(quickstart, rates, typed=typed[:end])} for end in range(5)]
     assert names[0] - names[1] == {"steps"}
     assert names[1] - names[2] == {"seeds"}
-    assert names[2] - names[3] == {"ranks"}
+    assert names[2] - names[3] == {"ranks", "rank"}
     assert names[3] - names[4] == {"full"}
     of_arm = [f"arms.lora.{key}" for key in ("trainer.max_steps", "method.rank")]
-    assert not {"steps", "ranks"} & {cut.name for cut in list_cuts(quickstart, rates, typed=of_arm)}
+    assert not {"steps", "ranks", "rank"} & {cut.name for cut in list_cuts(quickstart, rates, typed=of_arm)}
     with pytest.raises(ConfigError, match="at least"):
         fit_minutes(quickstart, rates, 1, typed=typed)
 
@@ -305,22 +349,32 @@ def test_time_that_was_spent_is_no_time_for_the_sweep(quickstart):
     assert fit(quickstart, 30, spent_s=30.0).overrides == {"confirm.seeds": [3, 6]}
 
 
+def test_test_examples_are_cut_only_where_scoring_them_is_slow(quickstart):
+    def list_examples(*, test_s):
+        scored = {"validation": 1000, "test": 1000}
+        rates = [replace(group, test_s=test_s, num_scored=scored) for group in step_rates(quickstart)]
+        return {key for cut in list_cuts(quickstart, rates) for key in cut.overrides if key.startswith("data.")}
+
+    assert list_examples(test_s=1.0) == {"data.max_validation_blocks"}
+    assert list_examples(test_s=20.0) == {"data.max_validation_blocks", "data.max_test_blocks"}
+
+
 def test_fewer_examples_are_cut_where_scoring_takes_the_time(quickstart, write_file, content):
-    def fit_scored(definition, *, test_s=0.0, answers_s=None, num=1000):
+    def fit_scored(definition, minutes, *, test_s=0.0, answers_s=None, num=1000):
         rates = [
             replace(group, test_s=test_s, answers_s=answers_s or {}, num_scored={"validation": num, "test": num})
-            for group in step_rates(definition, step_s=0.0)
+            for group in step_rates(definition, step_s=0.001)
         ]
-        fitted = fit_minutes(definition, rates, 8)
-        assert f"of {num:,} scored examples" in fitted.given_up
-        return max(value for key, value in fitted.overrides.items() if key.startswith("data.max_"))
+        fitted = fit_minutes(definition, rates, minutes)
+        assert f"of {num:,} test examples" in fitted.given_up
+        return max(value for key, value in fitted.overrides.items() if key.startswith("data.max_test_"))
 
-    assert fit_scored(quickstart, test_s=60.0) < 1000
+    assert fit_scored(quickstart, 6, test_s=60.0) < 1000
     settings = {"model": "tiny", "data": "chat", "data.train": "c.jsonl", "data.answers.score": "exact_match"}
     settings |= {"data.answers.max_examples": 400}
     content["settings"] = {"trainer.max_steps": 8, **settings}
     definition = read_definition(write_file(content), ["confirm.seeds=3"])
-    assert fit_scored(definition, answers_s={"test": 100.0}, num=400) < 400
+    assert fit_scored(definition, 6, answers_s={"test": 100.0}, num=400) < 400
 
 
 def test_arms_that_search_one_key_keep_the_minimum_of_trials(content, write_file):

@@ -114,11 +114,38 @@ def test_running_trials_have_lines_with_step_and_last_value(running):
     write_record(sweep_record(trials=rows), running)
     lines = [line for line in show(read_status(running)).splitlines() if line.startswith("now:")]
     assert lines[:2] == [
-        "now: lora trial 0  evaluated at step 4/8  1.7500  rank 1",
-        "now: lora trial 1  evaluated at step 0/100  max_steps 100",
+        "now: lora trial 0: step 4 of 8, 1.7500 at step 4  rank 1",
+        "now: lora trial 1: step 0 of 100  max_steps 100",
     ]
-    assert len(lines) == status_file.MAX_SHOWN_RUNS + 1
-    assert lines[-1] == f"now: {20 - status_file.MAX_SHOWN_RUNS} more"
+    assert len(lines) == status_file.MAX_SHOWN_PACKS + 1
+    assert lines[-1] == f"now: {20 - status_file.MAX_SHOWN_PACKS} more packs"
+
+
+def test_a_pack_has_one_line_whose_step_is_that_of_its_log(running):
+    rows = [replace(trial(number, "running"), pack="lora-0000") for number in range(3)]
+    write_record(sweep_record(arms=[arm("lora", trials=3)], trials=rows), running)
+    log = running / "runs" / "lora-0000" / "steps.jsonl"
+    log.parent.mkdir(parents=True)
+    for text, step in (("", 0), ('{"step": 3, "loss": 1.0}\n', 3), ('{"step": 3, "loss": 1.0}\n{"step": 4, "lo', 3)):
+        log.write_text(text)
+        status = read_status(running)
+        (line,) = [line for line in show(status).splitlines() if line.startswith("now:")]
+        assert line.startswith(f"now: lora trial 0 and 2 more: step {step} of 8")
+        assert status.count_steps() == (3 * step, 24)
+
+
+def test_reasons_are_shown_and_a_late_sweep_says_what_it_still_needs(running):
+    rows = [trial(0, "complete", 1.5), trial(1, "stopped", 1.9), trial(2, "stopped", 1.8)]
+    rows[0].values = {8: 1.5}
+    for row in rows[1:]:
+        row.reason = "has learned nothing at step 4"
+    write_record(sweep_record(arms=[arm("lora", trials=6)], trials=rows, minutes=1.0), running)
+    status = read_status(running)
+    assert "stopped: lora trial 1, 2: has learned nothing at step 4" in show(status)
+    assert status.late in show(status)
+    assert "within 1 min" in status.late
+    write_record(sweep_record(arms=[arm("lora", trials=6)], trials=rows, minutes=1e4), running)
+    assert read_status(running).late == ""
 
 
 def test_swept_steps_count_in_the_time_left(running):
@@ -199,7 +226,7 @@ def test_the_confirm_stage_counts_a_seed_once_for_the_frozen_base(running):
     (line,) = [line for line in shown.splitlines() if line.strip().startswith("lora")]
     assert sorted(line.split()) == sorted(["lora", "3/6", *"1131", "3/4", "1.5000", "rank", "1"])
     assert "4 fresh seeds" in shown
-    assert "now: lora confirm  evaluated at step 4/8  1.5500  rank 1, seed 10" in shown
+    assert "now: confirm lora: step 4 of 8, 1.5500 at step 4  rank 1, seed 10" in shown
 
 
 def test_a_frozen_base_whose_score_depends_on_the_seed_has_a_confirm_run_for_each(running):
@@ -217,7 +244,7 @@ def test_a_folder_that_is_no_sweep_is_refused_with_the_sweep_of_a_near_name(fold
     assert list(none.iterdir()) == []
     with pytest.raises(RecordError) as refused:
         read_status(folder.parent / f"{folder.name}x")
-    assert str(refused.value).endswith(f"Did you mean `{folder.name}`?")
+    assert str(refused.value).endswith(f"Did you mean `{folder}`?")
 
 
 def test_runs_of_former_settings_do_not_count(folder):

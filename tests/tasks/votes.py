@@ -57,7 +57,7 @@ def read_votes(config: VotesConfig) -> DataSource:
     return build_source(
         parse_rows(tables.pop("train"), parse),
         lambda split: parse_rows(tables.pop(split), parse),
-        missing=config.split_percents,
+        missing=config.choose_split_percents(),
         key=lambda vote: content_key([vote.answer]),
         describe=lambda train, _: [f"{sum(vote.liked for vote in train)} answers of train are liked."],
         max_examples=config.max_examples,

@@ -27,6 +27,8 @@ Delimiter = Literal["auto", "comma", "semicolon", "tab", "pipe"]
 
 DEFAULT_SPLIT_PERCENT = 10
 """Percentage of the training data that a split gets if neither its source nor its share is set."""
+FEW_ROWS, FEW_ROWS_TEST_PERCENT = 5000, 20
+"""Below this number of rows the test split gets this percentage, because a tenth leaves most verdicts open."""
 SCORE_ROUNDING = 1e-6
 """Relative difference up to which two scores are equal.
 
@@ -164,7 +166,8 @@ class SplitSettings(DataSettings):
     test: str | None
     """As `train`; null takes the split from `train`."""
     test_fraction: Annotated[float, Field(ge=0.01, le=0.5)] | None
-    """Share of `train` that becomes the test split if `test` is null, rounded to whole percents; null is a tenth."""
+    """Share of `train` that becomes the test split if `test` is null, rounded to whole percents. Null is a tenth, and
+    a fifth below 5,000 rows."""
     group: str | None
     """Column with equal values for examples that depend on each other. The report treats groups as independent."""
 
@@ -174,12 +177,16 @@ class SplitSettings(DataSettings):
         names = {"train": self.train, "validation": self.validation, "test": self.test}
         return {split: name for split, name in names.items() if name is not None}
 
-    @property
-    def split_percents(self) -> dict[str, int]:
-        """The percentage of `train` that is split off for each split that is not set."""
+    def choose_split_percents(self, num_rows: int | None = None) -> dict[str, int]:
+        """Returns the percentage of `train` that is split off for each split that is not set.
+
+        `num_rows` is the number of rows of `train`; None for texts, which are cut into blocks.
+        """
         percents = {"validation": DEFAULT_SPLIT_PERCENT, "test": DEFAULT_SPLIT_PERCENT}
         if self.test_fraction is not None:
             percents["test"] = round(100 * self.test_fraction)
+        elif num_rows is not None and num_rows < FEW_ROWS:
+            percents["test"] = FEW_ROWS_TEST_PERCENT
         return {split: percent for split, percent in percents.items() if split not in self.sources}
 
     def __post_init__(self) -> None:

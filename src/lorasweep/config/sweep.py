@@ -15,8 +15,6 @@ from lorasweep.errors import ConfigError
 
 MAX_CONFIRM_SEEDS = 1000
 MAX_ARMS = 100
-DEFAULT_MARGIN = 0.01
-"""The smallest difference that matters, in the metric's unit; else a share of the gain of `full`, if a sweep has it."""
 MAX_CHOICES = 1000
 """Maximum number of choices of a swept key. Each is composed and checked, which takes milliseconds."""
 
@@ -135,7 +133,8 @@ class Margin:
 
     value: float
     is_share_of_gain: bool
-    """Whether the value is a share of full fine-tuning's gain over the frozen base. Else in the metric's unit."""
+    """Whether the value is a share of the gain of full fine-tuning, or else of the best subject, over the frozen base.
+    Else it is in the metric's unit."""
 
 
 def parse_margin(setting: float | str, *, key: str = "confirm.margin") -> Margin:
@@ -148,8 +147,8 @@ def parse_margin(setting: float | str, *, key: str = "confirm.margin") -> Margin
     is_share = text.endswith("%")
     if not 0 < number < (100 if is_share else math.inf):
         raise ConfigError(
-            f"`{key}` must be a positive number in the metric's unit, or a percentage of full fine-tuning's "
-            f"gain such as `5%`, but got {setting!r}."
+            f"`{key}` must be a positive number in the metric's unit, or a percentage of the gain over "
+            f"the frozen base such as `5%`, but got {setting!r}."
         )
     return Margin(value=number / 100 if is_share else number, is_share_of_gain=is_share)
 
@@ -163,7 +162,7 @@ class ConfirmConfig(Settings):
     number, 0 to 1000, trains so many in any case; 0 skips the stage, and fewer than 3 give a warning."""
     margin: float | str
     """The smallest difference between two arms that matters: a number in the metric's unit (0.01), or a percentage of
-    the gain of `full` over `frozen` on test data (5%). The verdicts on arms and on the rank use it."""
+    the gain of `full`, without it of the best subject, over `frozen` on test data (5%). All verdicts use it."""
     metric: str
     """Metric of the verdicts: `auto` for `data.metric`, or the name of the score of `data.answers`."""
 

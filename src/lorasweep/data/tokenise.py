@@ -78,11 +78,16 @@ def cache_key(tokenizer: PreTrainedTokenizerBase, fingerprint: str, **settings: 
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
+def get_cache_folder() -> Path:
+    """Returns the folder of what lorasweep keeps for later commands, below that of `datasets`."""
+    return Path(os.environ.get("HF_DATASETS_CACHE", Path(HF_HOME, "datasets")), "lorasweep")
+
+
 def map_cached(
     examples: Examples[Example], tokenise: Callable[[Sequence[Example]], Columns], *, key: str
 ) -> dict[str, Ragged]:
     """Returns the sequences that `tokenise` makes of the examples. Takes them from the cache if possible."""
-    folder = Path(os.environ.get("HF_DATASETS_CACHE", Path(HF_HOME, "datasets")), "lorasweep")
+    folder = get_cache_folder()
     path = folder / f"{key}.safetensors"
     try:
         tensors = load_file(path)

@@ -14,6 +14,7 @@ from lorasweep.record.run import (
     RunRecord,
     RunStatus,
     compute_sha256,
+    read_last_step,
     read_run,
     read_steps,
     restore_config,

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, TypeGuard, TypeVar
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from lorasweep.config.redaction import redact
-from lorasweep.disk import open_inside, write_atomically
+from lorasweep.disk import open_inside, suggest_path, write_atomically
 from lorasweep.errors import RecordError
-from lorasweep.wording import shorten, suggest_nearest
+from lorasweep.wording import shorten
 
 VERSION: Literal[1] = 1
 """Version of the format. Records of another version are refused."""
@@ -66,8 +66,9 @@ def write_record(record: Any, folder: Path) -> None:
 def read_json(kind: type[T], path: Path) -> T:
     """Reads a record of a dataclass and ignores other keys. Raises RecordError if the file is no such record."""
     if not path.is_file():
-        near = suggest_nearest(path.parent.name, [other.name for other in path.parent.parent.glob("*")])
-        raise RecordError(f"a {path.stem}'s folder must contain {path.name}, but {str(path.parent)!r} does not.{near}")
+        folder, needed = path.parent, f"contain {path.name}" if path.parent.exists() else "exist"
+        near = suggest_path(folder, Path("outputs"))
+        raise RecordError(f"a {path.stem}'s folder must {needed}, but {str(folder)!r} does not.{near}")
     try:
         with open_inside(path.parent, path) as file:
             record: T = _adapter(kind).validate_json(file.read(), strict=True)  # type: ignore[arg-type]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +23,8 @@ from lorasweep.record.json_file import VERSION, Count, Number, is_number, read_j
 
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
+LAST_ROW_BYTES = 2000
+"""Bytes at the end of `steps.jsonl` in which its last row is."""
 TEST_SCORES_FILE = "test_scores.csv"
 ANSWERS_FILE = "{}_answers.csv"
 """Generated answers with their scores. `{}` is the name of the split, or `base` in a sweep's folder."""
@@ -172,6 +177,15 @@ def read_steps(folder: Path, *, having: str = "") -> Iterator[dict[str, Any]]:
             if type(row.get("step")) is not int or not all(known):
                 return
             yield row
+
+
+def read_last_step(folder: Path) -> int:
+    """Returns the step of the last row of `steps.jsonl`, or 0. A run appends rows about 200 times."""
+    steps = [0]
+    with suppress(OSError, ValueError), open_inside(folder, folder / STEPS_FILE) as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_ROW_BYTES))
+        steps += [int(found) for found in re.findall(rb'"step": (\d{1,15})\b.*\n', file.read())]
+    return steps[-1]
 
 
 def compute_sha256(path: Path) -> str:

@@ -69,7 +69,9 @@ def judge_learning(data: SweepData) -> Learning:
     subjects = [one for one in data.subjects if not one.row.is_base]
     trials = {one.arm: [t for t in data.list_trials(one.arm) if known.is_better(t) is not None] for one in subjects}
     scored = {arm: found for arm, found in trials.items() if found}
-    if not scored:
+    is_searching = sum(trial.state != "running" for trial in data.trials) < sum(arm.trials for arm in data.record.arms)
+    is_any_complete = any(trial.state == "complete" for found in scored.values() for trial in found)
+    if not scored or (is_searching and not is_any_complete):  # trials that stop early end first
         return Learning()
     is_better = {name: any(map(known.is_better, trials)) for name, trials in scored.items()}
     shown = {one.name: _is_shown_on_test_data(one.name, known, data) for one in subjects}

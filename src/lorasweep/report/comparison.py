@@ -15,7 +15,7 @@ from lorasweep.wording import UNKNOWN, count_percent_decimals, format_score, for
 if TYPE_CHECKING:
     import pandas
 
-NOT_COMPARED = ("sweep.output.", "sweep.minutes.", "worker.", "logger.", "callbacks.")
+NOT_COMPARED = ("sweep.output.", "worker.", "logger.", "callbacks.")
 """Settings that decide no result, with those below them."""
 
 

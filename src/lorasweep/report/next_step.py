@@ -14,16 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.config.command_line import format_override
-from lorasweep.config.run import MIN_STEPS, STEPS_KEY
+from lorasweep.config.run import LR, MIN_STEPS, STEPS_KEY
 from lorasweep.disk import is_running
 from lorasweep.record import ArmRow
-from lorasweep.report.caveats import Learning
+from lorasweep.report.caveats import Learning, find_bounds
 from lorasweep.report.evidence.verdicts import Answer, NextStep, StepName
 from lorasweep.report.recommend import choose_arm
 from lorasweep.report.sweep_data import SweepData
 
 MIN_USEFUL_SEEDS = 3
 """Number of seeds that is advised where one seed was used. Fewer give a warning."""
+OTHER_ANSWERS = ("present", "retained")
+"""Answers that the sweep does not state as questions."""
+SEEDS_RATIOS = (2, 4)
+"""Numbers of seeds that are tried, as multiples of those of the sweep."""
+FULL_RATE_RATIO = 0.1
+"""The learning rates of full fine-tuning are this share of LoRA's, as in a drafted sweep."""
 MAX_STEPS_RATIO = 10
 """The longer run has at most this many times the steps."""
 LATE_SHARE = 0.75
@@ -31,10 +37,12 @@ LATE_SHARE = 0.75
 
 
 def find_next_step(answer: Answer, data: SweepData, learning: Learning) -> NextStep | None:
-    """Returns the step for an open answer; None if it is not open or if no step probably helps."""
+    """Returns the step for an open answer, or for one that needs full fine-tuning; None if no step probably helps."""
+    record = data.record
+    if answer.missing == "no full arm" and record.status == "complete":
+        return _add_full(data)
     if answer.state != "open":
         return None
-    record = data.record
     if record.status != "complete":
         return NextStep(name="wait" if is_running(data.folder) else "complete", command=data.completing_command)
     if learning.has_failed or _is_short(data) or _improves_late(data, learning):
@@ -51,16 +59,19 @@ def find_next_step(answer: Answer, data: SweepData, learning: Learning) -> NextS
     if blocking.blocker == "one seed":
         seeds = max(MIN_USEFUL_SEEDS, *record.looks)  # an unplanned look may not be below the planned ones
         return _add_seeds(seeds, data)
-    seeds, is_asked = 2 * max(record.looks), answer.name not in ("present", "retained")
-    may_settle = data.evidence.may_settle(answer, seeds=seeds) if is_asked else blocking.blocker == "few seeds"
-    if may_settle and not _had_more_seeds(data):
-        return _add_seeds(seeds, data)
+    numbers, is_asked = [ratio * max(record.looks) for ratio in SEEDS_RATIOS], answer.name not in OTHER_ANSWERS
+    enough = numbers if not is_asked and blocking.blocker == "few seeds" else []
+    if is_asked:
+        enough = [seeds for seeds in numbers if data.evidence.may_settle(answer, seeds=seeds)]
+    if enough and not _had_more_seeds(data):
+        return _add_seeds(enough[0], data)
     if not is_asked:
         return None
     if blocking.blocker == "few trials":
         rows = [row for row in record.arms if row.space and (row.name == answer.arm or row.method == "full")]
         return _add_trials(rows, data)
-    return NextStep(name="none", needs=(blocking.blocker,)) if blocking.blocker else None
+    tried = None if enough else numbers[-1]
+    return NextStep(name="none", number=tried, needs=(blocking.blocker,)) if blocking.blocker else None
 
 
 def _train_longer(data: SweepData, learning: Learning) -> NextStep | None:
@@ -77,14 +88,35 @@ def _train_longer(data: SweepData, learning: Learning) -> NextStep | None:
     elif STEPS_KEY in overrides and not _is_short(data) and not _improves_late(data, learning):
         return None
     steps = max(MIN_STEPS, math.ceil(run.steps_planned * min(ratio, MAX_STEPS_RATIO)))
-    command = None
-    if record.source:
-        kept = {key: value for key, value in overrides.items() if not key.endswith(STEPS_KEY)}
-        kept |= {STEPS_KEY: steps, "sweep.output": f"{data.folder}-longer"}
-        words = [shlex.quote(str(Path(record.source))), *(format_override(*one) for one in kept.items())]
-        command = f"lorasweep sweep {' '.join(words)}"
+    kept = {key: value for key, value in overrides.items() if not key.endswith(STEPS_KEY)}
+    command = _name_new_sweep(data, {**kept, STEPS_KEY: steps}, ending="longer")
     seconds = record.makespan_s * steps / run.steps_planned or None
     return NextStep(name="longer", command=command, number=steps, seconds=seconds)
+
+
+def _name_new_sweep(data: SweepData, overrides: Mapping[str, Any], *, ending: str) -> str | None:
+    """Returns the command of another sweep of the same file, in a folder of its own; None if there is no file."""
+    if not data.record.source:
+        return None
+    words = [shlex.quote(str(Path(data.record.source))), *(format_override(*one) for one in overrides.items())]
+    return " ".join(["lorasweep sweep", *words, format_override("sweep.output", f"{data.folder}-{ending}")])
+
+
+def _add_full(data: SweepData) -> NextStep | None:
+    """Returns a new sweep with an arm of full fine-tuning: that of the file, or one at a tenth of LoRA's rates."""
+    definition, arms = data.record.definition, data.record.arms
+    overrides, given = definition.get("overrides", {}), definition.get("file", {}).get("arms", {})
+    cut = [f"arms.{name}" for name, arm in given.items() if (arm.get("settings") or {}).get("method") == "full"]
+    kept = {key: value for key, value in overrides.items() if key not in cut}
+    bounds = next((found for row in arms if row.method == "lora" and (found := find_bounds(row.space.get(LR)))), None)
+    if not cut and bounds is None:
+        return None
+    if not cut and bounds:
+        low, high = (float(f"{FULL_RATE_RATIO * bound:.2g}") for bound in bounds[:2])
+        rates = {"low": low, "high": high, "log": True}
+        kept["arms.full"] = {"settings": {"method": "full"}, "space": {LR: rates}}
+    command = _name_new_sweep(data, kept, ending="full")
+    return NextStep(name="arm", command=command) if command else None
 
 
 def _is_short(data: SweepData) -> bool:

@@ -220,22 +220,21 @@ def find_recommended(
         RecordError: The sweep is not complete, or there are no such settings.
         ConfigError: The sweep has no such arm.
     """
-    folder = str(data.folder)
+    folder, in_python = str(data.folder), key == "subject"
     if data.record.status != "complete":
-        raise RecordError(
-            f"`{key}` must be a sweep that is complete, but {folder!r} is {data.record.status}. "
-            f"Type `{data.completing_command}`."
-        )
+        remedy = f"Call `lorasweep.resume_sweep({folder!r})`" if in_python else f"Type `{data.completing_command}`"
+        raise RecordError(f"a sweep must be complete, but {folder!r} is {data.record.status}. {remedy}.")
     names = list(dict.fromkeys([row.name for row in data.record.arms] + [one.name for one in data.subjects]))
     if name is not None and name not in names:
         raise ConfigError(
-            f"`{key}` must be SWEEP or SWEEP/ARM with one of the arms {', '.join(names)}, but got {name!r}."
+            f"`{key}` must be {'' if in_python else 'SWEEP or SWEEP/ARM with '}one of {', '.join(names)}, but got "
+            f"{name!r}."
             f"{suggest_nearest(name, names)}"
         )
     if name is None and judge_learning(data).has_failed:
         raise RecordError(
             f"`{key}` must be a sweep that learned something, but nothing is shown to be learned in {folder!r}. "
-            f"`{folder}/ARM` names an arm nevertheless."
+            f"`{'recommended(ARM)' if in_python else f'{folder}/ARM'}` names an arm nevertheless."
         )
     if name is None:
         choice = (choose_arm(data, methods) if methods else None) or choose_arm(data)

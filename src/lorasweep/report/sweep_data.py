@@ -222,17 +222,19 @@ class SweepData:
 
     @cached_property
     def search_gain(self) -> float | None:
-        """Full fine-tuning's gain over the frozen base in the search; None if it is not known or not positive.
+        """The gain of full fine-tuning, or else of the best arm, over the frozen base in the search; None if unknown.
 
         It is also None if test data do not show it, because shares of it mean nothing then.
         """
-        base, full = self.best_score("frozen"), self.best_score("full")
-        gain = 0.0 if base is None or full is None else self.record.search_metric.sign * (base - full)
+        methods = {row.method for row in self.record.arms} - {"frozen"}
+        scores = [self.best_score(method) for method in ({"full"} & methods or methods)]
+        base, best = self.best_score("frozen"), self.record.search_metric.best(x for x in scores if x is not None)
+        gain = 0.0 if base is None or best is None else self.record.search_metric.sign * (base - best)
         return gain if gain > 0 and (self.evidence.gain or not self.evidence.means) else None
 
     @property
     def gain(self) -> float | None:
-        """Full fine-tuning's gain by `shown_metric`: on test data if anything is confirmed, else in the search."""
+        """The gain by `shown_metric`: on test data if anything is confirmed, else in the search."""
         return self.evidence.gain if self.evidence.means else self.search_gain
 
     @property
@@ -252,7 +254,7 @@ class SweepData:
     def find_search_share(self, score: float | None) -> float | None:
         """Returns (base - score) / (base - full) in the search; None if it is not known."""
         base, gain = self.best_score("frozen"), self.search_gain
-        if score is None or base is None or gain is None:
+        if score is None or base is None or gain is None or self.best_score("full") is None:
             return None
         return self.record.search_metric.sign * (base - score) / gain
 

@@ -24,6 +24,7 @@ from lorasweep.report.evidence.verdicts import (
     Verdict,
 )
 from lorasweep.report.facts import Findings, list_subject_rows
+from lorasweep.report.next_step import MIN_USEFUL_SEEDS
 from lorasweep.report.recommend import Recommendation, choose_subject
 from lorasweep.report.sweep_data import SubjectResult, SweepData
 from lorasweep.wording import (
@@ -48,7 +49,7 @@ BLOCKERS: Mapping[Blocker, str] = {
     "another value": "another value is tested first",
     "no scores": "no test scores of both on the same seeds",
     "no margin": "no margin is known",
-    "no gain": "full fine-tuning did not clearly improve on the base, so shares of its gain mean nothing",
+    "no gain": "nothing clearly improved on the base, so shares of a gain mean nothing",
     "one seed": "one seed says nothing about another",
     "few seeds": "mostly because of few seeds",
     "few examples": "mostly because of few test examples",
@@ -63,7 +64,7 @@ NEEDS: Mapping[Blocker, str] = {
 """For each blocker of an answer, a change that may settle the question in a new sweep."""
 MISSING: Mapping[Missing, str] = {
     "no LoRA arm": "no arm has `method=lora`",
-    "no full arm": "no arm has `method=full`. Add one to compare LoRA with it",
+    "no full arm": "no arm has `method=full`",
     "no rank": "no LoRA arm has `confirm_each: method.rank`",
     "not stated": "the sweep does not state this question",
     "not confirmed": "nothing is confirmed on test data yet",
@@ -76,6 +77,7 @@ STEPS: Mapping[StepName, str] = {
     "complete": "completes the sweep",
     "confirm": "adds the confirm stage",
     "longer": "a longer run, {} steps",
+    "arm": "a new sweep with full fine-tuning",
     "seeds": "{} seeds in all may settle it",
     "trials": "twice the trials, {} in all",
 }
@@ -98,6 +100,8 @@ OUTSIDE: Mapping[AnswerName, str] = {
 NO_EXAMPLE_SCORES = (
     "Single test examples have no scores here, so intervals are over seeds alone: other test data may differ by more."
 )
+MIN_FULL_TRIALS = 4
+"""The headline names the number of complete trials of full fine-tuning if it is lower than this."""
 MAX_HARMLESS_CUT = 0.1
 """The share of training examples above which those that are cut off may explain that nothing was learned."""
 OTHER_SEARCH_METRIC = (
@@ -126,6 +130,9 @@ def describe_headline(answer: Answer, data: SweepData) -> str:
     """Returns the answer in a few words: the values, intervals and verdicts are in its rows."""
     if answer.missing:
         because = f"{'Open' if answer.state == 'open' else 'Not asked'}: {MISSING[answer.missing]}."
+        if answer.missing in ("not confirmed", "no trial") and data.record.status != "complete":
+            done = sum(trial.state == "complete" for trial in data.trials)
+            because = f"Open: {done} of {sum(row.trials for row in data.record.arms)} trials are complete."
         best = data.find_subject(answer.arm) if answer.missing == "not confirmed" else None
         return f"{because} Best so far: {describe_full_setting(best)}." if best else because
     first, blocking = answer.rows[0], answer.blocking
@@ -143,7 +150,22 @@ def describe_headline(answer: Answer, data: SweepData) -> str:
         return ". ".join(filter(None, [f"{worse} forgot {limit}" if worse else "", rest])) + "."
     if answer.name == "pair":
         return f"{capitalize(first.verdict if first.is_settled else why)}."
-    return f"{capitalize(_describe_chain(answer, why, data) if answer.name in CHAINS else why)}."
+    if answer.name not in CHAINS:
+        return f"{capitalize(why)}."
+    return f"{capitalize(_describe_chain(answer, why, data))}{_describe_weakness(answer, data)}."
+
+
+def _describe_weakness(answer: Answer, data: SweepData) -> str:
+    """Returns on how little a settled answer rests: few seeds, or few trials of full fine-tuning. Empty otherwise."""
+    row, parts = answer.good or answer.rows[-1], []
+    if not row.is_settled:
+        return ""
+    if row.num_seeds < MIN_USEFUL_SEEDS:
+        parts.append(f"{row.num_seeds} seed{'s' if row.num_seeds > 1 else ''}")
+    full = data.find_subject(row.reference) if answer.name == "as_good_as_full" else None
+    if full and full.row.space and full.count("complete") < MIN_FULL_TRIALS:
+        parts.append(f"{full.count('complete')} trials of full fine-tuning")
+    return f", on {join_words(parts)} alone" if parts else ""
 
 
 def _describe_chain(answer: Answer, why: str, data: SweepData) -> str:
@@ -181,7 +203,8 @@ def describe_unit(answer: Answer, data: SweepData) -> str:
     against = f" against {name_value(next(iter(names)), data)}" if len(names) == 1 else ""
     if all(row.is_share for row in answer.rows):
         is_against_full = answer.name == "as_good_as_full"
-        unit = "share of full's gain" if is_against_full else f"difference{against} as a share of full's gain"
+        gain = data.evidence.scale.gain_name
+        unit = f"share of {gain}" if is_against_full else f"difference{against} as a share of {gain}"
         return f"{unit}, margin {format_share(data.evidence.scale.margin.value)}"
     retained = next((row for row in data.record.retained if row.name == answer.arm), None)
     metric, margin = (data.shown_metric, data.evidence.margin)
@@ -207,7 +230,7 @@ def list_cells(answer: Answer, data: SweepData) -> list[tuple[str, str, str]]:
     for row in answer.rows:
         value, interval = row.value, row.interval
         if row.is_share and row.name != "as_good_as_full" and value is not None:
-            # against another reference, the tested quantity is 1 plus the difference as a share of full's gain
+            # against another reference, the tested quantity is 1 plus the difference as a share of the gain
             value, interval = value - 1, interval and (interval[0] - 1, interval[1] - 1)
         form = format_share_estimate if row.is_share else format_estimate
         text = form(value, interval, decimals=decimals if row.is_share else digits)
@@ -225,7 +248,8 @@ def _describe_regret(row: AnswerRow, data: SweepData) -> str:
     if row.value is None:
         return UNKNOWN
     metric = format_metric(data.record.search_metric.name)
-    amount = f"{format_share(row.value)} of full's gain" if row.is_share else f"{format_score(row.value)} {metric}"
+    gain = data.evidence.scale.gain_name
+    amount = f"{format_share(row.value)} of {gain}" if row.is_share else f"{format_score(row.value)} {metric}"
     return f"expected to be better by {amount}"
 
 
@@ -242,7 +266,8 @@ def describe_step(step: NextStep) -> str:
     """Returns what the command of a next step does, or what a new sweep needs, without the command."""
     if step.name == "none":
         needs = join_words([NEEDS[blocker] for blocker in step.needs if blocker in NEEDS], last="or")
-        return f"No command settles this. A new sweep may, with {needs}."
+        tried = f", not even {step.number} seeds" if step.number else ""
+        return f"No command settles this{tried}. A new sweep may, with {needs}."
     time = f"about {format_seconds(step.seconds)}" if step.seconds else ""
     parts = [STEPS[step.name].format(step.number), time]
     return f"Next ({', '.join(filter(None, parts))})" + ("" if step.command else ".")
@@ -426,7 +451,8 @@ def _list_notes(findings: Findings) -> Iterator[str]:
 def _describe_margin(data: SweepData) -> str:
     """Returns a sentence about the smallest difference that matters, or why none is known."""
     setting, margin = data.record.margin, data.evidence.margin
-    share = f"{setting} of full fine-tuning's gain over the frozen base"
+    whose = "full fine-tuning's" if data.evidence.scale.full else "the best subject's"
+    share = f"{setting} of {whose} gain over the frozen base"
     if margin is None:
         return (
             f"No margin: {share} is not known, because that needs test scores of both and a gain. So nothing can be "

@@ -170,7 +170,7 @@ def write_tensorboard(findings: Findings, folder: Path) -> None:
         if curve:
             _write_events(folder / "arms" / one.name, [(step, Value(tag=tag, simple_value=v)) for step, v in curve])
         mean = data.evidence.mean(one.name)
-        for trial in [trial for trial in one.trials if trial.record]:
+        for trial in [trial for trial in one.trials if trial.record and trial.state != "running"]:
             scores = {f"best/{search}": trial.search_score}
             if mean and one.best and trial is one.best.run:
                 scores[f"test/{test}"] = mean.value

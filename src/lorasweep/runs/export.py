@@ -7,10 +7,11 @@ again, and its weights are compared with those that were written.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -61,11 +62,11 @@ def export_run(run: str | Path, *, format: ExportFormat, out: str | Path, trust:
     >>> lorasweep.export_run("outputs/tiny/runs/lora-0000", format="peft", out="adapter").dtype
     'fp32'
 
-    If the run's chat template is a file of the user, the tokenizer is written with this template in both formats.
+    The tokenizer goes with it, with the run's chat template if that is a file of the user.
 
     Args:
         run: The run's folder.
-        format: `peft` writes the adapter; `merged` writes the whole model, with the adapter merged, and its tokenizer.
+        format: `peft` writes the adapter; `merged` writes the whole model, with the adapter merged.
         out: A new or empty folder; unchanged after an error.
         trust: Whether to run code that the run's settings name.
 
@@ -88,10 +89,9 @@ def export_run(run: str | Path, *, format: ExportFormat, out: str | Path, trust:
             dtype = "fp32"
         else:
             dtype = _export_merged(record, config, run / "best", folder)
-        if template is not None:
-            tokenizer = load_tokenizer(config.model)
-            tokenizer.chat_template = template
-            tokenizer.save_pretrained(folder)
+        tokenizer = load_tokenizer(config.model)
+        tokenizer.chat_template = template or tokenizer.chat_template
+        tokenizer.save_pretrained(folder)
         card = _build_card(record, config, format=format, dtype=dtype, repository=out.resolve().name)
         card.save(folder / "README.md")
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -179,8 +179,6 @@ def _write_merged(
     model.config.use_cache = True  # training switched it off
     with quiet_transformers():
         model.save_pretrained(folder)
-        if base.tokenizer is not None:
-            base.tokenizer.save_pretrained(folder)
     if config.model.kind == "embedder" and base.folder is not None:
         for file in list_module_files(base.folder):
             target = folder / file.relative_to(base.folder)
@@ -219,21 +217,29 @@ def _build_card(record: RunRecord, config: RunConfig, *, format: str, dtype: str
 
 
 def name_base(config: ModelConfig) -> str:
-    """Returns the base's hub id or the name of its folder, without the path on this machine."""
-    path = str(config.path)
-    is_public = find_local_path(config) is None or path.startswith(EMBEDDED_PREFIX)
-    return path if is_public else Path(path).expanduser().resolve().name
+    """Returns the base's hub id, or that in its `config.json`, or the name of its folder, without its whole path."""
+    path, local = str(config.path), find_local_path(config)
+    if local is None or path.startswith(EMBEDDED_PREFIX):
+        return path
+    with suppress(OSError, ValueError):
+        origin = json.loads((local / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+        if isinstance(origin, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", origin):
+            return origin
+    return local.resolve().name
 
 
 def _describe_loading(record: RunRecord, config: ModelConfig, *, format: str, repository: str) -> str:
     labels = (record.base.get("labels") or {}) if config.kind == "classifier" else {}
     name, base = f"Auto{CLASS_ENDINGS[config.kind]}", name_base(config)
     imports, lines, notes = ["from transformers import AutoTokenizer"], [], []
-    arguments, tokenizer = ', dtype="auto"', f'"{repository}"'
+    arguments = ', dtype="auto"'
     if format == "peft":
         name, arguments = f"AutoPeft{CLASS_ENDINGS[config.kind]}", ""
-        tokenizer = 'model.peft_config["default"].base_model_name_or_path'
         if labels:
+            notes.append(
+                "transformers prints that the base's head (such as `classifier.weight`) is MISSING or newly "
+                "initialised. PEFT then loads the trained one from the adapter."
+            )
             is_number = labels["kind"] == "regression"
             arguments = ", num_labels=1" if is_number else f", id2label={dict(enumerate(map(str, labels['names'])))}"
         if config.quantization != "none":
@@ -249,7 +255,7 @@ def _describe_loading(record: RunRecord, config: ModelConfig, *, format: str, re
     imports.append(f"from {'peft' if format == 'peft' else 'transformers'} import {name}")
     lines += [
         f'model = {name}.from_pretrained("{repository}"{arguments})',
-        f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})",
+        f'tokenizer = AutoTokenizer.from_pretrained("{repository}")',
     ]
     if config.kind == "embedder":
         imports = ["from sentence_transformers import SentenceTransformer"]

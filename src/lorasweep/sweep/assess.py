@@ -13,6 +13,11 @@ from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms
 from lorasweep.training.inputs import InputsCache
 from lorasweep.wording import Note, format_share
 
+POWER = 1.96 + 0.84
+"""Standard errors of a difference that is found with a probability of 80 % at a level of 5 %."""
+ASSUMED_DISAGREEMENT = 0.1
+"""Assumed share of test examples on which two trained settings differ, in the mean over their seeds."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assessment:
@@ -87,6 +92,9 @@ def _describe_test_data(definition: Definition, inputs_cache: InputsCache) -> st
             "groups: verdicts will hold for this group alone. Give test data of at least 20 groups."
         )
     of_groups = f" in {len(groups):,} groups" if groups and len(groups) < len(test) else ""
-    return (
-        f"The verdicts rest on {len(test):,} test examples{of_groups}; four times as many settle half the difference."
-    )
+    inputs = inputs_cache.load(definition.arms[0].base)
+    rest = f"The verdicts rest on {len(test):,} test examples{of_groups}"
+    if inputs.splits.metric == "accuracy":
+        points = 100 * POWER * math.sqrt(ASSUMED_DISAGREEMENT / (len(groups) or len(test)))
+        rest += f": they probably show a difference of {points:.1f} points of accuracy"
+    return f"{rest}; four times as many settle half the difference."

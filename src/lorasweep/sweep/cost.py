@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,11 +11,11 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from lorasweep.config.run import MIN_STEPS, STEPS_KEY, RunConfig
-from lorasweep.config.sweep import DEFAULT_MARGIN, SlurmWorkers, parse_margin
+from lorasweep.config.sweep import SlurmWorkers
 from lorasweep.errors import ConfigError
 from lorasweep.record import QuestionName
 from lorasweep.sweep.controller.proposals import find_batch_start
-from lorasweep.sweep.definition.arms import Definition, searches_one_key
+from lorasweep.sweep.definition.arms import Arm, Definition, searches_one_key
 from lorasweep.sweep.definition.confirm import count_confirm_runs, list_questions
 from lorasweep.training.environment import get_device
 from lorasweep.wording import join_words
@@ -30,12 +29,18 @@ MIN_TRIALS = 6
 MIN_EXAMPLES = 200
 """Minimum number of examples or blocks on which `--minutes` lets a run be scored. If two settings differ on a quarter
 of them, 10 points of accuracy are found with a probability of 80 %: 196 = (1.96 + 0.84)² · 0.25 / 0.1²."""
+MIN_SCORING_SHARE = 0.25
+"""Test examples are cut only if scoring them takes at least this share of the time of a confirm run."""
 ANSWERED: Mapping[QuestionName, str] = {
     "as_good_as_full": "whether `{one.arm}` is as good as full fine-tuning",
     "smallest": "which `{one.key}` is enough",
     "pair": "whether `{one.arm}` is better than `{one.reference}`",
 }
 """For each kind of question, the clause that says what its answer would tell."""
+QUESTION_CUTS = ("rank", "full")
+"""The cuts that give up a question."""
+MAX_LOAD = 1.5
+"""Load on each core above which a measurement says that other work slowed it down."""
 MINUTES_TOLERANCE = 0.15
 """The smallest budget may exceed `--minutes` by this fraction, because two measurements differ by as much."""
 
@@ -74,11 +79,18 @@ class Rates:
     """The metric that scores the measured run."""
     trained_params: dict[str, int]
     """Trained parameters of the largest run of each arm, by name of the arm."""
+    load: float = 0.0
+    """Processes that the machine had to run, per core, when it was measured."""
 
     def estimate_run_s(self, num_steps: int, interval: int) -> float:
         """Returns the seconds of a training with an evaluation every `interval` steps."""
         scored_s = (math.ceil(num_steps / interval) or 1) * (self.evaluation_s + self.saving_s) + self.final_s
         return self.loading_s + num_steps * self.step_s + scored_s + self.answers_s.get("validation", 0.0)
+
+    @property
+    def scoring_s(self) -> float:
+        """Seconds in which a confirm run is scored on test data, and answers its examples."""
+        return self.test_s + self.answers_s.get("test", 0.0)
 
     def limit(self, definition: Definition) -> Rates:
         """Returns the rates in a smaller sweep, which may lack arms and may score fewer examples."""
@@ -142,10 +154,10 @@ def estimate_cost(definition: Definition, rates: Sequence[Rates], *, look: int =
             high += sum(math.ceil(size / group.slots) for size in batches.values()) * run_s
             longest = max(longest, len(batches) * run_s)
         num_runs = sum(count_confirm_runs(arm, seeds=seeds) for arm in arms)
-        num_packs, scoring_s = num_runs / group.slots, group.test_s + group.answers_s.get("test", 0.0)
+        num_packs = num_runs / group.slots
         confirm += (num_packs + find_empty_cost(config) * (math.ceil(num_packs) - num_packs)) * run_s
-        confirm += num_runs * scoring_s
-        longest_confirm = max(longest_confirm, min(1.0, num_packs) * run_s + min(1, num_runs) * scoring_s)
+        confirm += num_runs * group.scoring_s
+        longest_confirm = max(longest_confirm, min(1.0, num_packs) * run_s + min(1, num_runs) * group.scoring_s)
     reference_s = max((group.reference_s for group in rates), default=0.0)
     search_high_s = reference_s + max(high / workers, longest)
     return Cost(reference_s + low / workers, search_high_s, max(confirm / workers, longest_confirm))
@@ -171,7 +183,7 @@ class Cut(NamedTuple):
     name: str
     overrides: Mapping[str, Any]
     given_up: str
-    """A clause on what it gives up. `{minutes}` stands for the time that would ask all questions."""
+    """A clause on what it gives up. `{minutes}` stands for the least time that gives up no question here."""
 
 
 class FittedSweep(NamedTuple):
@@ -204,12 +216,13 @@ def fit_minutes(
     names = [cut.name for cut in cuts]
 
     def find_last(counts: Mapping[str, int]) -> list[Cut]:
-        """Returns the last of the first `counts[name]` cuts of each name."""
-        return [[cut for cut in cuts if cut.name == name][number - 1] for name, number in counts.items() if number]
+        """Returns the last of the first `counts[name]` cuts of each name. Without `full`, several ranks stay."""
+        made = [name for name, number in counts.items() if number and not (name == "rank" and counts.get("full"))]
+        return [[cut for cut in cuts if cut.name == name][counts[name] - 1] for name in made]
 
     def list_overrides(counts: Mapping[str, int]) -> dict[str, Any]:
         overrides = {key: value for cut in find_last(counts) for key, value in cut.overrides.items()}
-        dropped = tuple(f"{key}." for key, value in overrides.items() if value is None)  # arms
+        dropped = tuple(f"{key}." for key, value in overrides.items() if value is None and key.count(".") == 1)  # arms
         return {key: value for key, value in overrides.items() if not key.startswith(dropped)}
 
     def estimate(counts: Mapping[str, int]) -> float:
@@ -225,9 +238,12 @@ def fit_minutes(
         counts[name] = bisect_left(range(counts[name]), True, key=lambda number: fits({**counts, name: number}))
     overrides, seconds = list_overrides(counts), estimate(counts)
     smaller = definition.with_overrides(overrides)
-    whole_s = estimate(Counter(names[: names.index("full")])) if counts["full"] else 0.0
-    lost = [cut.given_up for cut in sorted(find_last(counts), key=lambda cut: cut.name != "full")]
-    given_up = "; ".join(lost).replace("{minutes}", str(math.ceil(whole_s / 60))) or "nothing is given up"
+    made = {cut.name: cut.given_up for cut in sorted(find_last(counts), key=lambda cut: cut.name not in QUESTION_CUTS)}
+    for name in [name for name in QUESTION_CUTS if name in made]:
+        whole_s = estimate(Counter(names[: names.index(name)]))
+        made[name] = made[name].replace("{minutes}", str(math.ceil(whole_s / 60)))
+    given_up = "; ".join(text for name, text in made.items() if name != "ranks" or "rank" not in made)
+    given_up = given_up or "nothing is given up"
     # with a tolerance, because this message may have named these minutes after an earlier measurement
     if seconds > (1 + MINUTES_TOLERANCE) * 60 * minutes:
         asked = list_questions(smaller)
@@ -235,32 +251,41 @@ def fit_minutes(
         raise ConfigError(
             f"`--minutes` must be at least {math.ceil(seconds / 60)} for this sweep on this machine, but "
             f"got {minutes:g}. That time would answer {answers}, and give up: {given_up}. "
-            f"Shorter examples (`data.max_length`) or a smaller model take less.{_describe_load()}"
+            f"Shorter examples (`data.max_length`) or a smaller model take less. {describe_load(rates)}".rstrip()
         )
     about = "about " if seconds > 60 * minutes else ""
-    return FittedSweep(smaller, overrides, f"within {about}{minutes:g} min: {given_up}.{_describe_load()}")
+    beside = f" {load}" if (load := describe_load(rates)) else ""
+    return FittedSweep(smaller, overrides, f"within {about}{minutes:g} min: {given_up}.{beside}")
 
 
-def _describe_load() -> str:
-    """Returns a sentence if other processes slow the measurement down; empty otherwise."""
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    return f" Measured beside other work (a load of {load:.1f} on {cores} cores)." if load > 1.5 * cores else ""
+def describe_load(rates: Sequence[Rates]) -> str:
+    """Returns a sentence if other processes slowed the measurement down; empty otherwise."""
+    load = max((group.load for group in rates), default=0.0)
+    if load <= MAX_LOAD:
+        return ""
+    return (
+        f"Measured beside other work (a load of {load:.1f} on each core), so it may be faster. `lorasweep plan "
+        "--measure` measures anew."
+    )
 
 
 def list_cuts(definition: Definition, rates: Sequence[Rates], *, typed: Collection[str] = ()) -> list[Cut]:
     """Returns cuts in the order in which they are made. A key that was `typed` is not cut.
 
-    The training is protected: a run keeps one epoch before full fine-tuning goes, then half an epoch, never fewer than
-    `MIN_STEPS`, and all that it has if that is less. LoRA stays.
+    The questions are protected: two ranks in the middle stay until the rest is at its least, then one, and full
+    fine-tuning goes last. A run keeps one epoch before, then half an epoch, never fewer than `MIN_STEPS`, and all that
+    it has if that is less. LoRA stays.
     """
     epoch = max(group.num_train for group in rates) / definition.arms[0].base.trainer.batch_size
     steps = [*_cut_steps(definition, least=max(MIN_STEPS, epoch / 2))]
     order = (
         _cut_seeds(definition),
-        _cut_examples(definition, rates),
+        _cut_examples(definition, rates, split="validation"),
         _cut_ranks(definition),
         _cut_trials(definition, typed=typed),
         [cut for cut in steps if cut.overrides[STEPS_KEY] >= epoch],
+        _cut_examples(definition, rates, split="test") if _is_scoring_slow(definition, rates) else (),
+        _cut_rank(definition),
         _cut_full(definition),
         [cut for cut in steps if cut.overrides[STEPS_KEY] < epoch],
     )
@@ -281,23 +306,60 @@ def _cut_seeds(definition: Definition) -> Iterator[Cut]:
         yield Cut("seeds", {"confirm.seeds": value}, f"at most {kept[-1]} of {looks[-1]} seeds ({OPEN})")
 
 
-def _cut_examples(definition: Definition, rates: Sequence[Rates]) -> Iterator[Cut]:
+def _is_scoring_slow(definition: Definition, rates: Sequence[Rates]) -> bool:
+    """Returns whether scoring test examples takes a large share of the time of a confirm run that trains."""
+    config = next((arm.base for arm in definition.arms if arm.base.num_steps), definition.arms[0].base)
+    run_s = [
+        (group.scoring_s, group.estimate_run_s(config.num_steps, config.trainer.eval_every_steps) / group.slots)
+        for group in rates
+        if group.step_s
+    ]
+    return any(scoring_s > MIN_SCORING_SHARE * (seconds + scoring_s) for scoring_s, seconds in run_s)
+
+
+def _cut_examples(definition: Definition, rates: Sequence[Rates], *, split: str) -> Iterator[Cut]:
     data = definition.arms[0].base.data
-    most = max(size for group in rates for size in (*group.num_scored.values(), 0))
+    most = max(group.num_scored.get(split, 0) for group in rates)
     halves = [half for number in range(1, 20) if (half := most >> number) > MIN_EXAMPLES]
-    for number in [*halves, MIN_EXAMPLES] if data.limit_keys and most > MIN_EXAMPLES else ():
-        limits = {f"data.{key}": min(number, getattr(data, key) or number) for key in data.limit_keys}
-        yield Cut("examples", limits, f"at most {number:,} of {most:,} scored examples ({OPEN})")
+    keys = [key for key in data.limit_keys if f"_{split}_" in key]
+    for number in [*halves, MIN_EXAMPLES] if keys and most > MIN_EXAMPLES else ():
+        limits = {f"data.{key}": min(number, getattr(data, key) or number) for key in keys}
+        yield Cut(split, limits, f"at most {number:,} of {most:,} {split} examples ({OPEN})")
 
 
 def _cut_ranks(definition: Definition) -> Iterator[Cut]:
-    """Yields fewer values of `confirm_each`, evenly spaced."""
-    values = {f"{arm.name}.{arm.confirm_each}": [one.value for one in arm.subjects] for arm in definition.arms}
-    for number in range(max(map(len, values.values())) - 1, 1, -1):
-        places = {key: [round(n * (len(x) - 1) / (number - 1)) for n in range(number)] for key, x in values.items()}
-        fewer = {key: [x[place] for place in places[key]] for key, x in values.items() if len(x) > number}
-        lost = [f"`{key.partition('.')[2]}` {join_words(list(map(str, kept)))} alone" for key, kept in fewer.items()]
-        yield Cut("ranks", {f"arms.{key}": kept for key, kept in fewer.items()}, "; ".join(lost))
+    """Yields fewer values of `confirm_each`, down to the two in the middle."""
+    most = max(len(arm.subjects) for arm in definition.arms)
+    for number in range(most - 1, 1, -1):
+        kept = {
+            f"{arm.name}.{arm.confirm_each}": _keep_middle(arm, number)
+            for arm in definition.arms
+            if len(arm.subjects) > number
+        }
+        lost = [f"`{key.partition('.')[2]}` {join_words([*map(str, values)])} alone" for key, values in kept.items()]
+        yield Cut("ranks", {f"arms.{key}": values for key, values in kept.items()}, "; ".join(lost))
+
+
+def _cut_rank(definition: Definition) -> Iterator[Cut]:
+    """Yields a sweep with one value of `confirm_each`, which is still compared with full fine-tuning."""
+    several = [arm for arm in definition.arms if len(arm.subjects) > 1]
+    if not several or not (full := [arm.name for arm in definition.arms if arm.base.method.trains_all]):
+        return
+    overrides, lost = dict[str, Any](), list[str]()
+    for arm in several:
+        (value,) = _keep_middle(arm, 1)
+        own = {str(arm.confirm_each): value, "confirm_each": None, "trials": min(MIN_TRIALS, arm.trials)}
+        overrides |= {f"arms.{arm.name}.{key}": content for key, content in own.items()}
+        lost.append(f"`{arm.confirm_each}` {value} alone")
+    instead = " and ".join(f"`arms.{name}=null`" for name in full)
+    how = f"`--minutes {{minutes}}` asks it too, {instead} asks it instead of full fine-tuning"
+    yield Cut("rank", overrides, f"{'; '.join(lost)}, so which is enough is NOT ASKED ({how})")
+
+
+def _keep_middle(arm: Arm, number: int) -> list[Any]:
+    """Returns this number of values of an arm's `confirm_each` from the middle, where the usual ranks are."""
+    first = (len(arm.subjects) - number + (number == 1)) // 2
+    return [subject.value for subject in arm.subjects[first : first + number]]
 
 
 def _cut_trials(definition: Definition, *, typed: Collection[str]) -> Iterator[Cut]:
@@ -331,13 +393,11 @@ def _cut_steps(definition: Definition, *, least: float) -> Iterator[Cut]:
 
 
 def _cut_full(definition: Definition) -> Iterator[Cut]:
-    """Yields a sweep without full fine-tuning, in which the margin is no share of its gain, if other arms search."""
+    """Yields a sweep without full fine-tuning, whose margin is a share of the best rank's gain, if others search."""
     full = [arm.name for arm in definition.arms if arm.base.method.trains_all]
     if full and any(arm.space and arm.name not in full for arm in definition.arms):
-        is_share = parse_margin(definition.sweep_config.confirm.margin).is_share_of_gain
-        margin = {"confirm.margin": DEFAULT_MARGIN} if is_share else {}
         lost = (
             f"the arm {join_words([f'`{name}`' for name in full])}, so whether LoRA is as good as full fine-tuning is "
             "NOT ASKED (`--minutes {minutes}` asks it)"
         )
-        yield Cut("full", dict.fromkeys(f"arms.{name}" for name in full) | margin, lost)
+        yield Cut("full", dict.fromkeys(f"arms.{name}" for name in full), lost)

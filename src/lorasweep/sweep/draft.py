@@ -26,7 +26,6 @@ from lorasweep.config.compose import SWEEP_GROUPS, compose_run, merge_settings
 from lorasweep.config.data import DataSettings, RowSettings, SplitSettings
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import ALPHA, LR, MIN_STEPS, RANK, STEPS_KEY
-from lorasweep.config.sweep import DEFAULT_MARGIN
 from lorasweep.data.reading.files import find_files, find_suffix, open_text
 from lorasweep.data.reading.local import DEFAULT_DELIMITERS, TABLE_SUFFIXES
 from lorasweep.data.reading.tables import load_tables
@@ -163,7 +162,7 @@ def draft_sweep(
     inputs = inputs_cache.load(config)
     inputs.splits.test()  # reads every row, because the confirm stage would fail after hours of training
     check_rows(config.data, inputs.splits)
-    if isinstance(config.data, SplitSettings) and (taken := config.data.split_percents):
+    if isinstance(config.data, SplitSettings) and (taken := config.data.choose_split_percents()):
         sizes = {"train": len(inputs.splits.train), "validation": len(inputs.splits.validation)}
         sizes["test"] = len(inputs.splits.test())
         listed = join_words([f"{sizes[name]:,} for {name} (another file: `data.{name}`)" for name in taken])
@@ -181,8 +180,7 @@ def draft_sweep(
     kept = {name: arm for name, arm in arms.items() if f"arms.{name}" not in left_out}
     _set_keys_of_arms(kept, {key: value for key, value in of_arms.items() if key not in left_out})
     comments |= _list_comments(numbered, inputs, recipe, has_full="full" in kept)
-    margin = {} if "full" in kept else {"confirm.margin": DEFAULT_MARGIN}
-    of_sweep = {**SWEEP_SETTINGS, **margin, **of_sweep}
+    of_sweep = {**SWEEP_SETTINGS, **of_sweep}
     content = {"name": path.stem, **shorter, "settings": {**numbered, **of_sweep}, "arms": kept}
     facts = [
         *([f"Cut to a time, {given_up}"] if given_up else []),
@@ -402,8 +400,8 @@ def _list_comments(
     is_cut = "; longer ones are cut off" if longest > settings.get("data.max_length", longest) else ""
     comments = {
         "confirm.seeds": "numbers of seeds at which the questions are tested",
-        "confirm.margin": "smallest difference that matters"
-        + (": a number, or a share of the gain of `full` over `frozen`" if has_full else ", in the unit of the metric"),
+        "confirm.margin": "smallest difference that matters: a number in the metric's unit, or a share of the gain "
+        f"over `frozen` of {'`full`' if has_full else 'the best rank'}",
         "data.max_validation_examples": "evenly spaced; an evaluation of all takes longer",
         **({"trainer.batch_size": recipe.batch} if recipe else {}),
         "sweep.trials": "; ".join(searches),

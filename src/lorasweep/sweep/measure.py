@@ -1,4 +1,6 @@
-"""Measures what the trainings of a sweep take, for `lorasweep plan` and `--minutes`. Leaves no file behind.
+"""Measures what the trainings of a sweep take, for `lorasweep plan` and `--minutes`.
+
+Rates are kept for a day for this machine and these settings, so that `new`, `plan` and `sweep` agree.
 
 Arms whose trials share packs form a group. Each other arm is a group of its own. For each group a pack of runs with the
 highest rank, or one run alone, trains a few steps at the sweep's sizes, is evaluated on one batch, and stops. Times are
@@ -7,21 +9,30 @@ scaled by tokens.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import platform
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
-from lorasweep.config.build import as_settings
-from lorasweep.config.run import RunConfig
+from lorasweep.config.build import as_settings, flatten
+from lorasweep.config.run import LR, STEPS_KEY, RunConfig
 from lorasweep.data.batching import choose_part, cut_buckets
 from lorasweep.data.rows import SplitFacts
+from lorasweep.data.tokenise import get_cache_folder
+from lorasweep.disk import write_atomically
 from lorasweep.errors import OutOfMemory, RunError
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.record import RunRecord, read_run
@@ -42,6 +53,12 @@ NUM_STEPS = 4
 """Steps before the evaluation of a measured training. The first is not counted, because it warms up."""
 NUM_MEASURED_TOKENS = 8
 """Tokens of a measured answer."""
+
+
+MAX_RATES_AGE_S = 24 * 3600
+"""Rates that were measured at most as many seconds ago are used again."""
+FREE_KEYS = frozenset((STEPS_KEY, "trainer.eval_every_steps", LR, "seed", "trainer.progress"))
+"""Settings that do not change rates."""
 
 
 class MeasuredTooLong(Exception):  # noqa: N818 (named by what happened)
@@ -85,25 +102,60 @@ def measure_sweep(
     *,
     on_progress: Callable[[str], None],
     is_late: Callable[[], bool] = never_stop,
+    anew: bool = False,
 ) -> list[Rates]:
-    """Measures one training of each group of arms of a checked sweep.
+    """Measures one training of each group of arms of a checked sweep, or returns what was measured within a day.
 
     `on_progress` is called with a phrase before each training, and `is_late` after each step: it ends the measurement.
+    `anew` measures in any case.
 
     Raises:
         RunError: A training failed, as it would in the sweep.
         MeasuredTooLong: `is_late` returned True.
     """
-    rates = list[Rates]()
+    rates, load = list[Rates](), os.getloadavg()[0] / (os.cpu_count() or 1)
     for arm in definition.arms:
         if any(arm.name in group.arms for group in rates):
             continue
+        kept = _find_rates_file(definition, arm, inputs_cache)
+        if not anew and (known := _read_rates(kept)) is not None:
+            on_progress(
+                f"{', '.join(known.arms)}: rates measured within a day (`lorasweep plan --measure` measures anew)"
+            )
+            rates.append(known)
+            continue
         # arms that could share a pack are measured one by one if trials run alone
         try:
-            rates.append(measure(definition, arm, inputs_cache, on_progress=on_progress, is_late=is_late))
+            found = measure(definition, arm, inputs_cache, on_progress=on_progress, is_late=is_late)
+            rates.append(replace(found, load=load))
+            with suppress(OSError):  # without a writable cache, each command measures
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(kept, json.dumps(vars(rates[-1])))
         except RunError as error:
             raise RunError(f"the first trial of arm `{arm.name}` must train, but failed: {error}") from error
     return rates
+
+
+def _find_rates_file(definition: Definition, arm: Arm, inputs_cache: InputsCache) -> Path:
+    """Returns the file of an arm's rates. Its name differs for all that they depend on: settings, data, and machine."""
+    group = next(arms for arms in group_arms(definition) if arm.name in [one.name for one in arms])
+    settings = {one.name: flatten(as_settings(one.packing.largest)) for one in group}
+    shown = {name: {key: one[key] for key in one.keys() - FREE_KEYS} for name, one in settings.items()}
+    inputs, config = inputs_cache.load(arm.packing.largest), definition.sweep_config
+    machine = [platform.node(), platform.processor(), os.cpu_count(), torch.get_num_threads(), torch.__version__]
+    parts = [version("lorasweep"), machine, arm.name, shown, as_settings(config)["worker"]]
+    parts += [bool(config.confirm.list_looks()), sorted(definition.retained), inputs.fingerprints(arm.packing.largest)]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return get_cache_folder() / f"rates-{digest[:32]}.json"
+
+
+def _read_rates(path: Path) -> Rates | None:
+    """Returns the rates in a file; None if it is missing, damaged or older than a day."""
+    try:
+        is_old = time.time() - path.stat().st_mtime > MAX_RATES_AGE_S
+        return None if is_old else TypeAdapter(Rates).validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def measure(

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lorasweep.record import describe_confirmation
 from lorasweep.sweep.assess import Assessment
-from lorasweep.sweep.cost import Rates, count_workers, estimate_cost
+from lorasweep.sweep.cost import Rates, count_workers, describe_load, estimate_cost
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.definition.confirm import count_confirm_runs
 from lorasweep.wording import format_bytes, format_count, format_seconds_range
@@ -79,7 +79,8 @@ def render_plan(definition: Definition, rates: Sequence[Rates]) -> RenderableTyp
             at_most + format_bytes(runs * 4 * trained),  # its best trained weights, in fp32
             format_seconds_range(share * cost.low_s, share * cost.high_s),
         )
-    return Group(table, *(Text(f"• {note}") for note in _list_notes(definition, rates)))
+    load = [Text(f"warning: {sentence}") for sentence in [describe_load(rates)] if sentence]
+    return Group(*load, table, *(Text(f"• {note}") for note in _list_notes(definition, rates)))
 
 
 def _list_notes(definition: Definition, rates: Sequence[Rates]) -> Iterator[str]:
@@ -96,7 +97,8 @@ def _list_notes(definition: Definition, rates: Sequence[Rates]) -> Iterator[str]
     range_note = " The upper end is for packs whose steps take as long with empty slots." if " to " in total else ""
     workers = count_workers(definition)
     where = f"with {workers} workers as fast as this machine" if workers > 1 else "on this machine"
-    yield f"Time {where}, if it does nothing else: {total} ({parts}).{range_note}"
+    condition = "as busy as when it was measured" if describe_load(rates) else "if it does nothing else"
+    yield f"Time {where}, {condition}: {total} ({parts}).{range_note}"
     if longest.high_s > LONG_PLAN_S:
         yield "`--minutes N` cuts a sweep to a time of your choice, and says what that gives up."
     if longest.confirm_s > cost.confirm_s:

@@ -64,12 +64,16 @@ class Session:
         """Returns the sweep that was named, or the one that is drafted for the data of the overrides."""
         return named or draft_definition(overrides, self.inputs_cache, on_note=self._on_note)
 
-    def plan(self, definition: Definition, *, minutes: float | None, typed: Mapping[str, Any]) -> SweepPlan:
+    def plan(
+        self, definition: Definition, *, minutes: float | None, typed: Mapping[str, Any], anew: bool = False
+    ) -> SweepPlan:
         """Checks a sweep, measures a few steps of its trainings, and cuts it to `minutes`; `typed` keys stay.
+
+        Rates that were measured within a day are used again, but not if it measures `anew`.
 
         Raises ConfigError if the sweep can't run as asked or in this time, and RunError if a training fails.
         """
-        definition, rates = self._measure(definition, minutes=minutes)
+        definition, rates = self._measure(definition, minutes=minutes, anew=anew)
         if minutes is not None:
             definition = self._fit(definition, rates, minutes, typed=typed).definition
         rates = [limited for group in rates if (limited := group.limit(definition)).arms]
@@ -171,7 +175,9 @@ class Session:
         except KeyboardInterrupt:  # also after the stop signal's context has ended
             raise KeyboardInterrupt(remedy) from None
 
-    def _measure(self, definition: Definition, *, minutes: float | None) -> tuple[Definition, list[Rates]]:
+    def _measure(
+        self, definition: Definition, *, minutes: float | None, anew: bool = False
+    ) -> tuple[Definition, list[Rates]]:
         """Returns a checked sweep with its number of steps, and what its trainings take.
 
         Raises ConfigError if the measurement takes all `minutes`.
@@ -189,6 +195,7 @@ class Session:
                     self.inputs_cache,
                     on_progress=lambda phrase: self._on_note(add_clock(phrase)),
                     is_late=lambda: minutes is not None and measure_time() > 60 * minutes,
+                    anew=anew,
                 )
         except MeasuredTooLong:
             raise ConfigError(

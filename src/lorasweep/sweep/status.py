@@ -6,7 +6,9 @@ This file only reads the sweep's record, without a lock, so it can show a sweep 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +22,13 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.config.run import STEPS_KEY
-from lorasweep.console import RUNNING_TRAINING, repeat_every
+from lorasweep.console import repeat_every
 from lorasweep.disk import is_running
 from lorasweep.errors import RecordError
 from lorasweep.record import (
     JOURNAL_FILE,
     STATES,
+    SWEEP_FILE,
     ArmRow,
     SweepRecord,
     SweepState,
@@ -33,13 +36,19 @@ from lorasweep.record import (
     count_seeds_due,
     describe_confirmation,
     find_winner,
+    get_run_folder,
     list_confirm_runs,
+    read_last_step,
     read_sweep,
 )
 from lorasweep.wording import UNKNOWN, format_seconds, format_settings
 
-MAX_SHOWN_RUNS = 16
-"""Maximum number of running trials that are listed below the table."""
+MAX_SHOWN_PACKS = 16
+"""Maximum number of running packs that are listed below the table."""
+MAX_REASONS = 3
+"""Maximum number of reasons why trials ended early that are listed below the table, the latest last."""
+LATE_RATIO = 1.1
+"""A sweep is late if it will take longer than its minutes by more than this factor."""
 MIN_DONE_SHARE = 0.05
 """The time left is estimated after this share of the optimizer steps."""
 BAR_WIDTH = 30
@@ -91,6 +100,14 @@ class SweepStatus:
     record: SweepRecord
     is_running: bool
     arms: tuple[ArmStatus, ...]
+    steps: Mapping[str, int]
+    """The steps done so far of each pack that trains now."""
+    elapsed_s: float
+    """Seconds for which the sweep has run, up to now if it runs."""
+
+    def find_step(self, run: Trial) -> int:
+        """Returns the steps of a run so far: of the pack that trains it, or up to its last evaluation."""
+        return max(run.step, self.steps.get(run.pack or run.run, 0)) if run.state == "running" else run.step
 
     @property
     def state(self) -> SweepState:
@@ -98,17 +115,26 @@ class SweepStatus:
 
     def count_steps(self) -> tuple[int, int]:
         """Returns the number of optimizer steps so far, and that up to the look that is due."""
-        done = sum(run.step for arm in self.arms for run in (*arm.trials, *arm.confirm))
-        return done, done + sum(arm.num_steps_left for arm in self.arms)
+        runs = [run for arm in self.arms for run in (*arm.trials, *arm.confirm)]
+        done = sum(map(self.find_step, runs))
+        return done, sum(run.step for run in runs) + sum(arm.num_steps_left for arm in self.arms)
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds up to the look that is due, if a step takes as long as up to the last record.
+        """Estimated seconds up to the look that is due, if a step takes as long as so far.
 
         None before `MIN_DONE_SHARE` of the steps, because the time so far is mostly that of loading.
         """
         done, total = self.count_steps()
-        return None if done <= MIN_DONE_SHARE * total else self.record.makespan_s * (total - done) / done
+        return None if done <= MIN_DONE_SHARE * total else self.elapsed_s * max(total - done, 0) / done
+
+    @property
+    def late(self) -> str:
+        """A sentence if the sweep will probably take longer than the minutes that it should; empty otherwise."""
+        minutes, left = self.record.minutes, self.seconds_left
+        if not self.is_running or minutes is None or left is None or self.elapsed_s + left <= LATE_RATIO * 60 * minutes:
+            return ""
+        return f"late: it should end within {minutes:g} min, and needs about {format_seconds(left)} more"
 
     def as_json(self) -> dict[str, Any]:
         """Returns what `lorasweep status --json` prints."""
@@ -125,6 +151,7 @@ class SweepStatus:
             "looks_done": [look.seeds for look in record.looks_done],
             "is_running": self.is_running,
             "seconds_left": self.seconds_left,
+            "late": bool(self.late),
             "arms": [arm.as_json(record) for arm in self.arms],
             "running": [{name: getattr(run, name) for name in fields} for run in running],
         }
@@ -146,11 +173,16 @@ def read_status(folder: str | Path) -> SweepStatus:
         subjects = chosen or [subject.name for subject in row.subjects]  # before the settings are chosen
         due = list_confirm_runs(subjects, seeds=num_due, is_fixed=row.has_fixed_score)
         arms.append(ArmStatus(row=row, trials=trials, confirm=runs, num_confirm=max(len(due), len(runs))))
+    training = [row for row in (*record.trials, *record.confirm) if row.state == "running"]
+    first = {row.pack or row.run: row.run for row in reversed(training)}  # all runs of a pack are at one step
+    now, since_s = is_running(folder), time.time() - (folder / SWEEP_FILE).stat().st_mtime
     return SweepStatus(
         folder=folder,
         record=record,
-        is_running=is_running(folder),
+        is_running=now,
         arms=tuple(arms),
+        steps={pack: read_last_step(get_run_folder(folder, run)) for pack, run in first.items()},
+        elapsed_s=record.makespan_s + (max(since_s, 0.0) if now else 0.0),
     )
 
 
@@ -165,8 +197,8 @@ def render_status(status: SweepStatus) -> RenderableType:
     notes: list[str] = []
     if status.state == "running":
         left = describe_time_left(status)
-        time = f"{format_seconds(record.makespan_s)} so far{f', {left}' if left else ''}"
-        notes += [*_list_running_trials(record), time]
+        elapsed = f"{format_seconds(status.elapsed_s)} so far{f', {left}' if left else ''}"
+        notes += [*_list_reasons(record), *_list_running_packs(status), elapsed, *filter(None, [status.late])]
     elif status.state == "complete":
         notes.append(f"• Type `lorasweep compare {status.folder}` for the answers and the test scores.")
     else:
@@ -176,13 +208,10 @@ def render_status(status: SweepStatus) -> RenderableType:
 
 
 def _build_bar(status: SweepStatus) -> RenderableType:
-    """Returns a bar of the optimizer steps, and the best score of the search so far."""
-    record, (done, total) = status.record, status.count_steps()
-    scored = [trial for trial in record.trials if trial.search_score is not None]
-    best = min(scored, key=lambda trial: record.search_metric.sign * (trial.search_score or 0.0), default=None)
-    text = f"{done / max(total, 1):.0%} of {total:,} steps"
-    text += f", best so far: {best.arm} {best.search_score:.4f}" if best else ""
+    """Returns a bar of the optimizer steps."""
+    done, total = status.count_steps()
     grid = Table.grid(padding=(0, 1))
+    text = f"{done / max(total, 1):.0%} of {total:,} steps"
     grid.add_row(text, ProgressBar(total=max(total, 1), completed=done, width=BAR_WIDTH, complete_style="cyan"))
     return grid
 
@@ -204,20 +233,34 @@ def describe_next_answers(record: SweepRecord) -> str:
     return f"answers at {due[0]} {'seed' if due[0] == 1 else 'seeds'}{more}"
 
 
-def _list_running_trials(record: SweepRecord) -> Iterator[str]:
-    steps_of = {arm.name: arm.steps for arm in record.arms}
-    running = [row for row in (*record.trials, *record.confirm) if row.state == "running"]
+def _list_reasons(record: SweepRecord) -> Iterator[str]:
+    """Yields the latest reasons why trials ended early, each with the trials of an arm that it ended."""
+    ended = defaultdict[tuple[str, str, str], list[int]](list)
+    for row in record.trials:
+        if row.reason and row.state != "running":
+            ended[row.state, row.arm, row.reason].append(row.number)
+    for (state, arm, reason), numbers in [*ended.items()][-MAX_REASONS:]:
+        yield f"{state}: {arm} trial {', '.join(map(str, numbers))}: {reason}"
+
+
+def _list_running_packs(status: SweepStatus) -> Iterator[str]:
+    record = status.record
     if record.confirm:
         yield f"confirm: {describe_confirmation(record.looks)}"
-    for row in running[:MAX_SHOWN_RUNS]:
-        params = row.shown_params
-        steps = params.get(STEPS_KEY, steps_of.get(row.arm))
-        name = f"trial {row.number}" if row.stage == "search" else "confirm"
-        value = "" if row.last_value is None else f"  {row.last_value:.4f}"
-        done = f"evaluated at step {row.step}{f'/{steps}' if steps else ''}"
-        yield f"now: {row.arm} {name}  {done}{value}  {format_settings(params)}"
-    if len(running) > MAX_SHOWN_RUNS:
-        yield f"now: {len(running) - MAX_SHOWN_RUNS} more"
+    packs = defaultdict[str, list[Trial]](list)
+    for row in (*record.trials, *record.confirm):
+        if row.state == "running":
+            packs[row.pack or row.run].append(row)
+    steps_of = {arm.name: arm.steps for arm in record.arms}
+    for first, *others in [*packs.values()][:MAX_SHOWN_PACKS]:
+        steps = first.params.get(STEPS_KEY, steps_of.get(first.arm))
+        name = f"{first.arm} trial {first.number}" if first.stage == "search" else f"confirm {first.subject}"
+        together = f" and {len(others)} more" if others else ""
+        value = "" if first.last_value is None else f", {first.last_value:.4f} at step {first.step}"
+        step = f"step {status.find_step(first)}{f' of {steps}' if steps else ''}"
+        yield f"now: {name}{together}: {step}{value}  {format_settings(first.shown_params)}"
+    if len(packs) > MAX_SHOWN_PACKS:
+        yield f"now: {len(packs) - MAX_SHOWN_PACKS} more packs"
 
 
 def _build_table(status: SweepStatus) -> Table:
@@ -281,13 +324,16 @@ def show_progress(folder: Path, console: Console, *, verbose: bool = False) -> I
                     score = record.find_run_score(run)
                     shown_score = "-" if score is None else f"{score:.4f}"
                     settings = format_settings(run.shown_params)
-                    say(f"{run.arm} {number}/{total}  {run.state:<10} {shown_score:>8}  {settings}", key=run.run)
+                    why = f": {run.reason}" if run.reason else ""
+                    say(f"{run.arm} {number}/{total}  {run.state:<10} {shown_score:>8}  {settings}{why}", key=run.run)
         if (status.seconds_left or 0) >= 1 and not console.is_terminal:  # once for each look
             answers = describe_next_answers(record)
             say(f"{answers} in about {format_seconds(status.seconds_left)}", key=f"{len(record.confirm) > 0} {answers}")
+        if status.late and not console.is_terminal:
+            say(status.late, key="late")
 
     def render() -> RenderableType:
-        return Group(*map(render_status, statuses), Text(RUNNING_TRAINING.describe()))
+        return Group(*map(render_status, statuses))
 
     table = Live(console=console, get_renderable=render, transient=True) if console.is_terminal else nullcontext()
     with table, report_status(folder, show):

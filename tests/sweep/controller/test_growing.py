@@ -44,6 +44,7 @@ def test_a_new_winner_is_confirmed_on_the_same_seeds_and_runs_of_the_former_one_
 
 REFUSED = [
     ({"arms.lora.trials": 5}, "`arms.lora.trials >= 6`.* 5"),
+    ({"sweep.trials": 4}, "`arms.lora.trials >= 6`.* `sweep.trials=4` sets it to"),
     ({"confirm.seeds": 1}, "`confirm.seeds >= 2`.* 1"),
     ({"optim.eps": 1e-6}, "arm `frozen`: `optim.eps`.* 1e-08.* 1e-06"),
     ({"arms.lora.optim.lr": 0.02}, r"arm `lora`: `optim.lr`.* \{'low': 0.001.* 0.02"),

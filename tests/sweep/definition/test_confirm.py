@@ -89,7 +89,7 @@ def test_seeds_make_no_difference_to_the_frozen_base_of_a_language_model_alone(d
         ({}, ["confirm.seeds=2"], "`confirm.seeds` is 2"),
         ({}, ["confirm.seeds=3"], None),
         ({}, ["arms.lora.trials=20"], None),  # an arm with more dimensions needs more trials
-        ({"full": None}, ["confirm.seeds=3"], "`confirm.margin` is 5%"),
+        ({"full": None}, ["confirm.seeds=3"], None),  # a share of the best arm's gain
         ({"frozen": None}, ["confirm.seeds=3"], "`confirm.margin` is 5%"),
         ({"full": None}, ["confirm.seeds=3", "confirm.margin=0.01"], None),
         ({"full": None}, ["confirm.seeds=0"], None),

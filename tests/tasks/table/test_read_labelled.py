@@ -101,7 +101,7 @@ def test_rows_of_the_test_split_are_read_at_its_first_call(read, content, words)
     assert [word for word in words if word not in str(raised.value)] == []
 
 
-@pytest.mark.parametrize(("fraction", "buckets"), [(None, "10 to 19"), (0.25, "10 to 34")])
+@pytest.mark.parametrize(("fraction", "buckets"), [(None, "10 to 29"), (0.25, "10 to 34")])
 def test_missing_splits_are_split_off_and_said(read, fraction, buckets):
     source = read("table", {"train.csv": csv_of([*ROWS, *ROWS])}, test_fraction=fraction)
     splits = (source.train, source.validation, source.test())

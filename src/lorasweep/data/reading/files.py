@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from lorasweep.disk import suggest_path
 from lorasweep.errors import ConfigError, first_line
-from lorasweep.wording import shorten, suggest_nearest
+from lorasweep.wording import shorten
 
 
 def find_files(given: str, *, key: str) -> list[Path]:
@@ -22,9 +23,7 @@ def find_files(given: str, *, key: str) -> list[Path]:
             return [path]
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
         if not found:
-            names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-            near = suggest_nearest(path.name, names)
-            raise ConfigError(f"`{key}` must name an existing file, but got {given!r}.{near}")
+            raise ConfigError(f"`{key}` must name an existing file, but got {given!r}.{suggest_path(path)}")
         return found
     except (OSError, RuntimeError) as error:  # a folder is closed to this user, a name is too long, ~USER is unknown
         raise ConfigError(

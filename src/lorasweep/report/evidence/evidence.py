@@ -81,18 +81,18 @@ class Evidence:
 
     @cached_property
     def gain(self) -> float | None:
-        """Full fine-tuning's gain over the frozen base; None if it is not known or not shown."""
+        """The leader's gain over the frozen base; None if it is not known or not shown."""
         return self.scale.find_gain(self.scores, level=self.level)
 
     @property
     def margin(self) -> float | None:
-        """The margin in the metric's unit; None if it is a share of full's gain, and this gain is not known."""
+        """The margin in the metric's unit; None if it is a share of a gain that is not known."""
         return self.scale.find_margin(self.gain)
 
     @cached_property
     def shares(self) -> Mapping[str, tuple[float, Interval | None]]:
         """(base - subject) / (base - full) of each subject, with the interval at the level of the tests."""
-        if not self.gain:
+        if not self.gain or not self.scale.full:
             return {}
         # 0 and 1 by definition, without error
         shares: dict[str, tuple[float, Interval | None]] = {
@@ -189,17 +189,21 @@ def answer_sweep(record: SweepRecord, scores: ConfirmScores) -> list[AnswerRow]:
 
 
 def build_scale(record: SweepRecord, scores: ConfirmScores) -> MarginScale:
-    """Returns the margin, and the best subjects of `frozen` and of `full`."""
-    metric = record.verdict_metric
+    """Returns the margin, and the best subjects of `frozen`, of `full`, and of all arms that train."""
+    metric, methods = record.verdict_metric, {arm.method for arm in record.arms}
 
-    def find_best(method: str) -> str | None:
-        arms = {arm.name for arm in record.arms if arm.method == method}
+    def find_best(*methods: str) -> str | None:
+        arms = {arm.name for arm in record.arms if arm.method in methods}
         names = [row.subject for row in record.settings if row.arm in arms]
         means = {name: metric.sign * found.value for name in names if (found := estimate_sum(scores, {name: 1.0}))}
         return min(means, key=means.__getitem__, default=None)
 
     return MarginScale(
-        margin=parse_margin(record.margin), metric=metric, base=find_best(FrozenConfig.name), full=find_best("full")
+        margin=parse_margin(record.margin),
+        metric=metric,
+        base=find_best(FrozenConfig.name),
+        full=find_best("full"),
+        best=None if "full" in methods else find_best(*methods - {FrozenConfig.name}),
     )
 
 

@@ -101,6 +101,8 @@ class MarginScale:
     """The frozen base."""
     full: str | None = None
     """The best subject of full fine-tuning."""
+    best: str | None = None
+    """The best subject of all, whose gain counts if there is no full fine-tuning."""
 
     @property
     def sign(self) -> int:
@@ -108,8 +110,17 @@ class MarginScale:
         return self.metric.sign
 
     @property
+    def leader(self) -> str | None:
+        """The subject whose gain over the base counts: that of full fine-tuning, or else the best one."""
+        return self.full or self.best
+
+    @property
+    def gain_name(self) -> str:
+        return "full's gain" if self.full or not self.best else "the best gain"
+
+    @property
     def has_gain(self) -> bool:
-        return self.base is not None and self.full is not None
+        return self.base is not None and self.leader is not None
 
     @property
     def is_known(self) -> bool:
@@ -118,18 +129,18 @@ class MarginScale:
 
     @property
     def is_share(self) -> bool:
-        """Whether differences are compared as shares of full fine-tuning's gain."""
+        """Whether differences are compared as shares of the gain."""
         return self.margin.is_share_of_gain and self.has_gain
 
     @property
     def gain(self) -> Coefficients:
-        """The coefficients of full fine-tuning's gain over the frozen base."""
+        """The coefficients of the leader's gain over the frozen base."""
         assert self.base is not None
-        assert self.full is not None
-        return {self.base: float(self.sign), self.full: -float(self.sign)}
+        assert self.leader is not None
+        return {self.base: float(self.sign), self.leader: -float(self.sign)}
 
     def find_gain(self, scores: ConfirmScores, *, level: float) -> float | None:
-        """Returns full fine-tuning's gain; None if it is not known, or if several seeds do not show that there is any.
+        """Returns the leader's gain; None if it is not known, or if several seeds do not show that there is any.
 
         Then shares of it mean nothing.
         """

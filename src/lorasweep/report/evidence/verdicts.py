@@ -38,7 +38,7 @@ Missing = Literal[
 ]
 """Why an answer has no rows. It is open for the last four, and not asked for the others."""
 OPEN_REASONS: tuple[Missing, ...] = ("not confirmed", "no trial", "not learned", "no score")
-StepName = Literal["wait", "complete", "confirm", "longer", "seeds", "trials", "none"]
+StepName = Literal["wait", "complete", "confirm", "longer", "arm", "seeds", "trials", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class NextStep:
     name: StepName
     command: str | None = None
     number: int | None = None
-    """The steps of a run, or the seeds or trials in all, after the command."""
+    """The steps of a run, or the seeds or trials in all, after the command. Without one: seeds that settle nothing."""
     seconds: float | None = None
     """The time that it takes, at the pace of the sweep; None if it is not known."""
     needs: tuple[Blocker, ...] = ()
@@ -70,7 +70,7 @@ class AnswerRow:
     """All subjects that it is compared with."""
     verdict: Verdict
     value: float | None
-    """The tested quantity. If `is_share`: 1 + (advantage over reference) / (full fine-tuning's gain). With
+    """The tested quantity. If `is_share`: 1 + (advantage over reference) / (the gain over the base). With
     `full` as the reference, this is the subject's share of the gain. Else `subject - reference`, in the metric."""
     interval: Interval | None = None
     """The interval that the tests of this look use. A verdict never contradicts it."""

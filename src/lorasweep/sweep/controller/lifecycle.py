@@ -221,9 +221,13 @@ def grow_definition(old: Definition, *, changes: Mapping[str, Any]) -> Definitio
     seeds = tuple(max(definition.sweep_config.confirm.list_looks(), default=0) for definition in (old, new))
     for key, (kept_number, number) in {**numbers, "confirm.seeds": seeds}.items():
         if number < kept_number:
+            shared, got = changes.get("sweep.trials"), f"got {number}"
+            if shared is not None and key in numbers and key not in changes:
+                half = "" if number == shared else ", half of that, because the arm searches one key"
+                got = f"`sweep.trials={shared}` sets it to {number}{half}"
             raise ConfigError(
-                f"`{key} >= {kept_number}` must hold, because the sweep has that many, but got {number}. Start a new "
-                "sweep for fewer."
+                f"`{key} >= {kept_number}` must hold, because the sweep has that many, but {got}. Start a new sweep "
+                "for fewer."
             )
     return new
 

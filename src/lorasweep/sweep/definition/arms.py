@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -210,15 +210,18 @@ def read_definition(source: Path | Mapping[str, Any], overrides: Sequence[str] |
 def restore_definition(raw: dict[str, Any], *, source: Path | None) -> Definition:
     """Returns the definition whose `raw` is given. Raises the errors of `read_definition`."""
     typed = Overrides.parse(raw["overrides"])
-    file = typed.drop_arms(build(SweepFile, raw["file"]))
+    file = typed.change_arms(build(SweepFile, raw["file"]))
     common = {name: _select_overrides(name, file, typed) for name in file.arms}
     given = [*typed.own.items(), *typed.fields.items()]
     unused = [key for key in typed.common if not any(key in layer for layer in common.values())]
     unused += [f"arms.{name}.{key}" for name, layer in given if name not in file.arms for key in layer]
     if unused:
+        known: Collection[str] = DECLARED_TYPES
+        if unused[0].startswith("arms."):
+            known = [f"arms.{name}.{unused[0].split('.', 2)[2]}" for name in file.arms]
         raise ConfigError(
             f"`{unused[0]}` must be a setting of at least one arm ({', '.join(file.arms)}), but is not."
-            f"{suggest_setting(unused[0], DECLARED_TYPES)} Write `arms.ARM.KEY=VALUE` for one arm only."
+            f"{suggest_setting(unused[0], known)} Write `arms.ARM.KEY=VALUE` for one arm only."
         )
     sweep_config = compose_sweep(merge_layers([file.settings, typed.common])[0])
     arms = [fold(name, file, typed, common=common[name], sweep_config=sweep_config) for name in file.arms]

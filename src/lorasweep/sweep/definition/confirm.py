@@ -33,7 +33,7 @@ def list_questions(definition: Definition) -> list[Question]:
     """Returns the questions of a sweep.
 
     - Each subject of each arm that trains is compared with `full`.
-    - For an arm with `confirm_each` of `SIZE_KEYS`, the smallest sufficient value is asked for.
+    - For an arm with several values of `confirm_each` of `SIZE_KEYS`, the smallest sufficient value is asked for.
     - Without `full`, each arm that trains is compared with the first one: with its largest value, if it has several.
     """
     trained = [arm for arm in definition.arms if not arm.base.method.trains_nothing]
@@ -43,7 +43,8 @@ def list_questions(definition: Definition) -> list[Question]:
     for arm in trained if full else ():
         if not arm.base.method.trains_all:
             asked.append(("as_good_as_full", arm, subjects[arm.name], full.name if full else None))
-    asked += [("smallest", arm, subjects[arm.name], None) for arm in trained if arm.confirm_each in SIZE_KEYS]
+    sized = [arm for arm in trained if arm.confirm_each in SIZE_KEYS and len(arm.subjects) > 1]
+    asked += [("smallest", arm, subjects[arm.name], None) for arm in sized]
     if full is None:
         asked += [("pair", arm, subjects[arm.name], subjects[trained[0].name][-1]) for arm in trained[1:]]
     return [
@@ -103,13 +104,12 @@ def find_warnings(definition: Definition) -> list[str]:
             "`data.answers` has no effect, because answers are generated in the confirm stage. Set `confirm.seeds`, or "
             "`data.answers.on_validation=true`."
         )
-    methods = {config.method.kind for config in definition.corner_configs}
-    missing = [f"`method={name}`" for name in ("full", "frozen") if name not in methods]
-    if confirm.seeds and list_questions(definition) and missing and parse_margin(confirm.margin).is_share_of_gain:
+    has_base = any(config.method.kind == "frozen" for config in definition.corner_configs)
+    if confirm.seeds and list_questions(definition) and not has_base and parse_margin(confirm.margin).is_share_of_gain:
         warnings.append(
-            f"`confirm.margin` is {confirm.margin}, a share of the gain of `full` over `frozen`, but the sweep has no "
-            f"arm with {join_words(missing, last='or')}. So no arms can be shown to be equivalent, and no rank to be "
-            "enough. Set it to a number in the metric's unit."
+            f"`confirm.margin` is {confirm.margin}, a share of a gain over the frozen base, but the sweep has no arm "
+            "with `method=frozen`. So no arms can be shown to be equivalent, and no rank to be enough. Add "
+            "`arms.frozen={settings: {method: frozen}}`, or set it to a number in the metric's unit."
         )
     beyond = [arm.name for arm in definition.arms if LR in arm.space and any(map(exceeds_law, arm.corner_configs))]
     if beyond:

@@ -11,7 +11,7 @@ from lorasweep.config.compose import SWEEP_GROUPS, default_options, is_hydra_ove
 from lorasweep.config.run import DECLARED_TYPES
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.ranges import Range, Space
-from lorasweep.sweep.definition.sweep_file import SweepFile
+from lorasweep.sweep.definition.sweep_file import ArmConfig, SweepFile
 from lorasweep.wording import suggest_nearest
 
 ARM_FIELDS: Mapping[str, Any] = {"trials": Positive | None, "confirm_each": str | None}
@@ -34,6 +34,8 @@ class Overrides:
     """The `ARM_FIELDS` of one arm, by its name."""
     left_out: Collection[str]
     """The arms that `arms.NAME=null` leaves out."""
+    added: Mapping[str, ArmConfig]
+    """The arms that `arms.NAME={settings: ..., space: ...}` adds."""
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Overrides:
@@ -45,7 +47,7 @@ class Overrides:
         common: dict[str, Any] = {}
         own: dict[str, dict[str, Any]] = {}
         fields: dict[str, dict[str, Any]] = {}
-        left_out: set[str] = set()
+        left_out, added = set[str](), dict[str, ArmConfig]()
         for name, content in raw.items():
             if is_hydra_override(name):
                 raise ConfigError(
@@ -55,10 +57,12 @@ class Overrides:
             match name.split(".", 2):
                 case ["arms", arm] if content is None:
                     left_out.add(arm)
+                case ["arms", arm] if isinstance(content, Mapping):
+                    added[arm] = convert(ArmConfig, content, key=name)
                 case ["arms", _]:
                     raise ConfigError(
-                        f"`{name}` must be null, which leaves out an arm of the sweep file, but got {content!r}. Set "
-                        f"one key of an arm with `{name}.KEY=VALUE`, and add an arm in the file."
+                        f"`{name}` must be null, which leaves out an arm of the sweep file, or a new arm such as "
+                        f"`{{settings: {{method: full}}}}`, but got {content!r}. Set one key with `{name}.KEY=VALUE`."
                     )
                 case ["arms", arm, key] if key in ARM_FIELDS:
                     fields.setdefault(arm, {})[key] = convert(ARM_FIELDS[key], content, key=name)
@@ -69,26 +73,31 @@ class Overrides:
                     own.setdefault(arm, {})[key] = _parse_content(key, content)
                 case _:
                     common[name] = _parse_content(name, content)
-        return cls(raw=raw, common=common, own=own, fields=fields, left_out=left_out)
+        return cls(raw=raw, common=common, own=own, fields=fields, left_out=left_out, added=added)
 
     @property
     def values(self) -> Layer:
         """The settings of all arms without the ranges."""
         return {key: value for key, value in self.common.items() if not isinstance(value, Range)}
 
-    def drop_arms(self, file: SweepFile) -> SweepFile:
-        """Returns a sweep file without the arms that are left out.
+    def change_arms(self, file: SweepFile) -> SweepFile:
+        """Returns a sweep file without the arms that are left out, and with those that are added.
 
         Raises:
-            ConfigError: An arm that is left out is not in the file, or no arm remains.
+            ConfigError: An arm that is left out is not in the file, one that is added is, or no arm remains.
         """
+        if known := [name for name in self.added if name in file.arms]:
+            raise ConfigError(
+                f"`arms.{known[0]}={{...}}` must name a new arm, but the sweep file has it. Set one key with "
+                f"`arms.{known[0]}.KEY=VALUE`."
+            )
         for name in self.left_out:
             if name not in file.arms:
                 raise ConfigError(
                     f"`arms.{name}=null` must leave out an arm of the sweep file ({', '.join(file.arms)}), but it has "
                     f"no such arm.{suggest_nearest(f'arms.{name}', [f'arms.{one}' for one in file.arms])}"
                 )
-        arms = {name: arm for name, arm in file.arms.items() if name not in self.left_out}
+        arms = {name: arm for name, arm in {**file.arms, **self.added}.items() if name not in self.left_out}
         if not arms:
             raise ConfigError("a sweep must have at least one arm, but `arms.ARM=null` leaves out all. Keep one.")
         return replace(file, arms=arms)

@@ -85,6 +85,11 @@ class Range:
             if not is_number(number) or (is_whole and (number != int(number) or abs(number) >= 2**62)):
                 kind = "a whole number" if is_whole else "a number"
                 raise ConfigError(f"the range of `{key}` must have {kind} as `{name}`, but got {number!r}.")
+        if numbers["low"] > numbers["high"]:
+            raise ConfigError(
+                f"the range of `{key}` must have `low <= high`, but got {numbers['low']!r} and {numbers['high']!r}. "
+                "Swap them."
+            )
         try:
             with warnings.catch_warnings():
                 # Optuna would lower `high` to the last step and warn. The user must write the values that are tried.

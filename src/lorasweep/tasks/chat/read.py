@@ -99,7 +99,7 @@ def read_conversations(config: ChatConfig) -> DataSource:
     return build_source(
         train,
         read,
-        missing=config.split_percents,
+        missing=config.choose_split_percents(len(train[0])),
         key=prompt_key if is_split_by_prompt else lambda conversation: hash_messages(conversation.messages),
         describe=lambda train, _: [
             f"train has {len(train)} conversations with {len(set(map(prompt_key, train)))} different prompts."

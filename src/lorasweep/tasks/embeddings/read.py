@@ -54,10 +54,11 @@ def read_pairs(config: EmbeddingsConfig) -> DataSource:
             )
         return _join_groups(pairs, parents), [f"Pairs of {split} are read from {join_words(table.columns)}.", *notes]
 
+    train = read("train")
     return build_source(
-        read("train"),
+        train,
         read,
-        missing=config.split_percents,
+        missing=config.choose_split_percents(len(train[0])),
         key=lambda pair: int(str(pair.group)),
         describe=lambda train, _: [
             f"train has {len(train)} pairs in {len(groups := Counter(pair.group for pair in train))} groups that share "

@@ -60,10 +60,11 @@ def read_preferences(config: PreferencesConfig) -> DataSource:
         pairs = [pair.replace_both(number=number, source=source) for number, pair in enumerate(parsed, start=1)]
         return pairs, [f"Pairs of {split} are read from {join_words(table.columns)}.", *notes]
 
+    train = read("train")
     return build_source(
-        read("train"),
+        train,
         read,
-        missing=config.split_percents,
+        missing=config.choose_split_percents(len(train[0])),
         key=lambda pair: prompt_key(pair.chosen),
         describe=lambda train, _: [
             f"train has {len(train)} pairs with {len({prompt_key(pair.chosen) for pair in train})} different prompts."

@@ -91,7 +91,7 @@ def read_labelled(config: TableConfig) -> DataSource:
             tables.pop(split), lambda *values, group: encode(_check_row(*values, group=group, config=config))
         ),
         label_kind=encoder.kind,
-        missing=config.split_percents,
+        missing=config.choose_split_percents(len(rows)),
         key=_content_key,
         describe=functools.partial(_describe, names),
         label_names=names,

@@ -46,7 +46,7 @@ def read_texts(config: TextConfig) -> DataSource:
     return build_source(
         train,
         read,
-        missing=config.split_percents,
+        missing=config.choose_split_percents(),
         key=lambda document: content_key([document.text]),
         describe=lambda train, validation: [
             f"{name} has {sum(len(document.text.encode()) for document in documents):,} bytes in {len(documents)} "
