@@ -1,25 +1,29 @@
 """Compares a whole sweep with today's way to do the same work, from the start of the command to its end.
 
     python benchmarks/bench_today.py [--data movie_snippets|...] [--model FOLDER-OR-HUB-ID] [--seeds 0 1 2]
-        [--train 2000] [--validation 1000] [--trials 8] [--steps 130] [--ways today tuned ours default] [--threads 2]
-        [--short] [--quick]
+        [--train 2000] [--validation 1000] [--trials 8] [--steps 130] [--ways today tuned tuned2 ours default]
+        [--threads 2] [--short] [--quick]
 
 Every way searches LoRA's rank (1 to 64) and learning rate for the same classifier of sentences (default: MiniLM-L6 with
 real weights) in the same space, with 8 trials of 130 steps of 16 sentences and 5 evaluations:
 
     today   Optuna with MedianPruner, PEFT and transformers' Trainer at their defaults (benchmarks/trainer_sweep.py)
     tuned   the same in bf16, grouped by length, with evaluation batch 32, and without pruning
+    tuned2  the tuned way in two processes of one thread on one study
     ours    `lorasweep sweep` with these evaluations
     default `lorasweep sweep` as it comes: evaluations at half of a run and at its end on an eighth of the examples,
             then once on all
 
 lorasweep runs no confirm stage (`confirm.seeds=0`), because the other ways have none. Each way is a process of its own
 that reads the same files. The makespan is the time from its start to its end, imports included. Training steps are
-timed inside the process, and `other` is the rest. The test score is that of the best trial's adapter, which PEFT loads
-in fp32 after the measurement. With several seeds, every way runs once per seed (of sampler, initial values, data order
-and dropout), and the first way changes. A cell is then the median, with the range in brackets. The last columns are
-ratios of makespans with the same seed. The first line names the speed of the machine. `--short` has fewer steps and
-sentences.
+timed inside the processes and added up, and `other` is the rest of the makespan (negative if several processes train
+at once). `cores busy` are the processor's seconds over the makespan. Memory is the maximum over time of what all
+processes of a way have resident, shared pages counted once (PSS).
+
+The test score is that of the best trial's adapter, which PEFT loads in fp32 after the measurement. With several seeds,
+every way runs once per seed (of sampler, initial values, data order and dropout), and the first way changes. A cell is
+then the median, with the range in brackets. The last columns are ratios of makespans with the same seed. The first line
+names the speed of the machine. `--short` has fewer steps and sentences.
 """
 
 from __future__ import annotations
@@ -33,10 +37,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from real_weights import minilm_folder
 from sentences import add_data_argument, load_sentences, write_sentences
@@ -63,9 +69,13 @@ TRAINER_SCRIPT = Path(__file__).parent / "trainer_sweep.py"
 WAYS = {
     "today": "Optuna + PEFT + Trainer",
     "tuned": "the same, tuned",
+    "tuned2": "the same, tuned, two processes",
     "ours": "lorasweep sweep",
     "default": "lorasweep sweep, own evaluations",
 }
+TRAINER_WAYS = ("today", "tuned", "tuned2")
+MEMORY_INTERVAL_S = 0.5
+"""Seconds between two looks at the memory."""
 MIB = 2**20
 
 
@@ -79,7 +89,9 @@ class Outcome:
     steps: int
     """Optimizer steps of all trials."""
     peak_memory_bytes: int
-    """Maximum resident memory of the process."""
+    """Maximum resident memory of all processes, with shared pages counted once."""
+    cores: float
+    """Seconds of the processor over those of the makespan."""
     gpu_peak_memory_bytes: float
     best_score: float
     """Best validation accuracy of a complete trial."""
@@ -95,41 +107,59 @@ def run_way(way: str, work: Mapping[str, Any], folder: Path) -> Outcome:
     """Runs a way in its own process, and scores its best adapter on test data."""
     folder.mkdir()
     output = folder / "output"
-    if way in ("today", "tuned"):
+    if way in TRAINER_WAYS:
         output.mkdir()
         (folder / "work.json").write_text(json.dumps(work))
         command = [str(TRAINER_SCRIPT), str(folder / "work.json"), "--output", str(output)]
-        command += ["--tuned"] if way == "tuned" else []
+        command += ["--tuned"] if way != "today" else []
+        command += ["--processes", "2"] if way == "tuned2" else []
     else:
         (folder / "sweep.yaml").write_text(yaml.safe_dump(describe_sweep(work)))
         command = ["-m", "lorasweep", "sweep", str(folder / "sweep.yaml"), f"sweep.output={output}"]
         if way == "default":
             command += [f"trainer.eval_every_steps={work['steps'] // 2}", "trainer.eval_fraction=0.125"]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}  # so that no seed reads another's rows
-    makespan_s, peak_memory_bytes = run_process(command, log=folder / "log.txt", environment=environment)
-    result = json.loads((output / "result.json").read_text()) if way in ("today", "tuned") else read_result(output)
+    makespan_s, cores, peak_memory_bytes = run_process(command, log=folder / "log.txt", environment=environment)
+    result = json.loads((output / "result.json").read_text()) if way in TRAINER_WAYS else read_result(output)
     return Outcome(
         makespan_s=makespan_s,
         peak_memory_bytes=peak_memory_bytes,
+        cores=cores,
         test_score=score_adapter(Path(result.pop("best_adapter")), work),
         **result,
     )
 
 
-def run_process(command: Sequence[str], *, log: Path, environment: Mapping[str, str]) -> tuple[float, int]:
-    """Runs Python with a command and returns the seconds and the maximum resident memory in bytes.
+def run_process(command: Sequence[str], *, log: Path, environment: Mapping[str, str]) -> tuple[float, float, int]:
+    """Runs Python with a command and returns the seconds, the cores in use and the maximum resident memory in bytes.
 
     Raises SystemExit with the end of its output if it fails.
     """
     with log.open("w") as file:
         started = time.perf_counter()
         process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=file, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
+        peak, found = 0, 0
+        while not found:
+            peak = max(peak, measure_memory(process.pid))
+            time.sleep(MEMORY_INTERVAL_S)
+            found, status, usage = os.wait4(process.pid, os.WNOHANG)
         seconds = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)  # the process was waited for without `subprocess`
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed with exit code {process.returncode}:\n{log.read_text()[-3000:]}")
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return seconds, (usage.ru_utime + usage.ru_stime) / seconds, peak
+
+
+def measure_memory(number: int) -> int:
+    """Returns the resident bytes of a process and its children, with shared pages counted once where Linux tells."""
+    total = 0
+    with suppress(psutil.NoSuchProcess):
+        root = psutil.Process(number)
+        for process in [root, *root.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                used = process.memory_full_info()
+                total += getattr(used, "pss", used.rss)
+    return total
 
 
 def describe_sweep(work: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,13 +244,14 @@ def format_table(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
     bases = [way for way in ("ours", "default") if way in outcomes]
     seconds = ("makespan", "training", "other")
     lines = [
-        f"| way | {' | '.join(f'{name} s' for name in seconds)} | steps | memory MiB | "
+        f"| way | {' | '.join(f'{name} s' for name in seconds)} | cores busy | steps | memory MiB | "
         f"{'GPU MiB | ' if has_gpu else ''}best validation | test | "
         f"{' | '.join(f'over {WAYS[way]}' for way in bases)} |",
-        f"|---|{'--:|' * (len(seconds) + 4 + has_gpu + len(bases))}",
+        f"|---|{'--:|' * (len(seconds) + 5 + has_gpu + len(bases))}",
     ]
     for way, ones in outcomes.items():
         cells = [format_values([getattr(one, f"{name}_s") for one in ones], ".1f") for name in seconds]
+        cells.append(format_values([one.cores for one in ones], ".2f"))
         cells.append(format_values([one.steps for one in ones], ",.0f"))
         cells.append(format_values([one.peak_memory_bytes / MIB for one in ones], ",.0f"))
         if has_gpu:

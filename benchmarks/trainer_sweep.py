@@ -1,18 +1,21 @@
 """Today's way to search LoRA's rank and learning rate: Optuna, PEFT and transformers' Trainer, trial after trial.
 
-    python benchmarks/trainer_sweep.py WORK.json --output FOLDER [--tuned]
+    python benchmarks/trainer_sweep.py WORK.json --output FOLDER [--tuned] [--processes 2]
 
 `bench_today.py` starts this script and writes WORK.json. The script imports nothing of lorasweep. Trainer has its
 defaults (fp32, random batches, evaluation batch 8), and Optuna's MedianPruner stops trials. With `--tuned` it has the
 settings that an expert chooses: bf16 where the hardware computes in it, batches grouped by length, evaluation batch 32,
-and no pruning. Both have a linear schedule with warm-up, as lorasweep has by default. Writes FOLDER/result.json, and
-the adapter of each trial's best evaluation.
+and no pruning. Both have a linear schedule with warm-up, as lorasweep has by default. With several processes, each has
+one thread and its share of the trials, and all read and write one study. Writes FOLDER/result.json, and the adapter of
+each trial's best evaluation.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import multiprocessing
 import time
 from pathlib import Path
 from typing import Any
@@ -53,8 +56,23 @@ class TrialCallback(transformers.TrainerCallback):
             raise optuna.TrialPruned
 
 
-def run_study(work: dict[str, Any], folder: Path, *, tuned: bool) -> dict[str, Any]:
-    """Runs all trials and returns what `result.json` holds."""
+def open_study(work: dict[str, Any], folder: Path, *, tuned: bool, number: int = 0) -> optuna.Study:
+    """Returns the study of all processes. Its sampler has the seed of the process `number`."""
+    storage = optuna.storages.journal.JournalFileBackend(str(folder / "journal.log"))
+    return optuna.create_study(
+        study_name="today",
+        storage=optuna.storages.JournalStorage(storage),
+        load_if_exists=True,
+        direction="maximize",
+        sampler=optuna.samplers.TPESampler(seed=work["seed"] + 1000 * number),
+        pruner=optuna.pruners.NopPruner() if tuned else optuna.pruners.MedianPruner(),
+    )
+
+
+def run_trials(number: int, work: dict[str, Any], folder: Path, *, tuned: bool, processes: int) -> dict[str, Any]:
+    """Runs the share of the trials of one process, and returns what it took."""
+    if processes > 1:
+        torch.set_num_threads(1)
     tokenizer = transformers.AutoTokenizer.from_pretrained(work["model"])
     files = {split: work[split] for split in ("train", "validation")}
     rows = datasets.load_dataset("json", data_files=files)
@@ -85,7 +103,7 @@ def run_study(work: dict[str, Any], folder: Path, *, tuned: bool) -> dict[str, A
         trainer = transformers.Trainer(
             model=peft.get_peft_model(model, settings),
             args=transformers.TrainingArguments(
-                output_dir=str(folder / "trainer"),
+                output_dir=str(folder / f"trainer-{number}"),
                 seed=work["seed"],
                 max_steps=work["steps"],
                 per_device_train_batch_size=work["batch_size"],
@@ -108,19 +126,29 @@ def run_study(work: dict[str, Any], folder: Path, *, tuned: bool) -> dict[str, A
         trainer.train()
         return callback.best
 
-    study = optuna.create_study(
-        direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=work["seed"]),
-        pruner=optuna.pruners.NopPruner() if tuned else optuna.pruners.MedianPruner(),
-    )
-    study.optimize(objective, n_trials=work["trials"])
+    study = open_study(work, folder, tuned=tuned, number=number)
+    study.optimize(objective, n_trials=len(range(number, work["trials"], processes)))
     return {
         "training_s": callback.training_s,
         "steps": callback.steps,
+        "gpu_peak_memory_bytes": torch.cuda.max_memory_allocated() if has_gpu else 0,
+    }
+
+
+def run_study(work: dict[str, Any], folder: Path, *, tuned: bool, processes: int) -> dict[str, Any]:
+    """Runs all trials and returns what `result.json` holds."""
+    study = open_study(work, folder, tuned=tuned)
+    run = functools.partial(run_trials, work=work, folder=folder, tuned=tuned, processes=processes)
+    if processes == 1:
+        taken = [run(0)]
+    else:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            taken = pool.map(run, range(processes), chunksize=1)
+    return {
+        **{key: sum(one[key] for one in taken) for key in taken[0]},
         "best_score": study.best_value,
         "best_params": study.best_params,
         "best_adapter": str(folder / str(study.best_trial.number)),
-        "gpu_peak_memory_bytes": torch.cuda.max_memory_allocated() if has_gpu else 0,
     }
 
 
@@ -129,9 +157,10 @@ def main() -> None:
     parser.add_argument("work", type=Path, metavar="WORK.json")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--tuned", action="store_true")
+    parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
     work = json.loads(arguments.work.read_text())
-    result = run_study(work, arguments.output, tuned=arguments.tuned)
+    result = run_study(work, arguments.output, tuned=arguments.tuned, processes=arguments.processes)
     (arguments.output / "result.json").write_text(json.dumps(result))
 
 

@@ -111,12 +111,12 @@ def test_a_measurement_beside_other_work_is_said_first(content, write_file, rate
     content["arms"] = {"lora": content["arms"]["lora"]}
     definition = read_definition(write_file(content))
     shown = {}
-    for load in (0.5, 3.0):
+    for share in (0.1, 0.9):
         console = Console(record=True, width=200, file=io.StringIO())
-        console.print(render_plan(definition, [replace(rates_of(definition.arms[0]), load=load)]))
-        shown[load] = console.export_text()
-    assert shown[3.0].startswith("warning: Measured beside other work")
-    assert "beside other work" not in shown[0.5]
+        console.print(render_plan(definition, [replace(rates_of(definition.arms[0]), busy_share=share)]))
+        shown[share] = console.export_text()
+    assert shown[0.9].startswith("warning: Measured while other work kept 90 % of the cores busy")
+    assert "other work" not in shown[0.1]
 
 
 def test_a_plan_fits_eighty_columns_and_breaks_no_name(content, write_file, rates_of):

@@ -18,7 +18,7 @@ from lorasweep.sweep.controller.proposals import find_batch_start
 from lorasweep.sweep.definition.arms import Arm, Definition, searches_one_key
 from lorasweep.sweep.definition.confirm import count_confirm_runs, list_questions
 from lorasweep.training.environment import get_device
-from lorasweep.wording import join_words
+from lorasweep.wording import format_share, join_words
 
 INTERVAL_KEY = "trainer.eval_every_steps"
 OPEN = "small differences stay open"
@@ -39,8 +39,8 @@ ANSWERED: Mapping[QuestionName, str] = {
 """For each kind of question, the clause that says what its answer would tell."""
 QUESTION_CUTS = ("rank", "full")
 """The cuts that give up a question."""
-MAX_LOAD = 1.5
-"""Load on each core above which a measurement says that other work slowed it down."""
+MAX_BUSY_SHARE = 0.2
+"""The share of the cores above which a measurement says that other work slowed it down."""
 MINUTES_TOLERANCE = 0.15
 """The smallest budget may exceed `--minutes` by this fraction, because two measurements differ by as much."""
 
@@ -79,8 +79,8 @@ class Rates:
     """The metric that scores the measured run."""
     trained_params: dict[str, int]
     """Trained parameters of the largest run of each arm, by name of the arm."""
-    load: float = 0.0
-    """Processes that the machine had to run, per core, when it was measured."""
+    busy_share: float = 0.0
+    """The share of the machine's cores that other work kept busy just before it was measured."""
 
     def estimate_run_s(self, num_steps: int, interval: int) -> float:
         """Returns the seconds of a training with an evaluation every `interval` steps."""
@@ -260,12 +260,12 @@ def fit_minutes(
 
 def describe_load(rates: Sequence[Rates]) -> str:
     """Returns a sentence if other processes slowed the measurement down; empty otherwise."""
-    load = max((group.load for group in rates), default=0.0)
-    if load <= MAX_LOAD:
+    share = max((group.busy_share for group in rates), default=0.0)
+    if share <= MAX_BUSY_SHARE:
         return ""
     return (
-        f"Measured beside other work (a load of {load:.1f} on each core), so it may be faster. `lorasweep plan "
-        "--measure` measures anew."
+        f"Measured while other work kept {format_share(share)} of the cores busy, so it may be faster. "
+        "`lorasweep plan --measure` measures anew."
     )
 
 

@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from pydantic import TypeAdapter, ValidationError
 
@@ -53,8 +54,8 @@ NUM_STEPS = 4
 """Steps before the evaluation of a measured training. The first is not counted, because it warms up."""
 NUM_MEASURED_TOKENS = 8
 """Tokens of a measured answer."""
-
-
+BUSY_INTERVAL_S = 0.5
+"""Seconds in which the work of other processes is measured."""
 MAX_RATES_AGE_S = 24 * 3600
 """Rates that were measured at most as many seconds ago are used again."""
 FREE_KEYS = frozenset((STEPS_KEY, "trainer.eval_every_steps", LR, "seed", "trainer.progress"))
@@ -113,7 +114,7 @@ def measure_sweep(
         RunError: A training failed, as it would in the sweep.
         MeasuredTooLong: `is_late` returned True.
     """
-    rates, load = list[Rates](), os.getloadavg()[0] / (os.cpu_count() or 1)
+    rates, busy_share = list[Rates](), None
     for arm in definition.arms:
         if any(arm.name in group.arms for group in rates):
             continue
@@ -124,10 +125,12 @@ def measure_sweep(
             )
             rates.append(known)
             continue
+        if busy_share is None:  # of other processes, because this one waits
+            busy_share = psutil.cpu_percent(interval=BUSY_INTERVAL_S) / 100
         # arms that could share a pack are measured one by one if trials run alone
         try:
             found = measure(definition, arm, inputs_cache, on_progress=on_progress, is_late=is_late)
-            rates.append(replace(found, load=load))
+            rates.append(replace(found, busy_share=busy_share))
             with suppress(OSError):  # without a writable cache, each command measures
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(kept, json.dumps(vars(rates[-1])))
