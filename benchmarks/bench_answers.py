@@ -208,15 +208,17 @@ def build_arms(table: Table) -> dict[str, Arm]:
     return {method: _build_arm(table, method, trials=trials) for method, trials in NUM_TRIALS.items()}
 
 
-def _build_arm(table: Table, method: str, *, trials: int) -> Arm:
+def _build_arm(table: Table, method: str, *, trials: int, ranks: Sequence[int] = RANKS) -> Arm:
     rates = table.rates[RANKS[0] if method == "lora" else 0]
     space = {LR: Range(low=rates[0], high=rates[-1], log=True)}
-    if method == "lora":
-        space[RANK] = Range(choices=RANKS)
+    has_ranks = method == "lora" and len(ranks) > 1
+    if has_ranks:
+        space[RANK] = Range(choices=tuple(ranks))
     settings = {
         "method": method,
         "trainer.max_steps": table.num_steps,
         "trainer.eval_every_steps": table.num_steps // table.num_evaluations,
+        **({RANK: ranks[0]} if method == "lora" else {}),
     }
     base = compose_run(settings)
     return Arm(
@@ -226,7 +228,7 @@ def _build_arm(table: Table, method: str, *, trials: int) -> Arm:
         corner_configs=(base,),
         trials=trials,
         sweep_config=compose_sweep({}),
-        confirm_each=RANK if method == "lora" else None,
+        confirm_each=RANK if has_ranks else None,
     )
 
 
@@ -264,8 +266,8 @@ def get_metric(table: Table) -> ScoreMetric:
 
 def end_trial(trial: Trial, arm: Arm, table: Table, *, seed: int) -> Trial:
     """Returns a trial as it ended: complete with its best value, or stopped at half."""
-    run = table.find_run(trial.params.get(RANK, 0), trial.params[LR], seed)
     config = arm.base
+    run = table.find_run(trial.params.get(RANK, getattr(config.method, "rank", 0)), trial.params[LR], seed)
     metric = get_metric(table)
     untrained = {"metric": table.frozen[seed].values[0], "loss": table.frozen[seed].losses[0]}
     values: dict[int, float] = {}
@@ -330,7 +332,7 @@ def choose_settings(
         found[0] = predict_best(arms["full"], trials, of_full, metric=metric, chosen=winner.params)
     arm = with_seed(arms["lora"], number)
     for rank in ranks:
-        subject = Subject(arm=arm.name, key=RANK, value=rank)
+        subject = Subject(arm=arm.name, key=RANK, value=rank) if arm.confirm_each else Subject(arm=arm.name)
         found[rank] = predict_best(arm, searches["lora"].trials, subject, metric=metric)
     known = {rank: prediction for rank, prediction in found.items() if prediction is not None}
     assert len(known) == len(found)
@@ -661,8 +663,8 @@ def replay_cut(
     table, (definition, _) = read_table(task), cut_sweep(minutes, has_full=has_full)
     kept = {arm.name: arm for arm in definition.arms}
     ranks = [subject.value or kept["lora"].settings[RANK] for subject in kept["lora"].subjects]
-    arms = {name: _build_arm(table, name, trials=kept[name].trials) for name in ("full", "lora") if name in kept}
-    arms["lora"] = replace(arms["lora"], space={**arms["lora"].space, RANK: Range(choices=tuple(ranks))})
+    trials = {name: kept[name].trials for name in ("full", "lora") if name in kept}
+    arms = {name: _build_arm(table, name, trials=number, ranks=ranks) for name, number in trials.items()}
     looks, names = definition.sweep_config.confirm.list_looks(), [name_subject(rank) for rank in ranks]
     asked = {question.name for question in list_questions(definition)}
     questions = [replace(one, subjects=names) for one in QUESTIONS if one.name in asked]

@@ -377,12 +377,14 @@ def test_fewer_examples_are_cut_where_scoring_takes_the_time(quickstart, write_f
     assert fit_scored(definition, 6, answers_s={"test": 100.0}, num=400) < 400
 
 
-def test_arms_that_search_one_key_keep_the_minimum_of_trials(content, write_file):
-    content["arms"] = {"full": content["arms"]["full"] | {"trials": 8}}
+def test_full_fine_tuning_keeps_trials_with_which_verdicts_on_it_hold(content, write_file):
+    content["arms"] = {"full": content["arms"]["full"] | {"trials": 12}}
     definition = read_definition(write_file(content), ["confirm.seeds=0", "trainer.max_steps=60"])
-    fitted = fit(definition, 0.7)  # 7 trials of 6 s
-    assert [arm.trials for arm in fitted.definition.arms] == [6]
-    assert "6 of 8 trials an arm" in fitted.given_up
+    fitted = fit(definition, 0.82)  # 8 trials of 6 s
+    assert [arm.trials for arm in fitted.definition.arms] == [8]
+    assert "8 of 12 trials an arm" in fitted.given_up
+    with pytest.raises(ConfigError, match="at least"):
+        fit(definition, 0.6)
 
 
 def test_a_cut_raises_no_number_of_an_arm(content, write_file):

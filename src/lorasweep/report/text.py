@@ -100,8 +100,8 @@ OUTSIDE: Mapping[AnswerName, str] = {
 NO_EXAMPLE_SCORES = (
     "Single test examples have no scores here, so intervals are over seeds alone: other test data may differ by more."
 )
-MIN_FULL_TRIALS = 4
-"""The headline names the number of complete trials of full fine-tuning if it is lower than this."""
+MIN_FULL_TRIALS = 8
+"""The headline names the number of trials of full fine-tuning if it is lower than this, as in `cost.ONE_KEY_TRIALS`."""
 MAX_HARMLESS_CUT = 0.1
 """The share of training examples above which those that are cut off may explain that nothing was learned."""
 OTHER_SEARCH_METRIC = (
@@ -163,8 +163,8 @@ def _describe_weakness(answer: Answer, data: SweepData) -> str:
     if row.num_seeds < MIN_USEFUL_SEEDS:
         parts.append(f"{row.num_seeds} seed{'s' if row.num_seeds > 1 else ''}")
     full = data.find_subject(row.reference) if answer.name == "as_good_as_full" else None
-    if full and full.row.space and full.count("complete") < MIN_FULL_TRIALS:
-        parts.append(f"{full.count('complete')} trials of full fine-tuning")
+    if full and full.row.space and len(full.trials) < MIN_FULL_TRIALS and row.verdict != "worse":
+        parts.append(f"{len(full.trials)} trials of full fine-tuning")
     return f", on {join_words(parts)} alone" if parts else ""
 
 
