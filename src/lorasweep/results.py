@@ -29,6 +29,7 @@ from lorasweep.record import (
     read_sweep,
     restore_config,
 )
+from lorasweep.wording import suggest_nearest
 
 if TYPE_CHECKING:
     import optuna
@@ -287,7 +288,8 @@ class SweepResult:
 
     def _check_arm(self, arm: str) -> None:
         if arm not in self.arms:
-            raise ConfigError(f"`arm` must be one of {', '.join(self.arms)}, but got {arm!r}.")
+            near = suggest_nearest(arm, self.arms)
+            raise ConfigError(f"`arm` must be one of {', '.join(self.arms)}, but got {arm!r}.{near}")
 
 
 def find_newest_sweep() -> Path:

@@ -129,7 +129,12 @@ class Fault:
 
 
 def list_faults(data: SweepData) -> list[Fault]:
-    """Returns the best values at ends of their ranges, and the expected regrets above one margin."""
+    """Returns the best values at ends of their ranges, and the expected regrets above one margin.
+
+    Nothing is found before the sweep is complete, because its first trials say little.
+    """
+    if data.record.status != "complete":
+        return []
     margin = data.search_margin
     regrets = {row.subject: row.regret / margin for row in data.record.settings if margin and row.regret is not None}
     above = {subject: regret for subject, regret in regrets.items() if regret > 1}

@@ -70,8 +70,12 @@ def find_next_step(answer: Answer, data: SweepData, learning: Learning) -> NextS
     if blocking.blocker == "few trials":
         rows = [row for row in record.arms if row.space and (row.name == answer.arm or row.method == "full")]
         return _add_trials(rows, data)
-    tried = None if enough else numbers[-1]
-    return NextStep(name="none", number=tried, needs=(blocking.blocker,)) if blocking.blocker else None
+    if blocking.blocker is None:
+        return None
+    if enough or blocking.blocker != "few seeds":
+        return NextStep(name="none", number=None if enough else numbers[-1], needs=(blocking.blocker,))
+    # what is left with so many seeds is the error of the test examples
+    return NextStep(name="none", number=numbers[-1], needs=("few examples", "few seeds"))
 
 
 def _train_longer(data: SweepData, learning: Learning) -> NextStep | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lorasweep.config.build import as_settings, dotted_items
 from lorasweep.config.run import ALPHA, LR, RANK, STEPS_KEY
+from lorasweep.disk import is_running
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.recipes.read import TOOLS, load_table
 from lorasweep.recipes.write import list_changes
@@ -222,7 +223,8 @@ def find_recommended(
     """
     folder, in_python = str(data.folder), key == "subject"
     if data.record.status != "complete":
-        remedy = f"Call `lorasweep.resume_sweep({folder!r})`" if in_python else f"Type `{data.completing_command}`"
+        call = "read_status" if is_running(data.folder) else "resume_sweep"
+        remedy = f"Call `lorasweep.{call}({folder!r})`" if in_python else f"Type `{data.completing_command}`"
         raise RecordError(f"a sweep must be complete, but {folder!r} is {data.record.status}. {remedy}.")
     names = list(dict.fromkeys([row.name for row in data.record.arms] + [one.name for one in data.subjects]))
     if name is not None and name not in names:

@@ -194,6 +194,13 @@ class SweepData:
         """Returns the entry of a subject."""
         return next((one for one in self.subjects if one.name == name), None)
 
+    def find_best_beside(self, name: str | None) -> SubjectResult | None:
+        """Returns the subject with the best search score of the arm that a subject belongs to; None if none has one."""
+        arms = {one.arm for one in self.subjects if one.name == name}
+        scores = {one.name: one.search_score for one in self.subjects if one.arm in arms}
+        known = {name: self.record.search_metric.sign * score for name, score in scores.items() if score is not None}
+        return self.find_subject(min(known, key=known.__getitem__)) if known else None
+
     @cached_property
     def swept_keys(self) -> tuple[str, ...]:
         """The dotted keys that any arm sweeps, in the order of the arms."""

@@ -133,7 +133,7 @@ def describe_headline(answer: Answer, data: SweepData) -> str:
         if answer.missing in ("not confirmed", "no trial") and data.record.status != "complete":
             done = sum(trial.state == "complete" for trial in data.trials)
             because = f"Open: {done} of {sum(row.trials for row in data.record.arms)} trials are complete."
-        best = data.find_subject(answer.arm) if answer.missing == "not confirmed" else None
+        best = data.find_best_beside(answer.arm) if answer.missing == "not confirmed" else None
         return f"{because} Best so far: {describe_full_setting(best)}." if best else because
     first, blocking = answer.rows[0], answer.blocking
     why = f"open: {BLOCKERS[blocking.blocker]}" if blocking and blocking.blocker else "open"

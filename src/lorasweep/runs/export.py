@@ -7,11 +7,10 @@ again, and its weights are compared with those that were written.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -217,15 +216,14 @@ def _build_card(record: RunRecord, config: RunConfig, *, format: str, dtype: str
 
 
 def name_base(config: ModelConfig) -> str:
-    """Returns the base's hub id, or that in its `config.json`, or the name of its folder, without its whole path."""
+    """Returns the base's hub id, or the last two parts of its folder.
+
+    `_name_or_path` in its `config.json` is no name of it: it may be that of the model from which the base was trained.
+    """
     path, local = str(config.path), find_local_path(config)
     if local is None or path.startswith(EMBEDDED_PREFIX):
         return path
-    with suppress(OSError, ValueError):
-        origin = json.loads((local / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
-        if isinstance(origin, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", origin):
-            return origin
-    return local.resolve().name
+    return "/".join(local.resolve().parts[-2:])
 
 
 def _describe_loading(record: RunRecord, config: ModelConfig, *, format: str, repository: str) -> str:

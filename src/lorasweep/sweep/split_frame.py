@@ -11,6 +11,7 @@ from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import read_sweep
 from lorasweep.sweep.controller.lifecycle import read_saved_definition
 from lorasweep.tasks.task import read_source
+from lorasweep.wording import suggest_nearest
 
 SPLITS = ("train", *FIRST_BUCKETS)
 
@@ -21,7 +22,9 @@ def build_split_frame(folder: Path, name: str) -> pandas.DataFrame:
     Raises ConfigError if there is no such split, and RecordError if the examples are not those of the sweep.
     """
     if name not in SPLITS:
-        raise ConfigError(f"`name` must be one of {', '.join(SPLITS)}, but got {name!r}.")
+        raise ConfigError(
+            f"`name` must be one of {', '.join(SPLITS)}, but got {name!r}.{suggest_nearest(name, SPLITS)}"
+        )
     arm = read_saved_definition(folder).arms[0]
     if (data := arm.base.data).task_path is None:
         raise ConfigError("`split` reads data of lorasweep, but this sweep has its own data module. Call that.")

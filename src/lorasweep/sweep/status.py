@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.config.run import STEPS_KEY
-from lorasweep.console import repeat_every
+from lorasweep.console import RUNNING_TRAINING, repeat_every
 from lorasweep.disk import is_running
 from lorasweep.errors import RecordError
 from lorasweep.record import (
@@ -304,6 +304,8 @@ def show_progress(folder: Path, console: Console, *, verbose: bool = False) -> I
 
     def show(status: SweepStatus) -> None:
         record, is_first = status.record, not statuses
+        if record.workers != 1:  # other processes train
+            RUNNING_TRAINING.note("all trials", *status.count_steps())
         statuses[:] = [status]
         say(f"sweep {record.name} in {status.folder}")
         say(f"to watch it: tensorboard --logdir {status.folder}, or optuna-dashboard {status.folder / JOURNAL_FILE}")
