@@ -172,7 +172,7 @@ def test_a_pack_killed_at_this_moment_ends_the_same(undisturbed, inputs, tmp_pat
 def test_a_pack_killed_at_any_moment_ends_the_same(undisturbed, inputs, tmp_path):
     pack, killed = undisturbed
     different = {read_all(one): one for one in killed}  # at many moments nothing was written since the one before
-    assert len(different) > 15
+    assert len(different) > 10
     for number, one in enumerate(different.values()):
         resume_and_compare(one, pack, tmp_path / str(number), inputs=inputs)
 
