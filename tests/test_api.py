@@ -91,6 +91,7 @@ def test_a_split_has_the_sweeps_own_rows_and_no_others(tmp_path, monkeypatch):
 
 def test_an_unfinished_sweep_of_the_same_name_is_named_instead_of_a_second_one(result, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(result.folder, tmp_path / "outputs" / "small")
     folder = Path(shutil.copytree(result.folder, tmp_path / "outputs" / "small-2"))
     record = read_sweep(folder)
     record.status = "interrupted"

@@ -9,12 +9,12 @@ torch, SciPy and what needs them are imported when they are needed, after keys, 
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -23,6 +23,7 @@ from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import compose_run, merge_settings
 from lorasweep.config.run import RunConfig
 from lorasweep.console import say_note
+from lorasweep.disk import numbered_folders
 from lorasweep.errors import ConfigError, SweepInterrupted
 from lorasweep.recipes.read import read_recipe
 from lorasweep.record import RUN_FILE, SWEEP_FILE, read_run, read_sweep
@@ -167,12 +168,11 @@ def run_sweep(
 
 
 def _refuse_unfinished(name: str) -> None:
-    """Raises ConfigError if the newest sweep of this name in `outputs` runs or is not complete."""
-    found = [path.parent for path in Path("outputs").glob(f"{name}*/{SWEEP_FILE}")]
-    of_name = [folder for folder in found if re.fullmatch(rf"{re.escape(name)}(-\d+)?", folder.name)]
-    if not of_name:
+    """Raises ConfigError if the last sweep of this name in `outputs` runs or is not complete."""
+    folders = [*takewhile(lambda folder: (folder / SWEEP_FILE).exists(), numbered_folders(Path("outputs", name)))]
+    if not folders:
         return
-    newest = load_sweep(max(of_name, key=lambda folder: (folder / SWEEP_FILE).stat().st_mtime))
+    newest = load_sweep(folders[-1])
     if newest.status != "complete":
         command = "status" if newest.status == "running" else "sweep --resume"
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import peft
 import pytest
@@ -17,7 +18,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.errors import RecordError, RunError
 from lorasweep.models.paths import find_local_path
 from lorasweep.record import read_run, restore_config
-from lorasweep.runs.export import export_run
+from lorasweep.runs.export import export_run, name_base
 from lorasweep.training.finished_run import restore_base, restore_model
 from lorasweep.training.inputs import load_inputs
 from lorasweep.training.open_run import RunFolder
@@ -268,3 +269,12 @@ def test_a_template_of_ones_own_is_exported_with_the_tokenizer(make_config, tmp_
     with pytest.raises(RecordError, match=r"mine.jinja' has changed"):
         export_run(tmp_path / "run", format="peft", out=tmp_path / "changed")
     assert not (tmp_path / "changed").exists()
+
+
+def test_the_base_of_a_card_is_the_folder_and_not_the_model_from_which_it_was_trained(tmp_path):
+    folder = tmp_path / "mine" / "model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "_name_or_path": "org/ancestor"}))
+    config = compose_run({"model": "causal_lm", "model.path": str(folder)}).model
+    assert name_base(config) == "mine/model"
+    assert name_base(replace(config, path="org/base")) == "org/base"

@@ -171,7 +171,8 @@ def test_a_pack_killed_at_this_moment_ends_the_same(undisturbed, inputs, tmp_pat
 @pytest.mark.soak
 def test_a_pack_killed_at_any_moment_ends_the_same(undisturbed, inputs, tmp_path):
     pack, killed = undisturbed
-    different = {read_all(one): one for one in killed}  # at many moments nothing was written since the one before
+    # at many moments nothing was written since the one before; where all runs have ended, nothing resumes
+    different = {read_all(one): one for one in killed if len(one.ended) < len(pack.names)}
     assert len(different) > 10
     for number, one in enumerate(different.values()):
         resume_and_compare(one, pack, tmp_path / str(number), inputs=inputs)

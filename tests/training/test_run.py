@@ -218,7 +218,8 @@ def test_recomputed_activations_train_the_same(tmp_path, make_config, inputs):
 
 @pytest.mark.release
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, of torch
+# torch's compiler, of torch, and of `.grad` of the rows of A and B, which it looks at
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")
 # g++ builds inductor's kernels for a minute; the other backend traces the same graphs and runs them as they are
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.soak)])
 def test_a_compiled_model_trains_the_same(tmp_path, make_config, inputs, finished, monkeypatch, backend):

@@ -194,12 +194,10 @@ class SweepData:
         """Returns the entry of a subject."""
         return next((one for one in self.subjects if one.name == name), None)
 
-    def find_best_beside(self, name: str | None) -> SubjectResult | None:
-        """Returns the subject with the best search score of the arm that a subject belongs to; None if none has one."""
-        arms = {one.arm for one in self.subjects if one.name == name}
-        scores = {one.name: one.search_score for one in self.subjects if one.arm in arms}
-        known = {name: self.record.search_metric.sign * score for name, score in scores.items() if score is not None}
-        return self.find_subject(min(known, key=known.__getitem__)) if known else None
+    def find_best_subject(self, arm: str) -> SubjectResult | None:
+        """Returns the subject of an arm with the best search score; None if none has one."""
+        known = [one for one in self.subjects if one.arm == arm and one.search_score is not None]
+        return min(known, key=lambda one: self.record.search_metric.sign * (one.search_score or 0.0), default=None)
 
     @cached_property
     def swept_keys(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY
-from lorasweep.config.sweep import parse_margin
+from lorasweep.config.sweep import ENOUGH_TRIALS, parse_margin
 from lorasweep.record import QuestionName
 from lorasweep.report.caveats import Fault
 from lorasweep.report.evidence.estimates import Interval
@@ -100,8 +100,6 @@ OUTSIDE: Mapping[AnswerName, str] = {
 NO_EXAMPLE_SCORES = (
     "Single test examples have no scores here, so intervals are over seeds alone: other test data may differ by more."
 )
-MIN_FULL_TRIALS = 8
-"""The headline names the number of trials of full fine-tuning if it is lower than this, as in `cost.ONE_KEY_TRIALS`."""
 MAX_HARMLESS_CUT = 0.1
 """The share of training examples above which those that are cut off may explain that nothing was learned."""
 OTHER_SEARCH_METRIC = (
@@ -133,7 +131,8 @@ def describe_headline(answer: Answer, data: SweepData) -> str:
         if answer.missing in ("not confirmed", "no trial") and data.record.status != "complete":
             done = sum(trial.state == "complete" for trial in data.trials)
             because = f"Open: {done} of {sum(row.trials for row in data.record.arms)} trials are complete."
-        best = data.find_best_beside(answer.arm) if answer.missing == "not confirmed" else None
+        one = data.find_subject(answer.arm) if answer.missing == "not confirmed" else None
+        best = data.find_best_subject(one.arm) if one else None
         return f"{because} Best so far: {describe_full_setting(best)}." if best else because
     first, blocking = answer.rows[0], answer.blocking
     why = f"open: {BLOCKERS[blocking.blocker]}" if blocking and blocking.blocker else "open"
@@ -163,7 +162,7 @@ def _describe_weakness(answer: Answer, data: SweepData) -> str:
     if row.num_seeds < MIN_USEFUL_SEEDS:
         parts.append(f"{row.num_seeds} seed{'s' if row.num_seeds > 1 else ''}")
     full = data.find_subject(row.reference) if answer.name == "as_good_as_full" else None
-    if full and full.row.space and len(full.trials) < MIN_FULL_TRIALS and row.verdict != "worse":
+    if full and full.row.space and len(full.trials) < ENOUGH_TRIALS and row.verdict != "worse":
         parts.append(f"{len(full.trials)} trials of full fine-tuning")
     return f", on {join_words(parts)} alone" if parts else ""
 

@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from lorasweep.config.run import MIN_STEPS, STEPS_KEY, RunConfig
-from lorasweep.config.sweep import SlurmWorkers
+from lorasweep.config.sweep import ENOUGH_TRIALS, SlurmWorkers
 from lorasweep.errors import ConfigError
 from lorasweep.record import QuestionName
 from lorasweep.sweep.controller.proposals import find_batch_start
@@ -26,10 +26,6 @@ MIN_SEEDS = 3
 """Minimum number of confirm seeds that `--minutes` leaves. Fewer seeds leave nearly every question open."""
 MIN_TRIALS = 6
 """Minimum number of trials that `--minutes` leaves to the arm with most. Fewer can't search two decades of rates."""
-ONE_KEY_TRIALS = 8
-"""Minimum number of trials that `--minutes` leaves to full fine-tuning and to LoRA at one rank, if they have as many.
-In replays (`bench_answers.py`), 3 trials of full fine-tuning made up to 43 % of the verdicts on it false, 6 trials 8 %,
-and 8 trials none: an arm that is tuned less well than the other one loses."""
 MIN_EXAMPLES = 200
 """Minimum number of examples or blocks on which `--minutes` lets a run be scored. If two settings differ on a quarter
 of them, 10 points of accuracy are found with a probability of 80 %: 196 = (1.96 + 0.84)² · 0.25 / 0.1²."""
@@ -352,7 +348,7 @@ def _cut_rank(definition: Definition) -> Iterator[Cut]:
     overrides, lost = dict[str, Any](), list[str]()
     for arm in several:
         (value,) = _keep_middle(arm, 1)
-        own = {str(arm.confirm_each): value, "confirm_each": None, "trials": min(ONE_KEY_TRIALS, arm.trials)}
+        own = {str(arm.confirm_each): value, "confirm_each": None, "trials": min(ENOUGH_TRIALS, arm.trials)}
         overrides |= {f"arms.{arm.name}.{key}": content for key, content in own.items()}
         lost.append(f"`{arm.confirm_each}` {value} alone")
     instead = " and ".join(f"`arms.{name}=null`" for name in full)
@@ -367,18 +363,18 @@ def _keep_middle(arm: Arm, number: int) -> list[Any]:
 
 
 def _cut_trials(definition: Definition, *, typed: Collection[str]) -> Iterator[Cut]:
-    """Yields fewer trials of LoRA. Full fine-tuning keeps `ONE_KEY_TRIALS`."""
+    """Yields fewer trials of LoRA. Full fine-tuning keeps `ENOUGH_TRIALS`."""
     if not (arms := [arm for arm in definition.arms if arm.space and f"arms.{arm.name}.trials" not in typed]):
         return
     largest = max(arms, key=lambda arm: (arm.trials, not searches_one_key(arm.space)))
     most = largest.trials
-    least = min(ONE_KEY_TRIALS if largest.base.method.trains_all else MIN_TRIALS, most)
+    least = min(ENOUGH_TRIALS if largest.base.method.trains_all else MIN_TRIALS, most)
     for number in dict.fromkeys(max(least, number) for number in (most * 3 // 4, most // 2, least) if least < most):
         shared = 2 * number if searches_one_key(largest.space) else number
         own = dict[str, int]()
         for arm in arms:
             size = math.ceil(shared / 2) if searches_one_key(arm.space) else shared
-            least_of_arm = ONE_KEY_TRIALS if arm.base.method.trains_all else 0
+            least_of_arm = ENOUGH_TRIALS if arm.base.method.trains_all else 0
             if (kept := min(arm.trials, max(size, least_of_arm))) != size:  # no number grows
                 own[f"arms.{arm.name}.trials"] = kept
         yield Cut(

@@ -221,13 +221,14 @@ class OpenRun:
 
         `save` writes the current weights into a folder. Sets `error` if the score is not finite.
         """
-        if self.error is not None:
-            return
         self.progress.write_to(self.record)
         try:
-            check_score(metrics, metric=self.record.metric, step=step)
+            if self.error is None:
+                check_score(metrics, metric=self.record.metric, step=step)
         except Diverged as error:
             self.error = error
+        if self.error is not None:
+            write_record(self.record, self.folder)  # a process that closes the run after a kill knows no tokens
             return
         self._append([{"step": step, "validation": metrics}])
         if update_score(self.record, step, metrics):
