@@ -1,6 +1,7 @@
 """Each arm is checked against its base model and data before anything is written."""
 
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +166,24 @@ def test_too_few_steps_for_labels_are_a_warning_with_numbers(tmp_path, steps, is
     assert len(warnings) == is_warned
     assert all("2 steps of 8: 0." in text and "most frequent label (accuracy" in text for text in warnings)
     assert all("`trainer.max_steps=" in text for text in warnings)
+
+
+def test_a_margin_that_the_test_examples_cannot_show_is_a_warning_with_one_that_they_can(tmp_path):
+    rows = [f"a text with number {n},{'no' if n % 2 else 'yes'}" for n in range(200)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]))
+    settings = {"model": "classifier", "model.path": "embedded:tiny", "data": "table", "trainer.max_steps": 60}
+    settings |= {"data.train": str(tmp_path / "rows.csv"), "confirm.seeds": 3}
+    lora = {"settings": {"method": "lora"}, "space": {"method.rank": [1, 4]}, "confirm_each": "method.rank"}
+    content = {"settings": settings, "arms": {"frozen": {"settings": {"method": "frozen"}}, "lora": lora}}
+    cache, margin = InputsCache(), "5%"
+    for _ in range(2):  # with a share of the gain, then with a number
+        (warning,) = assess(read_definition(content, [f"confirm.margin={margin}"]), cache).warnings
+        assert re.search(
+            rf"`confirm.margin` \({margin}\) is .* Give \d[\d,]+ test examples \(`data.test=FILE`\)", warning
+        )
+        larger = re.search(r"\(`confirm.margin=(.*?)`\)", warning)[1]
+        assert assess(read_definition(content, [f"confirm.margin={larger}"]), cache).warnings == []
+        margin = "0.01"
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lorasweep.config.sweep import parse_margin
 from lorasweep.sweep.checks import score_constant_answer
 from lorasweep.sweep.definition.arms import Definition
-from lorasweep.sweep.definition.confirm import find_warnings
+from lorasweep.sweep.definition.confirm import find_warnings, list_questions
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms
 from lorasweep.training.inputs import InputsCache
 from lorasweep.wording import Note, format_share
@@ -57,7 +58,7 @@ def _list_notes(definition: Definition, inputs_cache: InputsCache) -> Iterator[N
     for text in (*explain_bases(definition), *explain_solo_arms(definition)):
         yield Note(kind="sweep", text=text)
     if has_test:
-        yield Note(kind="sweep", text=_describe_test_data(definition, inputs_cache))
+        yield _describe_test_data(definition, inputs_cache)
 
 
 def _describe_steps(definition: Definition, inputs_cache: InputsCache) -> Iterator[Note]:
@@ -82,19 +83,35 @@ def _describe_steps(definition: Definition, inputs_cache: InputsCache) -> Iterat
     yield Note(kind="sweep" if most_frequent is None else "warning", text=" ".join(sentences))
 
 
-def _describe_test_data(definition: Definition, inputs_cache: InputsCache) -> str:
-    """Returns a sentence on how much test data the verdicts rest."""
-    test = inputs_cache.load(definition.arms[0].base).splits.test()
+def _describe_test_data(definition: Definition, inputs_cache: InputsCache) -> Note:
+    """Returns a note on the difference that the test data can show: a warning if the margin is smaller."""
+    splits, confirm = inputs_cache.load(definition.arms[0].base).splits, definition.sweep_config.confirm
+    test = splits.test()
     groups = set(test.groups)
     if len(groups) == 1:
-        return (
-            f"All test examples ({len(test)}) are in one group ({groups.pop()!r}), which says nothing about other "
-            "groups: verdicts will hold for this group alone. Give test data of at least 20 groups."
+        return Note(
+            kind="sweep",
+            text=f"All test examples ({len(test)}) are in one group ({groups.pop()!r}), which says nothing about other "
+            "groups: verdicts will hold for this group alone. Give test data of at least 20 groups.",
         )
     of_groups = f" in {len(groups):,} groups" if groups and len(groups) < len(test) else ""
-    inputs = inputs_cache.load(definition.arms[0].base)
-    rest = f"The verdicts rest on {len(test):,} test examples{of_groups}"
-    if inputs.splits.metric == "accuracy":
-        points = 100 * POWER * math.sqrt(ASSUMED_DISAGREEMENT / (len(groups) or len(test)))
-        rest += f": they probably show a difference of {points:.1f} points of accuracy"
-    return f"{rest}; four times as many settle half the difference."
+    text, number = f"The verdicts rest on {len(test):,} test examples{of_groups}", len(groups) or len(test)
+    further = "; four times as many settle half the difference."
+    if splits.metric != "accuracy":
+        return Note(kind="sweep", text=text + further)
+    shown = POWER * math.sqrt(ASSUMED_DISAGREEMENT / number)
+    text += f": they probably show a difference of {100 * shown:.1f} points of accuracy"
+    margin, constant = parse_margin(confirm.margin), score_constant_answer(definition, inputs_cache).get("accuracy", 0)
+    # a base is seldom worse than the most frequent label, so this is the largest gain
+    unit = (1 - constant or 1.0) if margin.is_share_of_gain else 1.0
+    if shown <= margin.value * unit or not list_questions(definition):
+        return Note(kind="sweep", text=text + further)
+    enough = math.ceil(ASSUMED_DISAGREEMENT * (POWER / (margin.value * unit)) ** 2)
+    larger = math.ceil(1000 * shown / unit) / 1000
+    most, typed = ("at most ", f"{100 * larger:g}%") if margin.is_share_of_gain else ("", f"{larger:g}")
+    return Note(
+        kind="warning",
+        text=f"{text}, but `confirm.margin` ({confirm.margin}) is {most}{100 * margin.value * unit:.1f} points, so "
+        f"most answers will stay open. Give {enough:,} test {'groups' if of_groups else 'examples'} (`data.test=FILE`)"
+        + (f", or a larger margin (`confirm.margin={typed}`)." if larger < 1 else "."),
+    )
