@@ -48,8 +48,11 @@ def test_a_command_loads_model_and_data_once(loads, words):
     assert sorted(loads) == ["load_base", "read_source"]
 
 
-def test_a_drafted_file_has_the_numbers_that_fit_the_minutes(loads, here):
+def test_a_drafted_file_has_the_numbers_that_fit_the_minutes_and_its_plan_measures_nothing_again(loads, here, capsys):
     assert run(["new", "made.yaml", *DRAFT, "--minutes", "2.5"]) == DONE
     assert sorted(loads) == ["load_base", "read_source"]
     settings = yaml.safe_load((here / "made.yaml").read_text())["settings"]
     assert settings["confirm.seeds"] in ([3], [3, 6])  # loading takes a part of the time
+    assert "measuring" in capsys.readouterr().err
+    assert run(["plan", "made.yaml"]) == DONE
+    assert "measuring" not in capsys.readouterr().err

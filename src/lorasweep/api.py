@@ -163,7 +163,6 @@ def run_sweep(
     if minutes is not None:
         definition = session.plan(definition, minutes=minutes, typed=typed).definition
     opened = session.open_new(definition, output=output)
-    opened.record.minutes = minutes  # a late sweep says so
     return _train(session, opened, progress=progress)
 
 

@@ -139,12 +139,12 @@ def test_reasons_are_shown_and_a_late_sweep_says_what_it_still_needs(running):
     rows[0].values = {8: 1.5}
     for row in rows[1:]:
         row.reason = "has learned nothing at step 4"
-    write_record(sweep_record(arms=[arm("lora", trials=6)], trials=rows, minutes=1.0), running)
+    write_record(sweep_record(arms=[arm("lora", trials=6)], trials=rows, planned_s=[60.0]), running)
     status = read_status(running)
     assert "stopped: lora trial 1, 2: has learned nothing at step 4" in show(status)
     assert status.late in show(status)
-    assert "within 1 min" in status.late
-    write_record(sweep_record(arms=[arm("lora", trials=6)], trials=rows, minutes=1e4), running)
+    assert status.late.startswith("late: 1 min 00 s were planned")
+    write_record(sweep_record(arms=[arm("lora", trials=6)], trials=rows, planned_s=[1e5]), running)
     assert read_status(running).late == ""
 
 

@@ -155,8 +155,8 @@ class SweepRecord:
     """The change of each `--resume`, in order."""
     source: str | None = None
     """Path of the sweep file."""
-    minutes: Finite | None = None
-    """The minutes within which the sweep should end; None if it has any time."""
+    planned_s: list[Number] = field(default_factory=list)
+    """Planned seconds up to each look, if the trainings were measured within a day; else empty."""
     source_sha256: str | None = None
     """SHA-256 of the sweep file when the sweep began."""
     fingerprints: dict[str, dict[str, str]] = field(default_factory=dict)

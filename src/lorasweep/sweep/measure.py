@@ -37,7 +37,7 @@ from lorasweep.disk import write_atomically
 from lorasweep.errors import OutOfMemory, RunError
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.record import RunRecord, read_run
-from lorasweep.sweep.cost import Rates, count_workers
+from lorasweep.sweep.cost import Rates, count_workers, estimate_cost
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.packing import group_arms
 from lorasweep.sweep.workers.worker import choose_slots
@@ -130,13 +130,36 @@ def measure_sweep(
         # arms that could share a pack are measured one by one if trials run alone
         try:
             found = measure(definition, arm, inputs_cache, on_progress=on_progress, is_late=is_late)
-            rates.append(replace(found, busy_share=busy_share))
-            with suppress(OSError):  # without a writable cache, each command measures
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(kept, json.dumps(vars(rates[-1])))
         except RunError as error:
             raise RunError(f"the first trial of arm `{arm.name}` must train, but failed: {error}") from error
+        rates.append(replace(found, busy_share=busy_share))
+        _write_rates(kept, rates[-1])
     return rates
+
+
+def limit_rates(definition: Definition, rates: Sequence[Rates], inputs_cache: InputsCache) -> list[Rates]:
+    """Returns the rates in a sweep that was cut, and keeps them for its settings too."""
+    found = list[Rates]()
+    for group in (limited for one in rates if (limited := one.limit(definition)).arms):
+        runs = {name: definition.find_arm(name).packing.largest for name in group.arms}
+        # a rank may have gone, which changes the number for LoRA alone
+        smaller = {name: run for name, run in runs.items() if run.module is None and not run.method.trains_all}
+        counts = {name: _count_trained(run, inputs_cache.load(run)) for name, run in smaller.items()}
+        found.append(replace(group, trained_params=group.trained_params | counts))
+        _write_rates(_find_rates_file(definition, definition.find_arm(group.arms[0]), inputs_cache), found[-1])
+    return found
+
+
+def plan_looks(definition: Definition, inputs_cache: InputsCache) -> list[float]:
+    """Returns the seconds of a sweep up to each look, by rates of the last day; empty if an arm has none."""
+    rates = list[Rates]()
+    for arm in definition.arms:
+        if not any(arm.name in group.arms for group in rates):
+            if (known := _read_rates(_find_rates_file(definition, arm, inputs_cache))) is None:
+                return []
+            rates.append(known)
+    num_looks = max(1, len(definition.sweep_config.confirm.list_looks()))
+    return [estimate_cost(definition, rates, look=number).high_s for number in range(num_looks)]
 
 
 def _find_rates_file(definition: Definition, arm: Arm, inputs_cache: InputsCache) -> Path:
@@ -159,6 +182,12 @@ def _read_rates(path: Path) -> Rates | None:
         return None if is_old else TypeAdapter(Rates).validate_json(path.read_bytes())
     except (OSError, ValidationError):
         return None
+
+
+def _write_rates(path: Path, rates: Rates) -> None:
+    with suppress(OSError):  # without a writable cache, each command measures
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(vars(rates)))
 
 
 def measure(
@@ -227,7 +256,7 @@ def scale_up(
         num_train=len(train),
         peak_memory_bytes=training.record.peak_memory_bytes,
         metric=training.record.metric,
-        trained_params={name: _count_trained(run, training.record, inputs=inputs) for name, run in largest.items()},
+        trained_params={name: _count_trained(run, inputs, training.record) for name, run in largest.items()},
     )
 
 
@@ -240,9 +269,11 @@ def _compare_steps(config: RunConfig, split: SplitFacts, *, num_steps: int) -> f
     return mean / statistics.fmean(measured)
 
 
-def _count_trained(config: RunConfig, measured: RunRecord, *, inputs: RunInputs) -> int:
-    """Returns the trained parameters of a run, from the shapes of a prepared model."""
-    if as_settings(config)["method"] == measured.config["method"]:  # does not copy a large model again under `full`
+def _count_trained(config: RunConfig, inputs: RunInputs, measured: RunRecord | None = None) -> int:
+    """Returns the trained parameters of a run, from a run that was measured, or the shapes of a prepared model."""
+    if (
+        measured and as_settings(config)["method"] == measured.config["method"]
+    ):  # does not copy a large model again under `full`
         return measured.trainable_params
     parameters = prepare_model(config, inputs.base).parameters()
     return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)

@@ -23,7 +23,7 @@ from lorasweep.sweep.cost import FittedSweep, Rates, count_workers, fit_minutes
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.draft import complete_definition, draft_definition, draft_sweep
 from lorasweep.sweep.fingerprints import compute_fingerprints
-from lorasweep.sweep.measure import MeasuredTooLong, measure_sweep
+from lorasweep.sweep.measure import MeasuredTooLong, limit_rates, measure_sweep, plan_looks
 from lorasweep.sweep.plan import SweepPlan
 from lorasweep.sweep.status import SweepStatus, report_status, show_progress
 from lorasweep.sweep.workers.local_workers import limit_threads, number_workers
@@ -75,8 +75,8 @@ class Session:
         """
         definition, rates = self._measure(definition, minutes=minutes, anew=anew)
         if minutes is not None:
-            definition = self._fit(definition, rates, minutes, typed=typed).definition
-        rates = [limited for group in rates if (limited := group.limit(definition)).arms]
+            fitted, rates = self._fit(definition, rates, minutes, typed=typed)
+            definition = fitted.definition
         assessment = assess(definition, self.inputs_cache)
         return SweepPlan(definition=definition, rates=tuple(rates), assessment=assessment)
 
@@ -97,7 +97,7 @@ class Session:
         if minutes is not None:
             self._on_note("measures a few steps of the drafted sweep")
             definition, rates = self._measure(draft.definition, minutes=minutes)
-            fitted = self._fit(definition, rates, minutes, typed=settings)
+            fitted, _ = self._fit(definition, rates, minutes, typed=settings)
             settings = {**settings, **fitted.overrides}
             draft = draft_sweep(path, settings, self.inputs_cache, recipe=recipe, given_up=fitted.given_up)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,10 @@ class Session:
 
     def train(self, opened: SweepFolder, *, progress: Progress) -> bool:
         """Trains the remaining trials of an open sweep and closes it. Returns whether the sweep is complete."""
-        folder = opened.path
+        folder, record = opened.path, opened.record
+        with limit_threads(opened.definition):
+            record.planned_s = plan_looks(opened.definition, self.inputs_cache)
+        write_record(record, folder)  # a controller in another process reads it
         shown: AbstractContextManager[Any] = nullcontext()
         if isinstance(progress, str):
             shown = show_progress(folder, EscapingConsole(), verbose=progress == "verbose")
@@ -205,8 +208,10 @@ class Session:
 
     def _fit(
         self, definition: Definition, rates: list[Rates], minutes: float, *, typed: Mapping[str, Any]
-    ) -> FittedSweep:
+    ) -> tuple[FittedSweep, list[Rates]]:
+        """Returns the sweep that fits the minutes, and its rates."""
         spent_s = time.monotonic() - self._began_s + END_S
         fitted = fit_minutes(definition, rates, minutes, typed=typed, spent_s=spent_s)
         self._on_note(fitted.given_up)
-        return fitted
+        with limit_threads(fitted.definition):
+            return fitted, limit_rates(fitted.definition, rates, self.inputs_cache)

@@ -47,8 +47,8 @@ MAX_SHOWN_PACKS = 16
 """Maximum number of running packs that are listed below the table."""
 MAX_REASONS = 3
 """Maximum number of reasons why trials ended early that are listed below the table, the latest last."""
-LATE_RATIO = 1.1
-"""A sweep is late if it will take longer than its minutes by more than this factor."""
+LATE_RATIO = 1.25
+"""A sweep is late if it will take longer than planned by more than this factor. A machine's speed varies by as much."""
 MIN_DONE_SHARE = 0.05
 """The time left is estimated after this share of the optimizer steps."""
 BAR_WIDTH = 30
@@ -130,11 +130,11 @@ class SweepStatus:
 
     @property
     def late(self) -> str:
-        """A sentence if the sweep will probably take longer than the minutes that it should; empty otherwise."""
-        minutes, left = self.record.minutes, self.seconds_left
-        if not self.is_running or minutes is None or left is None or self.elapsed_s + left <= LATE_RATIO * 60 * minutes:
+        """A sentence if the sweep will probably take longer than planned up to the next look; empty otherwise."""
+        planned_s, left = self.record.planned_s[len(self.record.looks_done) :], self.seconds_left
+        if not self.is_running or not planned_s or left is None or self.elapsed_s + left <= LATE_RATIO * planned_s[0]:
             return ""
-        return f"late: it should end within {minutes:g} min, and needs about {format_seconds(left)} more"
+        return f"late: {format_seconds(planned_s[0])} were planned, and it needs about {format_seconds(left)} more"
 
     def as_json(self) -> dict[str, Any]:
         """Returns what `lorasweep status --json` prints."""
