@@ -8,6 +8,7 @@ import pytest
 from tests.small_runs import SMALL_RUN
 
 import lorasweep
+from lorasweep.api import find_run
 from lorasweep.errors import ConfigError, RecordError, SweepInterrupted
 from lorasweep.record import read_sweep, write_record
 from lorasweep.sweep.session import Session
@@ -51,6 +52,7 @@ def test_without_an_arm_the_best_of_all_is_given_and_a_run_is_found_by_all_that_
     folder = result.folder / result.best("lora").run
     assert result.load_run(result.best("lora")).folder == result.load_run(folder).folder == folder
     setting = result.recommended("lora")
+    assert result.load_run(setting).folder == find_run(result.folder / "lora")[0]  # that of `export`
     assert result.load_run(setting).config["method"]["rank"] == setting.params["method.rank"]
     with pytest.raises(ConfigError, match=r"must be the folder of a run.*Call `result.load_run"):
         lorasweep.load_run(setting)
@@ -89,16 +91,17 @@ def test_a_split_has_the_sweeps_own_rows_and_no_others(tmp_path, monkeypatch):
         result.split(name)
 
 
-def test_an_unfinished_sweep_of_the_same_name_is_named_instead_of_a_second_one(result, tmp_path, monkeypatch):
+def test_an_unfinished_sweep_of_the_same_name_is_named_instead_of_a_second_one(result, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(result.folder, tmp_path / "outputs" / "small")
-    folder = Path(shutil.copytree(result.folder, tmp_path / "outputs" / "small-2"))
-    record = read_sweep(folder)
-    record.status = "interrupted"
-    write_record(record, folder)
+    monkeypatch.setattr(Session, "train", lambda self, opened, *, progress: opened.close())
+    with pytest.raises(SweepInterrupted):
+        lorasweep.run_sweep(SWEEP)
+    said = capsys.readouterr().err
+    assert "outputs/small is complete: `lorasweep compare outputs/small`" in said
+    assert "goes to outputs/small-2" in said
     with pytest.raises(ConfigError, match=r"'outputs/small-2' is interrupted.*--resume outputs/small-2.*`--new`"):
         lorasweep.run_sweep(SWEEP, progress=None)
-    monkeypatch.setattr(Session, "train", lambda self, opened, *, progress: opened.close())
     with pytest.raises(SweepInterrupted):
         lorasweep.run_sweep(SWEEP, progress=None, new=True)
 

@@ -34,9 +34,19 @@ UNUSABLE_MINUTES = ["inf", "1e308", "nan", "-3", "0", "ten"]
 
 
 def test_a_command_that_is_not_understood_ends_with_2_and_the_version_with_0(capsys):
-    for words in ("", "status --al", "sweep --resumed", "export run", "export run --format gguf --out new"):
+    for words, said in {
+        "": "lorasweep sweep quickstart ",
+        "status --al": "`--al` must be an option of `lorasweep status` (--json), but is none",
+        "sweep --resumed": "Did you mean `--resume`?",
+        "export run": "`--format` must be given",
+        "export run --format peft": "`--out` or `--into` must be given",
+        "export run --format pef --out new": "but got 'pef'. Did you mean `peft`?",
+        "export run --format peft --out": "`--out` must have a value",
+        "reproduce run --steps few": "`--steps` must be a number, but got 'few'",
+        "train -m --cfg job": "`--cfg` must be left out with `--multirun`",
+    }.items():
         assert run(words.split()) == WRONG_REQUEST
-        assert "usage: lorasweep" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         run(["--version"])
     assert (ended.value.code, capsys.readouterr().out) == (0, f"lorasweep {version('lorasweep')}\n")

@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -23,7 +24,7 @@ from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import compose_run, merge_settings
 from lorasweep.config.run import RunConfig
 from lorasweep.console import say_note
-from lorasweep.disk import numbered_folders
+from lorasweep.disk import numbered_folders, take_lock
 from lorasweep.errors import ConfigError, SweepInterrupted
 from lorasweep.recipes.read import read_recipe
 from lorasweep.record import RUN_FILE, SWEEP_FILE, read_run, read_sweep
@@ -159,26 +160,29 @@ def run_sweep(
     on_note = say_note if isinstance(progress, str) else _ignore
     session, definition, typed = _define(sweep, overrides, on_note=on_note, measures=minutes is not None)
     if not new and output is None and definition.sweep_config.sweep.output is None:
-        _refuse_unfinished(definition.name)
+        _look_for_others(definition.name, on_note)
     if minutes is not None:
         definition = session.plan(definition, minutes=minutes, typed=typed).definition
     opened = session.open_new(definition, output=output)
     return _train(session, opened, progress=progress)
 
 
-def _refuse_unfinished(name: str) -> None:
-    """Raises ConfigError if the last sweep of this name in `outputs` runs or is not complete."""
+def _look_for_others(name: str, on_note: OnNote) -> None:
+    """Says which sweep of this name in `outputs` is complete. Raises ConfigError if the last one is not."""
     folders = [*takewhile(lambda folder: (folder / SWEEP_FILE).exists(), numbered_folders(Path("outputs", name)))]
     if not folders:
         return
-    newest = load_sweep(folders[-1])
-    if newest.status != "complete":
-        command = "status" if newest.status == "running" else "sweep --resume"
-        raise ConfigError(
-            f"a sweep of the name {name!r} must be complete before another one begins, but {str(newest.folder)!r} is "
-            f"{newest.status}. Type `lorasweep {command} {shlex.quote(str(newest.folder))}`, or add `--new` (in Python "
-            "`new=True`) for another one beside it."
-        )
+    newest, free = load_sweep(folders[-1]), next(one for one in numbered_folders(folders[0]) if not one.exists())
+    shown = shlex.quote(str(newest.folder))
+    if newest.status == "complete":
+        on_note(f"{newest.folder} is complete: `lorasweep compare {shown}` shows it. This sweep goes to {free}.")
+        return
+    command = "status" if newest.status == "running" else "sweep --resume"
+    raise ConfigError(
+        f"a sweep of the name {name!r} must be complete before another one begins, but {str(newest.folder)!r} is "
+        f"{newest.status}. Type `lorasweep {command} {shown}`, or add `--new` (in Python `new=True`) for another one "
+        "beside it."
+    )
 
 
 def resume_sweep(folder: str | Path, *, overrides: Overrides = (), progress: Progress = "auto") -> SweepResult:
@@ -200,7 +204,9 @@ def resume_sweep(folder: str | Path, *, overrides: Overrides = (), progress: Pro
         RecordError: The folder is not a sweep, is damaged, or another process runs it.
         LoraSweepError: The sweep can't continue.
     """
-    read_sweep(Path(folder))  # without torch, so that a wrong folder is refused at once
+    read_sweep(Path(folder))  # without torch, so that a wrong folder is refused at once, or one that is in use
+    with ExitStack() as undo:
+        take_lock(Path(folder), undo)
     session = _start_session(time.monotonic(), _ignore)
     return _train(session, session.reopen(Path(folder), changes=parse_overrides(overrides)), progress=progress)
 

@@ -6,6 +6,7 @@ Each command imports its modules when it is called, so that `--help` and `compar
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,14 +17,29 @@ from typing import NoReturn
 
 from lorasweep import commands
 from lorasweep.commands import Command
+from lorasweep.console import say_note
 from lorasweep.errors import ConfigError
-from lorasweep.outcome import Outcome, end
+from lorasweep.outcome import WRONG_REQUEST, Outcome, end
 from lorasweep.wording import suggest_nearest
 
 JSON_COMMANDS = ("sweep", "plan", "status", "compare")
 """Commands whose result `--json` prints."""
 MAX_MINUTES = 1_000_000
 """Maximum of `--minutes`: about two years."""
+FIRST_STEPS = """lorasweep sweep quickstart  a first sweep on texts that come with lorasweep, in 4 to 10 minutes
+lorasweep new mine.yaml model.path=FOLDER-OR-HUB-ID data.train=FILE  a sweep file for your model and data
+lorasweep help  all commands, sweeps and settings"""
+"""What `lorasweep` alone prints."""
+FORMS = (
+    (r"argument (?:\S+/)?(\S+): (must .*)", r"`\1` \2."),
+    (r"argument (?:\S+/)?(\S+): invalid choice: (.*) \(choose from (.*)\)", r"`\1` must be one of \3, but got \2."),
+    (r"argument (?:\S+/)?(\S+): invalid (?:int|float) value: (.*)", r"`\1` must be a number, but got \2."),
+    (r"argument (?:\S+/)?(\S+): expected .*", r"`\1` must have a value, but has none."),
+    (r"argument (?:\S+/)?(\S+): not allowed with argument (?:\S+/)?(\S+)", r"`\1` must be left out with `\2`."),
+    (r"the following arguments are required: (.*)", r"`\1` must be given, but is missing."),
+    (r"one of the arguments (\S+) (\S+) is required", r"`\1` or `\2` must be given, but both are missing."),
+)
+"""For each kind of sentence of argparse, a regular expression and our sentence."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -35,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code; prints errors of lorasweep as one line."""
     name = next(iter(arguments), "lorasweep")
+    if not arguments:
+        say_note(FIRST_STEPS)
+        return WRONG_REQUEST
     return end(lambda: _run_command(arguments), name=name, is_json="--json" in arguments and name in JSON_COMMANDS)
 
 
@@ -51,7 +70,11 @@ def _run_command(arguments: Sequence[str]) -> Outcome:
     if hasattr(parsed, "overrides") and not any(other.startswith("-") for other in others):
         parsed.overrides = [*parsed.overrides, *others]  # argparse does not take overrides after a flag
     elif others:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+        options = sorted({*re.findall(r"--[\w-]+", known.get(name, parser).format_usage())})
+        raise ConfigError(
+            f"`{others[0]}` must be an option of `lorasweep {name}` ({', '.join(options)}), but is none."
+            f"{suggest_nearest(others[0], options)}"
+        )
     if parsed.command is commands.sweep and parsed.json and parsed.cfg:
         raise ConfigError("`--json` must be left out with `--cfg`, which has no result.")
     command: Command = parsed.command
@@ -183,5 +206,9 @@ class CommandParser(argparse.ArgumentParser):
     """Parses one command, and raises ConfigError for arguments that are wrong."""
 
     def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        raise ConfigError(message)
+        for pattern, form in FORMS:
+            if found := re.fullmatch(pattern, message):
+                message = found.expand(form)
+        if choices := re.search(r"must be one of (.*), but got '(.*)'", message):
+            message += suggest_nearest(choices[2], re.findall(r"[\w-]+", choices[1]))
+        raise ConfigError(f"{message} `{self.prog} --help` explains.")

@@ -94,6 +94,12 @@ def status(arguments: argparse.Namespace) -> Outcome:
 
     now = read_status(_choose_sweep(arguments.folder))
     show(render_status(now))
+    if now.state == "complete":
+        from lorasweep.report.terminal import list_lines
+        from lorasweep.results import load_sweep
+
+        for question, headline, _ in list_lines(load_sweep(now.folder).findings):
+            say(f"{question} {headline}")
     return Outcome(now)
 
 

@@ -1,6 +1,7 @@
 """The report in the terminal."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -21,6 +22,14 @@ def test_findings_are_shown_if_asked_for(sweep):
     findings = read_findings(sweep)
     assert list_notes(findings)[0] not in shown(render_terminal(findings), width=1000)
     assert list_notes(findings)[0] in shown(render_terminal(findings, verbose=True), width=1000)
+
+
+def test_an_interval_stays_in_one_line(confirmed):
+    findings = read_findings(confirmed)
+    wide, narrow = (shown(render_terminal(findings), width=width) for width in (200, 70))
+    intervals = re.findall(r"\[\S+,\S+\]", wide)
+    assert intervals
+    assert [one for one in intervals if one not in narrow] == []
 
 
 @pytest.mark.parametrize(("cut_off", "is_shown"), [(3, True), (1, False), (0, False)])

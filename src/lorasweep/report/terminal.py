@@ -66,8 +66,11 @@ def _draw_subjects(data: SweepData) -> Table:
     table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("arm", overflow="fold", no_wrap=True)
     table.add_column("best settings", overflow="fold")
+    # an interval without a blank is one word, which is not broken
+    cells = {name: [cell.replace(", ", ",") for cell in columns[name]] for name in names}
     for name in names:
-        table.add_column(name, justify="right", overflow="fold")
+        width = max((len(word) for cell in cells[name] for word in cell.split()), default=0)
+        table.add_column(name, justify="right", overflow="fold", min_width=width)
     for row, one in enumerate(data.subjects):
-        table.add_row(Text(one.name), Text(text.describe_setting(one)), *(Text(columns[name][row]) for name in names))
+        table.add_row(Text(one.name), Text(text.describe_setting(one)), *(Text(cells[name][row]) for name in names))
     return table

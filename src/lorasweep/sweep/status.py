@@ -199,9 +199,7 @@ def render_status(status: SweepStatus) -> RenderableType:
         left = describe_time_left(status)
         elapsed = f"{format_seconds(status.elapsed_s)} so far{f', {left}' if left else ''}"
         notes += [*_list_reasons(record), *_list_running_packs(status), elapsed, *filter(None, [status.late])]
-    elif status.state == "complete":
-        notes.append(f"• Type `lorasweep compare {status.folder}` for the answers and the test scores.")
-    else:
+    elif status.state != "complete":
         notes.append(f"• No process runs this sweep. Type `lorasweep sweep --resume {status.folder}` to resume it.")
     bar = [_build_bar(status)] if status.state == "running" else []
     return Group(Text(title, style="bold"), _build_table(status), *bar, *map(Text, notes))
