@@ -62,12 +62,12 @@ class OwnMetric:
     score: ScoreMetric
     metric: Metric
 
-    def compute(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Returns the metric as a scalar, float64."""
+    def compute(self, predicted: Tensor, target: Tensor, **more: Tensor) -> Tensor:
+        """Returns the metric as a scalar, float64. `more` are further arguments of its `update`."""
         metric = self.metric.to(predicted.device)
         metric.reset()
         try:
-            metric.update(predicted, target)
+            metric.update(predicted, target, **more)
             return torch.as_tensor(metric.compute(), device=predicted.device).double().reshape(())
         except Exception as error:  # the metric may be the user's
             raise ConfigError(

@@ -19,6 +19,7 @@ from lorasweep.sweep.draft import draft_definition
 from lorasweep.tasks.embeddings.objective import InBatchNegatives
 from lorasweep.tasks.embeddings.pooling import pool
 from lorasweep.tasks.embeddings.read import recognise_pairs
+from lorasweep.tasks.embeddings.settings import InBatchConfig
 from lorasweep.tasks.examples import read_examples
 from lorasweep.tasks.task import GivenTable
 from lorasweep.training.inputs import InputsCache, load_inputs
@@ -42,27 +43,30 @@ def make_batch(ids, *, slots=1, scale=(20.0,)):
     return {"input_ids": flat[:, None], "text_id": flat, "scale": scales, "step_weight": torch.ones(slots)}
 
 
-def compute_loss(table, rows, place, *, scale):
+def compute_loss(table, rows, place, *, scale, is_cosine):
     """The loss of one example by the formula; `rows` are the ids of the examples of its slot."""
     anchor, positive = rows[place][:2]
     known = {anchor, *(row[1] for row in rows if row[0] == anchor)}
     others = [text for n, row in enumerate(rows) for text in row[1:2] if n != place and text not in known]
     others += [text for row in rows for text in row[2:] if text not in known]
-    vectors = normalize(table, dim=-1)
+    vectors = normalize(table, dim=-1) if is_cosine else table
     logits = torch.stack([scale * vectors[anchor] @ vectors[text] for text in (positive, *others)])
     return -log_softmax(logits, 0)[0]
 
 
-def test_the_loss_is_that_of_the_formula_in_each_slot_and_leaves_out_known_positives():
+@pytest.mark.parametrize("is_cosine", [True, False])
+def test_the_loss_is_that_of_the_formula_in_each_slot_and_leaves_out_known_positives(is_cosine):
     table = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     # a repeated positive, a repeated anchor, and an anchor that is the passage of another example
     first = [[0, 1, 2], [3, 1, 4], [0, 5, 6], [7, 0, 8], [9, 10, 11]]
     second = [[9, 2, 1], [0, 3, 7], [4, 5, 6], [1, 8, 2], [10, 11, 3]]
-    objective = InBatchNegatives(num_texts=3)
-    batch = make_batch([first, second], slots=2, scale=(20.0, 5.0))
+    objective = InBatchNegatives(num_texts=3, is_cosine=is_cosine)
+    scales = [objective.get_slot_numbers(InBatchConfig(scale=scale))["scale"] for scale in (None, 5.0)]
+    assert scales == [20.0 if is_cosine else 1.0, 5.0]
+    batch = make_batch([first, second], slots=2, scale=scales)
     found = objective.losses(Vectors(table), batch)
-    expected = [compute_loss(table, first, n, scale=20.0) for n in range(5)]
-    expected += [compute_loss(table, second, n, scale=5.0) for n in range(5)]
+    pairs = zip((first, second), scales, strict=True)
+    expected = [compute_loss(table, rows, n, scale=x, is_cosine=is_cosine) for rows, x in pairs for n in range(5)]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-10, atol=1e-10)
 
 
@@ -217,6 +221,14 @@ def test_an_own_metric_scores_a_run(make_run, tmp_path):
     assert record.best["accuracy_at_1"] <= record.best["HitsAtThree"] <= 1
 
 
+@pytest.mark.parametrize(("name", "ours"), [("RetrievalNormalizedDCG", "ndcg_at_10"), ("RetrievalMRR", "mrr_at_10")])
+def test_a_metric_of_torchmetrics_retrieval_is_that_of_each_anchor(name, ours, make_run, tmp_path):
+    config = make_run({"data.metric._target_": f"torchmetrics.retrieval.{name}", "data.metric.top_k": 10})
+    record = train(tmp_path / "run", config, inputs=load_inputs(config))
+    assert record.metric == name
+    assert record.best[name] == pytest.approx(record.best[ours], rel=1e-5)  # theirs is in fp32
+
+
 def test_a_draft_recognises_columns_and_its_sweep_ends_with_verdicts(embedder, here):
     write_rows([{"query": row["anchor"], "positive": row["positive"]} for row in make_rows(120)])
     words = [f"model.path={embedder}", "data.train=pairs.jsonl", "trainer.max_steps=2", "trainer.device=cpu"]
@@ -271,6 +283,11 @@ def test_unknown_modules_are_refused(make_run, embedder, tmp_path):
     with pytest.raises(ConfigError, match=r"Transformer, Pooling and perhaps Normalize, .* has .*Dense and"):
         load_inputs(make_run({"model.path": str(folder)}))
     (folder / "modules.json").write_text(json.dumps(modules))
+    similarity = folder / "config_sentence_transformers.json"
+    similarity.write_text(json.dumps({"similarity_fn_name": "euclidean"}))
+    with pytest.raises(ConfigError, match=r"by cosine or dot, but `similarity_fn_name` of .* is 'euclidean'"):
+        load_inputs(make_run({"model.path": str(folder)}))
+    similarity.unlink()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": ["mean", "max"]}))
     with pytest.raises(ConfigError, match=r"one pooling of mean, cls, last, max, .* the pooling mean, max"):
         load_inputs(make_run({"model.path": str(folder)}))

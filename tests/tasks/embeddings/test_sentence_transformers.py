@@ -110,8 +110,23 @@ def test_ten_steps_have_the_losses_of_their_trainer(method, make_run, embedder, 
     assert [loss for _, loss, _ in losses(tmp_path / "run")] == pytest.approx(expected, abs=1e-5)
 
 
-def test_an_exported_adapter_embeds_and_ranks_in_sentence_transformers_as_the_run(make_run, embedder, tmp_path):
-    config = make_run({"trainer.max_steps": 20, "optim.lr": 1e-2}, rows=make_rows(300))
+def compare_by_dot_products(folder):
+    """Changes the files of a model: it has no Normalize, and its similarity is the dot product."""
+    modules, settings = folder / "modules.json", folder / "config_sentence_transformers.json"
+    kept = [one for one in json.loads(modules.read_text()) if not one["type"].endswith("Normalize")]
+    modules.write_text(json.dumps(kept))
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"similarity_fn_name": "dot"}))
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_an_exported_adapter_embeds_and_ranks_in_sentence_transformers_as_the_run(
+    make_run, embedder, tmp_path, similarity
+):
+    embedder = shutil.copytree(embedder, tmp_path / "model")
+    if similarity == "dot":
+        compare_by_dot_products(embedder)
+    settings = {"model.path": str(embedder), "trainer.max_steps": 20, "optim.lr": 1e-2}
+    config = make_run(settings, rows=make_rows(300))
     inputs = load_inputs(config)
     record = train(tmp_path / "run", config, inputs=inputs)
     export_run(tmp_path / "run", format="peft", out=tmp_path / "adapter")
@@ -127,9 +142,9 @@ def test_an_exported_adapter_embeds_and_ranks_in_sentence_transformers_as_the_ru
         assert not torch.allclose(before, model.encode(["w1 w2 w3"], convert_to_tensor=True), atol=1e-3)
         evaluate = InformationRetrievalEvaluator(anchors, passages, relevant, write_csv=False)
         found = evaluate(model)
-        assert found["cosine_ndcg@10"] == pytest.approx(record.best["ndcg_at_10"], abs=1e-6)
-        assert found["cosine_mrr@10"] == pytest.approx(record.best["mrr_at_10"], abs=1e-6)
-        assert found["cosine_accuracy@1"] == pytest.approx(record.best["accuracy_at_1"], abs=1e-6)
+        assert found[f"{similarity}_ndcg@10"] == pytest.approx(record.best["ndcg_at_10"], abs=1e-6)
+        assert found[f"{similarity}_mrr@10"] == pytest.approx(record.best["mrr_at_10"], abs=1e-6)
+        assert found[f"{similarity}_accuracy@1"] == pytest.approx(record.best["accuracy_at_1"], abs=1e-6)
     torch.testing.assert_close(
         adapted.encode(list(passages.values()), convert_to_tensor=True),
         merged.encode(list(passages.values()), convert_to_tensor=True),

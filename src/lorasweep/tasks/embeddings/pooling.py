@@ -1,10 +1,10 @@
-"""Pools the hidden states of a text's tokens, as the files of sentence-transformers say."""
+"""What the files of sentence-transformers say on a model's embeddings, and the pooling of hidden states."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -17,10 +17,18 @@ ENDINGS = ("_tokens", "_token", "token")
 """Endings of a pooling's name in the files of sentence-transformers, such as `pooling_mode_cls_token`."""
 
 
-def read_pooling(folder: Path) -> Pooling | None:
-    """Returns the pooling in a model's files of sentence-transformers; None without such files.
+class EmbedderFiles(NamedTuple):
+    """What the files of sentence-transformers say on a model."""
 
-    Raises ConfigError if the model has modules or a pooling that are not supported.
+    found_pooling: Pooling
+    is_cosine: bool
+    """Whether embeddings are compared by cosines, not by dot products."""
+
+
+def read_embedder_files(folder: Path) -> EmbedderFiles | None:
+    """Returns what a model's files of sentence-transformers say; None without such files.
+
+    Raises ConfigError if the model has modules, a pooling or a similarity that are not supported.
     """
     if not (folder / "modules.json").is_file():
         return None
@@ -33,14 +41,22 @@ def read_pooling(folder: Path) -> Pooling | None:
         for name in [named] if isinstance(named, str) else named:
             found.append(next((name.removesuffix(end) for end in ENDINGS if name.endswith(end)), name))
         found += [] if settings.get("include_prompt", True) else ["without prompts"]
-    # the cosine makes every vector one of length 1, as Normalize does
     if modules.keys() - {"Transformer", "Pooling", "Normalize"} or len(found) != 1 or found[0] not in get_args(Pooling):
         raise ConfigError(
             f"`model.path` must have the modules Transformer, Pooling and perhaps Normalize, with one pooling of "
             f"{', '.join(get_args(Pooling))}, but {str(folder)!r} has {', '.join(modules)} and the pooling "
             f"{', '.join(found) or 'none'}. Use another model."
         )
-    return next(name for name in get_args(Pooling) if name == found[0])
+    settings_file = folder / "config_sentence_transformers.json"
+    given = json.loads(settings_file.read_text("utf-8")) if settings_file.is_file() else {}
+    if (similarity := given.get("similarity_fn_name") or "cosine") not in ("cosine", "dot"):
+        raise ConfigError(
+            f"`model.path` must compare embeddings by cosine or dot, but `similarity_fn_name` of {str(folder)!r} is "
+            f"{similarity!r}. Use another model."
+        )
+    pooling = next(name for name in get_args(Pooling) if name == found[0])
+    # after Normalize every vector has length 1, so that both are equal
+    return EmbedderFiles(found_pooling=pooling, is_cosine=similarity == "cosine" or "Normalize" in modules)
 
 
 def pool(

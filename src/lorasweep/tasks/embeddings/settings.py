@@ -48,7 +48,8 @@ class InBatchConfig(ObjectiveConfig):
     slot_keys = ("scale",)
 
     name: Literal["in_batch_negatives"] = "in_batch_negatives"
-    scale: PositiveFloat = 20.0
-    """Factor of the cosines, the inverse of a temperature. sentence-transformers' default is 20."""
+    scale: PositiveFloat | None = None
+    """Factor of the similarities, the inverse of a temperature. Null is 20 for cosines and 1 for dot products, as
+    sentence-transformers advises."""
     pooling: Literal["auto", Pooling] = "auto"
     """Pooling of the hidden states. `auto` reads the files of sentence-transformers; `mean` without such files."""
