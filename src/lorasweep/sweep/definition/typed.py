@@ -11,7 +11,6 @@ from lorasweep.config.data import RowSettings, SplitSettings
 from lorasweep.config.other_names import suggest_setting
 from lorasweep.config.run import DECLARED_TYPES, RunConfig
 from lorasweep.data.reading.files import find_files
-from lorasweep.data.reading.tables import choose_columns, load_tables
 from lorasweep.errors import ConfigError
 from lorasweep.models.paths import find_local_path
 from lorasweep.sweep.definition.overrides import Overrides
@@ -30,6 +29,7 @@ ROW_KEYS = frozenset(f"data.{field.name}" for field in fields(RowSettings)) - {"
 def check_typed(settings: Mapping[str, Any]) -> None:
     """Raises ConfigError if a setting of a sweep that will be drafted is wrong, or names what does not exist."""
     typed = Overrides.parse(settings).values
+    check_files(typed)  # first, because it takes no time
     for key in typed:
         near = (one for one in DECLARED_TYPES if f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}."))
         if key.startswith(("model.", "data.")) and not any(near):
@@ -64,4 +64,6 @@ def check_sources(config: RunConfig, given: Mapping[str, Any]) -> None:
         find_files(source, key=f"data.{split}")
     wanted = [(key, name) for key in COLUMNS if isinstance(name := given.get(f"data.{key}"), str)]
     if isinstance(data, RowSettings) and wanted:
+        from lorasweep.data.reading.tables import choose_columns, load_tables  # noqa: PLC0415 (needs pandas)
+
         load_tables(data, "train", lambda names, source: choose_columns(wanted, names, source)[:1])
