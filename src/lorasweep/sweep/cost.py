@@ -18,7 +18,7 @@ from lorasweep.sweep.controller.proposals import find_batch_start
 from lorasweep.sweep.definition.arms import Arm, Definition, searches_one_key
 from lorasweep.sweep.definition.confirm import count_confirm_runs, list_questions
 from lorasweep.training.environment import get_device
-from lorasweep.wording import format_share, join_words
+from lorasweep.wording import format_seconds, format_share, join_words
 
 INTERVAL_KEY = "trainer.eval_every_steps"
 OPEN = "small differences stay open"
@@ -253,9 +253,11 @@ def fit_minutes(
             f"got {minutes:g}. That time would answer {answers}, and give up: {given_up}. "
             f"Shorter examples (`data.max_length`) or a smaller model take less. {describe_load(rates)}".rstrip()
         )
-    about = "about " if seconds > 60 * minutes else ""
+    within = f"within {minutes:g} min"
+    if seconds > 60 * minutes:
+        within = f"in about {format_seconds(seconds)}, a little more than {minutes:g} min"
     beside = f" {load}" if (load := describe_load(rates)) else ""
-    return FittedSweep(smaller, overrides, f"within {about}{minutes:g} min: {given_up}.{beside}")
+    return FittedSweep(smaller, overrides, f"{within}: {given_up}.{beside}")
 
 
 def describe_load(rates: Sequence[Rates]) -> str:
