@@ -19,6 +19,13 @@ def rates(low, high):
     return {"low": low, "high": high, "log": True}
 
 
+OWN_MODULE = {
+    "module._target_": "mine.Module",
+    "datamodule._target_": "mine.Data",
+    "metric.name": "val_acc",
+    "metric.direction": "maximize",
+}
+"""Settings of a run of a user's LightningModule, which need not be there to be read."""
 MINI = {
     "name": "mini",
     "settings": TWO_STEPS | {"worker.pack_size": 1, "confirm.seeds": 0},

@@ -91,9 +91,8 @@ def test_a_split_has_the_sweeps_own_rows_and_no_others(tmp_path, monkeypatch):
         result.split(name)
 
 
-def test_an_unfinished_sweep_of_the_same_name_is_named_instead_of_a_second_one(result, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(result.folder, tmp_path / "outputs" / "small")
+def test_an_unfinished_sweep_of_the_same_name_is_named_instead_of_a_second_one(result, here, monkeypatch, capsys):
+    shutil.copytree(result.folder, here / "outputs" / "small")
     monkeypatch.setattr(Session, "train", lambda self, opened, *, progress: opened.close())
     with pytest.raises(SweepInterrupted):
         lorasweep.run_sweep(SWEEP)
@@ -127,15 +126,10 @@ def test_figures_table_and_weights_are_there_and_loading_reads_what_running_retu
     pandas.testing.assert_frame_equal(again.trials_dataframe(), result.trials_dataframe())
 
 
-def test_a_sweep_is_resumed_with_more_seeds_and_nothing_else(result, tmp_path):
-    refused = {"optim.eps": 1e-3}, {"arms.frozen": None}
-    for overrides in refused:  # and the sweep is not left locked
-        with pytest.raises(ConfigError, match=r"`optim.eps` must stay 1e-08|must keep its arms \(frozen, lora\)"):
-            lorasweep.resume_sweep(result.folder, overrides=overrides, progress=None)
+def test_a_resumed_sweep_gets_its_seeds_and_tells_its_progress(result):
     seen = []
     resumed = lorasweep.resume_sweep(result.folder, overrides=["confirm.seeds=2"], progress=seen.append)
     assert list(resumed.confirm_dataframe()["arm"]) == ["frozen", "lora", "lora"]  # the base needs one seed
-    assert [row.search_score for row in resumed.record.trials] == [row.search_score for row in result.record.trials]
     assert seen[-1].record.status == "complete"
 
 
@@ -195,16 +189,12 @@ def test_overrides_as_words_and_as_a_mapping_are_the_same_run(tmp_path):
         (lambda path: lorasweep.run_sweep("quickstrat"), ConfigError, "quickstart"),
         (lambda path: lorasweep.run_sweep({"name": "x"}), ConfigError, "`arms`"),
         (lambda path: lorasweep.run_sweep({**SWEEP, "name": object()}), ConfigError, "YAML"),
-        (lambda path: lorasweep.run_sweep(SWEEP, overrides={"optim.lrr": 1}, output=path), ConfigError, "optim.lr"),
-        (lambda path: lorasweep.train_run(["method.rank=x"], output=path), ConfigError, "method.rank"),
-        (lambda path: lorasweep.train_run(resume=True), ConfigError, "output"),
         (lambda path: lorasweep.load_sweep(path), RecordError, "a sweep's folder must exist"),
         (lambda path: lorasweep.load_run(path), RecordError, "a run's folder must exist"),
     ],
 )
-def test_a_wrong_request_is_an_exception_and_leaves_nothing(tmp_path, monkeypatch, call, error, words):
-    monkeypatch.chdir(tmp_path)
+def test_a_wrong_request_is_an_exception_and_leaves_nothing(here, call, error, words):
     with pytest.raises(error) as raised:
-        call(tmp_path / "new")
+        call(here / "new")
     assert words in str(raised.value)
-    assert not list(tmp_path.iterdir())
+    assert not list(here.iterdir())

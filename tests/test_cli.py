@@ -30,7 +30,7 @@ def mini(here):
     return "mini.yaml"
 
 
-UNUSABLE_MINUTES = ["inf", "1e308", "nan", "-3", "0", "ten"]
+UNUSABLE_MINUTES = ["inf", "nan", "0", "ten"]
 
 
 def test_a_command_that_is_not_understood_ends_with_2_and_the_version_with_0(capsys):
@@ -56,8 +56,6 @@ def test_a_command_that_is_not_understood_ends_with_2_and_the_version_with_0(cap
     ("name", "said"),
     [
         ("optim.lr", ["optim.lr (optim=adamw)", "Peak learning rate", "a number > 0", "default: `0.001`"]),
-        ("trainer.precision", ["values: `auto`, `bf16`, `fp32`", "takes bf16 if"]),
-        ("schedule.min_lr_rate", ["(schedule=constant, cosine, linear)", "Learning rate at the end"]),
         ("data.answers", ["data.answers.score", "data.answers.max_new_tokens", "a whole number >= 1"]),
         ("method", ["method=frozen|full|intrinsic|lora|peft", "lorasweep help method=lora"]),
         ("method=lora", ["method.rank (method=lora)"]),

@@ -36,11 +36,10 @@ def swept(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def sweep(swept, tmp_path, monkeypatch):
+def sweep(swept, here):
     """A copy of the finished sweep in `s`, beside its file."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(swept.folder / "mini.yaml", tmp_path)
-    return shutil.copytree(swept.folder / "outputs" / "mini", tmp_path / "s")
+    shutil.copy(swept.folder / "mini.yaml", here)
+    return shutil.copytree(swept.folder / "outputs" / "mini", here / "s")
 
 
 def test_a_sweep_goes_from_file_to_report(swept, sweep, capsys):

@@ -29,8 +29,7 @@ def test_its_sweep_file_is_a_sweep():
     assert [arm.name for arm in read_definition(yaml.safe_load(content)).arms] == ["frozen", "full", "lora"]
 
 
-def test_every_command_runs_and_prints_what_is_shown(tmp_path, monkeypatch, capsys, encoder):
-    monkeypatch.chdir(tmp_path)
+def test_every_command_runs_and_prints_what_is_shown(here, capsys, encoder):
     with open("reviews.csv", "w", newline="", encoding="utf-8") as file:
         rows = [
             (f"review number {n} was {'good' if n % 2 else 'bad'}", "positive" if n % 2 else "negative")

@@ -117,8 +117,7 @@ def free_port():
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("page", LESSONS)
-def test_every_block_of_a_lesson_runs_or_has_a_reason(page, tmp_path, monkeypatch, capsys, encoder):
-    monkeypatch.chdir(tmp_path)
+def test_every_block_of_a_lesson_runs_or_has_a_reason(page, here, monkeypatch, capsys, encoder):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     scope = {}

@@ -3,15 +3,10 @@
 from pathlib import Path
 
 import pytest
+from tests.small_runs import OWN_MODULE
 
 from lorasweep.config.compose import compose_run
 
-OWN = {
-    "module._target_": "mine.Module",
-    "datamodule._target_": "mine.Data",
-    "metric.name": "val_acc",
-    "metric.direction": "maximize",
-}
 CHAT = {"data": "chat", "data.train": "chat.jsonl"}
 COLUMNS = {
     "LoRA": CHAT,
@@ -19,7 +14,7 @@ COLUMNS = {
     "frozen": CHAT | {"method": "frozen"},
     "LoRA, `trainer.compile`": CHAT | {"trainer.compile": True},
     "LoRA, `trainer.strategy=fsdp`": CHAT | {"trainer.strategy": "fsdp"},
-    "your own LightningModule": OWN,
+    "your own LightningModule": OWN_MODULE,
 }
 
 

@@ -13,9 +13,6 @@ from lorasweep.errors import ConfigError
     ("override", "key", "value"),
     [
         ("method.rank=4", "method.rank", 4),
-        ("optim.lr=1e-3", "optim.lr", 1e-3),
-        ("method=lora", "method", "lora"),
-        ("optim.clip_norm=null", "optim.clip_norm", None),
         ("trainer.progress=false", "trainer.progress", False),
         ("method.targets=[q_proj,v_proj]", "method.targets", ["q_proj", "v_proj"]),
         ("method.rank_pattern={q_proj:4}", "method.rank_pattern", {"q_proj": 4}),
@@ -27,8 +24,6 @@ from lorasweep.errors import ConfigError
         ("optim.lr=interval(1e-4,1e-2)", "optim.lr", {"low": 1e-4, "high": 1e-2}),
         ("optim.lr=tag(log,interval(1e-4,1e-2))", "optim.lr", {"low": 1e-4, "high": 1e-2, "log": True}),
         ("method.rank=range(2,9,2)", "method.rank", {"low": 2, "high": 8, "step": 2}),
-        ("method.rank=range(1,4)", "method.rank", {"low": 1, "high": 3, "step": 1}),
-        ("arms.lora.optim.lr=1", "arms.lora.optim.lr", 1),
         ("++method.rank=4", "method.rank", 4),
         ("+method.rank_pattern.q_proj=4", "method.rank_pattern.q_proj", 4),
         ("+experiment=quick_check", "+experiment=quick_check", None),
@@ -45,15 +40,12 @@ FULL = {"settings": {"method": "full"}, "space": {"optim.lr": {"low": 1e-5, "hig
 @pytest.mark.parametrize(
     "value",
     [
-        1,
         1e-5,
         True,
         None,
         "",
-        "a",
         "5%",
         "1",
-        "true",
         "it's",
         'say "so"',
         "C:\\x",
@@ -78,7 +70,6 @@ NO_OPTIONS = ["model=null", "logger=5", "~logger=true", "+optim=[1,2]", "optim={
     [
         ("method.rank", "an override must read `key=value`, but got"),
         ("=4", "an override must read `key=value`, but got"),
-        ("method.rank=[1", "an override must read `key=value`, but got"),
         ("method.targets=.*(q|v)", r"""got 'method.targets=.*\(q\|v\)'. .* shell: 'method.targets="\.\*\(q\|v\)"'."""),
         ("data.text=#1 String", r"""got 'data.text=#1 String'. .* shell: 'data.text="#1 String"'."""),
         *((f"method.rank={span}", "`method.rank` .* 1 to 100,000 values") for span in RANGES),

@@ -83,12 +83,11 @@ def test_a_setting_without_a_default_may_be_left_open():
     assert compose_run({"model": "causal_lm"}, require_all=False).model.path == "???"
 
 
-def test_a_users_own_conf_is_found_first(tmp_path, monkeypatch):
-    (tmp_path / "conf" / "optim").mkdir(parents=True)
+def test_a_users_own_conf_is_found_first(here):
+    (here / "conf" / "optim").mkdir(parents=True)
     adamw = (packaged_folder("conf") / "optim" / "adamw.yaml").read_text()
-    (tmp_path / "conf" / "optim" / "adamw.yaml").write_text(adamw.replace("lr: 1.0e-3", "lr: 0.25"))
-    (tmp_path / "conf" / "optim" / "mine.yaml").write_text(adamw.replace("lr: 1.0e-3", "lr: 0.5\nlr_rato_b: 1"))
-    monkeypatch.chdir(tmp_path)
+    (here / "conf" / "optim" / "adamw.yaml").write_text(adamw.replace("lr: 1.0e-3", "lr: 0.25"))
+    (here / "conf" / "optim" / "mine.yaml").write_text(adamw.replace("lr: 1.0e-3", "lr: 0.5\nlr_rato_b: 1"))
     assert compose_run({}).optim.lr == 0.25
     with pytest.raises(ConfigError, match=r"`optim.lr_rato_b` is not a setting. Did you mean `optim.lr_ratio_b`"):
         compose_run({"optim": "mine"})

@@ -26,9 +26,6 @@ def refuse(compose, settings, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"optim.lrr": 1}, ["`optim.lrr`", "`optim.lr`"]),
-        ({"rank": 4}, ["`rank`", "`method.rank`"]),
-        ({"method.lora_alpha": 4}, ["`method.lora_alpha`", "`method.alpha`"]),
         ({"method": "full", "method.rank": 4}, ["`method.rank`", "`method=lora`"]),
         ({"method.name": "frozen"}, ["`method.rank`"]),
         ({"method.config.r": 16}, ["`method.config`", "`method=peft`"]),
@@ -40,14 +37,9 @@ def refuse(compose, settings, words):
         ({"logger.mine.prefix": 1}, ["`logger.mine._target_`", "missing"]),
         ({"trainer.strategy.a": 1}, ["`trainer.strategy`", "{'a': 1}", "ddp"]),
         *(({"method": value}, ["`method`", "lora", repr(str(value))]) for value in ("lorra", None, {"name": "lora"})),
-        ({"logger": ["csv", "tensorbord"]}, ["`logger`", "'tensorbord'", "`tensorboard`"]),
         ({"optim": ["adamw", "sgd"]}, ["`optim`", "adafactor", "['adamw', 'sgd']"]),
-        ({"method.name": "x"}, ["`method`", "lora", "'x'"]),
-        ({"model": "causal_lm"}, ["`model.path`", "missing"]),
-        ({"method.rank": "many"}, ["`method.rank`", "a whole number", "'many'"]),
         ({"seeds": 3}, ["`seeds`", "a group of settings", "3"]),
         ({"seed": "${nothing}"}, ["'nothing'"]),
-        ({"optim.lr": 0.0}, ["`optim.lr > 0`", "0.0"]),
         ({"trainer.accumulate": 17}, ["`trainer.accumulate <= trainer.batch_size`", "17", "16"]),
         ({"seeds.data_order": 2**32}, ["`seeds.data_order < 4294967296`", "4294967296"]),
         ({"method.rank_pattern.q_proj": 0}, ["`method.rank_pattern.q_proj >= 1`", "0"]),
@@ -55,9 +47,7 @@ def refuse(compose, settings, words):
         *((FSDP | more, ["ddp", f"`{next(iter(more))}`", "'fsdp'"]) for more in ({"method": "intrinsic"}, NF4)),
         (FSDP | {"method": "full", "method.parameters": ".*bias"}, ["ddp", "`method`"]),
         *((NF4 | {"method": name}, ["`model.quantization`", name, "'nf4'"]) for name in ("full", "intrinsic")),
-        ({"data": "table"}, ["`data.train`", "missing"]),
         (TABLE | {"data.train": " "}, ["`data.train`", "empty"]),
-        (TABLE | {"data.test": "a.csv"}, ["`data.test`", "different", "'a.csv'", "null"]),
         (TABLE | {"data.test_fraction": 0}, ["`data.test_fraction >= 0.01`", "0"]),
         (TEXT | {"data.test_fraction": "all"}, ["`data.test_fraction`", "a number", "'all'"]),
         (TABLE | {"data.test": "b.csv", "data.test_fraction": 0.2}, ["`data.test_fraction`", "`data.test`", "0.2"]),
@@ -76,11 +66,9 @@ def test_a_wrong_setting_of_a_run_is_refused(settings, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"sampler": "cmaes"}, ["`sampler`", "gp, grid, qmc, random, tpe", "'cmaes'"]),
         ({"worker.num": 0}, ["`worker.num >= 1`", "0", "auto"]),
         ({"confirm": "no"}, ["`confirm`", "a group of settings", "'no'"]),
         ({"confirm.seed": 3}, ["`confirm.seed`", "`confirm.seeds`"]),
-        ({"confirm.seeds": "many"}, ["`confirm.seeds`", "'many'"]),
         *(({"confirm.seeds": looks}, ["`confirm.seeds`", str(looks), "[3,6,10]"]) for looks in ([], [6, 3], [3, 3])),
         *(
             ({"confirm.margin": margin}, ["`confirm.margin`", repr(margin), "`5%`"])
@@ -114,8 +102,7 @@ def test_a_wrong_setting_of_lora_is_refused_from_a_mapping_and_from_python(setti
         ("defaults: 3\n", ["'sweep'", "`defaults`", "a list"]),
     ],
 )
-def test_a_broken_file_of_the_user_s_conf_is_named(tmp_path, monkeypatch, text, words):
-    (tmp_path / "conf").mkdir()
-    (tmp_path / "conf" / "sweep.yaml").write_text(text)
-    monkeypatch.chdir(tmp_path)
+def test_a_broken_file_of_the_user_s_conf_is_named(here, text, words):
+    (here / "conf").mkdir()
+    (here / "conf" / "sweep.yaml").write_text(text)
     refuse(compose_sweep, {}, words)

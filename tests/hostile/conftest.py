@@ -39,16 +39,15 @@ def record_sweep(folder):
 
 
 @pytest.fixture
-def theirs(recorded, tmp_path, monkeypatch):
+def theirs(recorded, here):
     """The sweep in the current folder, beside a module that leaves a file when it is imported, and what must stay."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(recorded, tmp_path / "theirs")
-    (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('canary').write_text('ran')\n")
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside" / "kept").write_text("kept")
-    before = list_files(tmp_path / "outside")
-    yield tmp_path / "theirs"
-    assert list_files(tmp_path / "outside") == before
-    assert not (tmp_path / "canary").exists()
+    shutil.copytree(recorded, here / "theirs")
+    (here / "evil.py").write_text("import pathlib\npathlib.Path('canary').write_text('ran')\n")
+    (here / "outside").mkdir()
+    (here / "outside" / "kept").write_text("kept")
+    before = list_files(here / "outside")
+    yield here / "theirs"
+    assert list_files(here / "outside") == before
+    assert not (here / "canary").exists()
     assert "evil" not in sys.modules
-    assert {path.name for path in tmp_path.iterdir()} <= {"theirs", "evil.py", "outside", "out", "scores.csv"}
+    assert {path.name for path in here.iterdir()} <= {"theirs", "evil.py", "outside", "out", "scores.csv"}

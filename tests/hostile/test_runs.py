@@ -5,6 +5,7 @@ import shutil
 import pytest
 from tests.files import set_values
 from tests.hostile.commands import feed
+from tests.small_runs import OWN_MODULE
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.compose import compose_run
@@ -68,8 +69,7 @@ def test_the_code_of_a_strangers_model_needs_trust(theirs, capsys):
 def test_the_code_of_an_objective_runs_in_no_export(theirs, capsys, monkeypatch):
     set_values(theirs / "runs/lora-0000/run.json", {"config/objective": {"_target_": "evil.Objective"}})
     assert feed(*COMMANDS["peft"]) == DONE
-    own = {"module._target_": "evil.Module", "datamodule._target_": "evil.Data"}
-    config = compose_run({**own, "metric.name": "val_acc", "metric.direction": "maximize"})
+    config = compose_run(OWN_MODULE | {"module._target_": "evil.Module", "datamodule._target_": "evil.Data"})
     set_values(theirs / "runs/lora-0000/run.json", {"config": as_settings(config)})
     monkeypatch.setattr("lorasweep.commands.quick_imports", pytest.fail)  # refused before torch is loaded
     assert feed(*COMMANDS["peft"]) == WRONG_REQUEST

@@ -10,22 +10,13 @@ from safetensors.torch import load_file
 from lorasweep.config.method import IntrinsicConfig
 from lorasweep.errors import ConfigError
 from lorasweep.methods import bind
-from lorasweep.methods.intrinsic import IntrinsicParameters, add_projection, find_intrinsic_parameters
+from lorasweep.methods.intrinsic import IntrinsicParameters, add_projection
 
 from .conftest import logits_of, make_base, prepare, train
 
 CONFIG = IntrinsicConfig(dim=40)
 LAYERS = 4  # of the small Llama: embeddings (tied to the head), two blocks, the last norm
 METHOD = bind(IntrinsicConfig())
-
-
-def set_coordinates(model, *, seed=0):
-    """Puts trained-looking values in place of the zeros."""
-    intrinsic = find_intrinsic_parameters(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        intrinsic.coordinates.normal_(std=0.02, generator=generator)
-        intrinsic.scales.add_(0.1 * torch.randn(intrinsic.scales.shape, generator=generator))
 
 
 def draw_signs(count, *, block, seed=0):
@@ -55,17 +46,6 @@ def test_gradient_of_the_projection_is_that_of_finite_differences(shape):
     vector = torch.randn(16, dtype=torch.float64, requires_grad=True)
     signs = draw_signs(base.numel(), block=16)
     assert torch.autograd.gradcheck(lambda b, n: add_projection(b, n, signs), (base, vector))
-
-
-def test_tied_weights_share_their_change():
-    model = prepare(make_base(tied=True), "intrinsic", config=CONFIG)
-    set_coordinates(model)
-    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
-    untied = prepare(make_base(tied=False), "intrinsic", config=CONFIG)
-    base = make_base(tied=False)
-    set_coordinates(untied)
-    change = untied.lm_head.weight - base.model.lm_head.weight
-    assert not torch.equal(change, untied.model.embed_tokens.weight - base.model.model.embed_tokens.weight)
 
 
 def test_file_has_the_numbers_and_the_seed_alone_and_brings_back_the_projection(tmp_path):

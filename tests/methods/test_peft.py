@@ -130,11 +130,10 @@ def test_every_kind_of_peft_is_made_or_refused_without_a_change_of_the_base(kind
         {"use_dora": True, "rank_pattern": {"down_proj": 3}},
     ],
 )
-def test_pissa_trains_beside_the_shared_base_and_peft_loads_it(settings, tmp_path):
+def test_pissa_starts_as_the_shared_base_and_leaves_it_alone(settings):
     base = make_base(dtype=torch.float32)
     before = copy.deepcopy(base.model.state_dict())
     config = PeftConfig(config={**LORA, "init_lora_weights": "pissa", **settings})
-    bind(config).check(base.model)
     model = prepare(base, "peft", config=config)
     # fp32: the principal part is subtracted from the weights and added to the outputs
     torch.testing.assert_close(
@@ -143,12 +142,4 @@ def test_pissa_trains_beside_the_shared_base_and_peft_loads_it(settings, tmp_pat
     assert next(model.get_submodule("model.layers.0.self_attn.q_proj").lora_B.parameters()).any()
     losses = train(model, "peft")
     assert losses[-1] < losses[0]
-    METHOD.save(model, tmp_path, base=base)
-    expected = model.eval()(input_ids=TOKENS).logits
-    loaded = copy_sharing_weights(base.model)
-    METHOD.load(loaded, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path)
-    METHOD.merge(loaded)
-    for other in (loaded, theirs):
-        torch.testing.assert_close(other.eval()(input_ids=TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
     assert all(torch.equal(before[name], tensor) for name, tensor in base.model.state_dict().items())

@@ -3,12 +3,10 @@
 import json
 
 import pytest
-import yaml
 
 from lorasweep.errors import ConfigError
-from lorasweep.recipes.read import read_recipe
 
-DESCRIBED = {"hf_hub_url": "a/b", "columns": {"prompt": "body"}}
+FACTORY = {"model_name_or_path": "org/base", "stage": "sft", "dataset": "mine", "dataset_dir": "."}
 AXOLOTL = {
     "base_model": "org/base",
     "learning_rate": 1e-4,
@@ -17,18 +15,6 @@ AXOLOTL = {
     "lora_alpha": 16,
     "lora_target_linear": True,
 }
-
-
-@pytest.fixture
-def read(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def read(values, **named):
-        path = tmp_path / "theirs.yaml"
-        path.write_text(yaml.safe_dump(values))
-        return read_recipe(path, **named)
-
-    return read
 
 
 def data_of(recipe):
@@ -113,22 +99,20 @@ def test_trls_mixture_of_one_data_set_is_read(read):
 @pytest.mark.parametrize("described", ["[", "[]", '{"mine": 3}', '{"mine": {"columns": 3}}'])
 def test_damaged_descriptions_are_one_sentence(read, tmp_path, described):
     (tmp_path / "dataset_info.json").write_text(described)
-    values = {"model_name_or_path": "org/base", "stage": "sft", "dataset": "mine", "dataset_dir": "."}
     with pytest.raises(ConfigError, match=r"dataset_info\.json"):
-        read(values)
+        read(FACTORY)
 
 
 def test_plain_text_has_no_settings_of_chats(read, tmp_path):
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": DESCRIBED}))
-    values = {"model_name_or_path": "org/base", "stage": "pt", "dataset": "mine", "dataset_dir": ".", "max_samples": 9}
-    recipe = read(values)
+    described = {"hf_hub_url": "a/b", "columns": {"prompt": "body"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": described}))
+    recipe = read(FACTORY, stage="pt", max_samples=9)
     assert data_of(recipe) == {"data": "text", "data.path": "a/b", "data.train": "train", "data.text": "body"}
     assert "as a whole" in recipe.keys.not_followed["max_samples"]
 
 
 def test_images_of_descriptions_are_refused(read, tmp_path):
-    values = {"model_name_or_path": "org/base", "stage": "sft", "dataset": "mine", "dataset_dir": "."}
     described = {"file_name": "a.json", "columns": {"images": "images"}}
     (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": described}))
     with pytest.raises(ConfigError, match=r"`dataset\.images`"):
-        read(values)
+        read(FACTORY)

@@ -55,15 +55,14 @@ DECIDED = {"lora_r", "lora_rank", "lora_alpha", "learning_rate"}
 @pytest.mark.parametrize(
     "tool", ["axolotl", *(pytest.param(tool, marks=pytest.mark.release) for tool in ("trl", "llamafactory"))]
 )
-def test_a_round_trip_changes_the_decided_keys_alone(tool, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows").mkdir()
+def test_a_round_trip_changes_the_decided_keys_alone(tool, here, capsys):
+    (here / "rows").mkdir()
     names = ("prompt", "completion") if tool == "trl" else ("instruction", "output")
     pairs = [(f"What is {n} + 1?", f"It is {n + 1}.") for n in range(60)]
     rows = [{"input": "", **dict(zip(names, pair, strict=True))} for pair in pairs]
-    (tmp_path / "rows" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "rows/train.jsonl"}}))
-    theirs = tmp_path / "theirs.yaml"
+    (here / "rows" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (here / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "rows/train.jsonl"}}))
+    theirs = here / "theirs.yaml"
     theirs.write_text(FILES[tool])
     assert run(["new", "mine.yaml", "--like", "theirs.yaml"]) == 0, capsys.readouterr().err
     short = ["sweep.trials=4", "confirm.seeds=1", "trainer.eval_every_steps=4", "sweep.output=out"]

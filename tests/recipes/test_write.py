@@ -90,10 +90,9 @@ def built(tmp_path_factory):
 
 
 @pytest.fixture
-def sweep(built, tmp_path, monkeypatch):
-    shutil.copytree(built, tmp_path / "s")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "s"
+def sweep(built, here):
+    shutil.copytree(built, here / "s")
+    return here / "s"
 
 
 def export(tool, *words, source="s"):
@@ -251,9 +250,8 @@ def test_an_alpha_that_is_not_whole_is_refused(sweep, capsys):
     assert read() == FILES["axolotl"]
 
 
-def test_a_smaller_value_that_may_be_enough_is_told_in_the_comment(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    sweep = build_rank_sweep(tmp_path / "s", {4: 1.72, 16: 1.66, 64: 1.652})
+def test_a_smaller_value_that_may_be_enough_is_told_in_the_comment(here):
+    sweep = build_rank_sweep(here / "s", {4: 1.72, 16: 1.66, 64: 1.652})
     for rank in (16, 64):
         scatter_seeds(sweep, f"lora-rank-{rank}", 0.012)
     write(FILES["axolotl"])
@@ -305,7 +303,6 @@ def test_a_wrong_file_or_arm_is_one_sentence(sweep, capsys, case):
     [
         "--format axolotl",
         "--format axolotl --out new",
-        "--format peft --into theirs.yaml",
         "--format axolotl --into theirs.yaml --out new",
         "--format axolotl --into missing.yaml",
         "--format axolotl --into s",

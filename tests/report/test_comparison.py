@@ -67,13 +67,12 @@ def test_only_settings_that_decide_results_are_differences(tmp_path, first, seco
     assert [name for name in table if "." in name] == differing
 
 
-def test_wrong_folders_are_one_sentence(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_wrong_folders_are_one_sentence(here, capsys):
     for name in ("a", "early", "damaged"):
-        build(tmp_path / name)
-    edit_json(tmp_path / "early" / "sweep.json", lambda raw: raw.update(status="interrupted"))
-    (tmp_path / "damaged" / "sweep.json").write_text("{")
-    (tmp_path / "empty").mkdir()
+        build(here / name)
+    edit_json(here / "early" / "sweep.json", lambda raw: raw.update(status="interrupted"))
+    (here / "damaged" / "sweep.json").write_text("{")
+    (here / "empty").mkdir()
     wrong = {"early": "--resume early", "damaged": "damaged", "empty": "sweep.json"}
     for name, said in wrong.items():
         assert run(["compare", "a", name]) == WRONG_REQUEST
@@ -82,10 +81,9 @@ def test_wrong_folders_are_one_sentence(tmp_path, capsys, monkeypatch):
         assert error.count("\n") == 1
 
 
-def test_the_command_prints_the_table_and_its_json_the_rows(tmp_path, capfd, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_command_prints_the_table_and_its_json_the_rows(here, capfd):
     for number in (1, 2):
-        build(tmp_path / f"{number}", data__max_train_documents=number, num_train=100 * number)
+        build(here / f"{number}", data__max_train_documents=number, num_train=100 * number)
     assert run(["compare", "1", "2"]) == DONE
     shown = capfd.readouterr().out
     assert len(shown.splitlines()) == 9

@@ -2,6 +2,7 @@
 
 import pytest
 from tests.files import edit_json, set_values
+from tests.small_runs import OWN_MODULE
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.compose import compose_run
@@ -33,17 +34,9 @@ def test_better_method_is_recommended_with_lora_as_the_alternative(finished_and_
     assert one.row.method == "lora"
 
 
-OWN = {
-    "module._target_": "mine.Module",
-    "datamodule._target_": "mine.Data",
-    "metric.name": "val_acc",
-    "metric.direction": "maximize",
-}
-
-
 @pytest.mark.parametrize(
     ("settings", "ending"),
-    [({"model.trust_remote_code": True}, "--out adapter --trust"), (OWN, None), ({}, "--out adapter")],
+    [({"model.trust_remote_code": True}, "--out adapter --trust"), (OWN_MODULE, None), ({}, "--out adapter")],
     ids=["remote code", "own module", "plain"],
 )
 def test_an_export_is_a_command_only_if_it_works(finished_and_confirmed, settings, ending):

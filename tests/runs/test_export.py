@@ -173,13 +173,10 @@ def run_code_of_card(folder):
         (VERA | {"method.config": VERA["method.config"] | {"target_modules": ["query", "value"]}}, "peft"),
     ],
 )
-def test_the_code_of_the_card_loads_a_classifier_with_its_head(
-    train_classifier, tmp_path, monkeypatch, settings, format
-):
+def test_the_code_of_the_card_loads_a_classifier_with_its_head(train_classifier, here, monkeypatch, settings, format):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # PEFT asks the hub whether a local folder has a tokenizer
     run = train_classifier(settings)
-    written = export_run(run, format=format, out=tmp_path / "out")
-    monkeypatch.chdir(tmp_path)
+    written = export_run(run, format=format, out=here / "out")
     model, tokenizer = run_code_of_card(written.folder)
     assert tokenizer("w3 w4")["input_ids"][:2] == [6, 7]
     assert largest_difference(logits_of(model), logits_of(restored(run))) < LOGIT_TOLERANCE

@@ -32,13 +32,12 @@ def only_equal(answer, reference, example):
 
 
 @pytest.fixture
-def content(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own.py").write_text(OWN)
-    settings = make_word_chats(tmp_path) | {"trainer.max_steps": 10, "trainer.eval_every_steps": 10}
+def content(here):
+    (here / "own.py").write_text(OWN)
+    settings = make_word_chats(here) | {"trainer.max_steps": 10, "trainer.eval_every_steps": 10}
     settings |= {"confirm.seeds": 2, "confirm.margin": 0.5}
     content = {"name": "words", "settings": settings, "arms": ARMS}
-    (tmp_path / "words.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    (here / "words.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return content
 
 

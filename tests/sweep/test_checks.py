@@ -101,8 +101,7 @@ def test_trials_with_different_metrics_are_refused(write_file, content, of_all, 
         {"data.test": "others.jsonl"},
     ],
 )
-def test_preferences_are_not_compared_with_other_data(tmp_path, monkeypatch, of_lora, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_preferences_are_not_compared_with_other_data(here, of_lora, capsys):
     pairs = [{"prompt": f"ask {n}", "chosen": f"yes {n}", "rejected": "no", "completion": "yes"} for n in range(90)]
     for name, rows in {"pairs": pairs[:60], "others": pairs[60:], "chats": pairs[:60]}.items():
         Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -209,8 +208,7 @@ def test_it_is_said_on_how_much_test_data_the_verdicts_rest(write_file, content,
         (["a", "b"] * 20 + ["c"], ["`data.label`", "'c': 1"]),
     ],
 )
-def test_too_few_rows_are_refused_by_new_and_sweep(tmp_path, monkeypatch, capsys, labels, said):
-    monkeypatch.chdir(tmp_path)
+def test_too_few_rows_are_refused_by_new_and_sweep(here, capsys, labels, said):
     Path("few.csv").write_text("text,label\n" + "".join(f"text {n},{label}\n" for n, label in enumerate(labels)))
     for words in (["new", "few.yaml"], ["sweep", "sentences"]):
         assert run([*words, "model.path=embedded:tiny", "data.train=few.csv"]) == WRONG_REQUEST
@@ -228,11 +226,10 @@ def test_a_length_that_leaves_out_more_than_half_of_the_examples_is_refused(lost
         check_rows(data, splits)
 
 
-def test_a_shipped_sweep_finds_columns_and_length_as_a_draft_does(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_shipped_sweep_finds_columns_and_length_as_a_draft_does(here):
     rows = [f"{n % 2},a text of {n} words {'and more ' * (n % 90)},another {n}" for n in range(90)]
     Path("pairs.csv").write_text("\n".join(["fits,sentence1,sentence2", *rows]))
-    words, cache = ["model.path=embedded:tiny", f"data.train={tmp_path / 'pairs.csv'}"], InputsCache()
+    words, cache = ["model.path=embedded:tiny", f"data.train={here / 'pairs.csv'}"], InputsCache()
     named = complete_definition(read_definition(find_sweep_file("pairs"), words), cache).arms[0].base.data
     drafted = draft_definition(words, cache).arms[0].base.data
     assert (named.text, named.text_pair, named.label, named.max_length) == ("sentence1", "sentence2", "fits", 1024)

@@ -25,11 +25,10 @@ CONTENT = {
 
 
 @pytest.fixture
-def path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "retained.yaml"
+def path(here):
+    path = here / "retained.yaml"
     path.write_text(yaml.safe_dump(CONTENT, sort_keys=False))
-    (tmp_path / "labels.csv").write_text("text,label\n" + "".join(f"number {n},{n % 2}\n" for n in range(40)))
+    (here / "labels.csv").write_text("text,label\n" + "".join(f"number {n},{n % 2}\n" for n in range(40)))
     return path
 
 

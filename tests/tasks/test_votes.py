@@ -22,15 +22,14 @@ SETTINGS |= {"data": "votes", "data.train": "votes.jsonl", "logger": "none"}
 
 
 @pytest.fixture
-def votes(tmp_path, monkeypatch):
+def votes(here, monkeypatch):
     """A folder with the option `data=votes` and a file of votes."""
     monkeypatch.setitem(DATA, "votes", VotesConfig)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "conf" / "data").mkdir(parents=True)
-    (tmp_path / "conf" / "data" / "votes.yaml").write_text(yaml.safe_dump(OPTION))
+    (here / "conf" / "data").mkdir(parents=True)
+    (here / "conf" / "data" / "votes.yaml").write_text(yaml.safe_dump(OPTION))
     rows = [{"answer": f"the answer {n} is {'good' * (n % 3)}", "liked": n % 3 > 0} for n in range(90)]
-    (tmp_path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
+    (here / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return here
 
 
 def test_a_wrong_setting_is_named(votes):

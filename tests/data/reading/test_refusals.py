@@ -28,22 +28,18 @@ KINDS = {"a.xlsx": "", "b.csv": "", "c.tsv": "", "sms": ""}
 REGRESSION = {"task": "regression"}
 FILES = [
     ("train.csv", "", ["has none"]),
-    ("train.csv", rows(), ["has none"]),
     ("train.jsonl", "\n", ["has none"]),
     ("train.csv", rows("a,x", "b,x,z"), ["line 3", "2 fields", "`data.delimiter`"]),
     ("train.csv", rows("b,x,z", "c,x,z"), ["does not match"]),
     ("train.csv", rows('"b,x', "c,y"), ["inside string"]),
-    ("train.csv", '"text,label\na,x\n', ["inside string"]),
     ("train.csv", "txt,label\na,b\n", ["`data.text`", "['txt', 'label']", "`data.columns`"]),
     ("train.csv", b"text,label\n\xff,b\n", ["UTF-8", "iconv -f cp1252 -t utf-8 train.csv > train-utf8.csv"]),
     ("train.csv.gz", GOOD, ["gzip"]),
     ("train.csv.gz", gzip.compress(GOOD.encode(), mtime=0)[:-9], ["ended"]),
     ("train.json", "[1", ["json"]),
     ("train.jsonl", '{"text": "a", "label": 1}\n{"text"}\n', ["JSON", "line 2"]),
-    ("train.jsonl", b"\xff", ["UTF-8"]),
     ("train.jsonl", '{"text": "a"}\n5\n', ["line 2", "an object", "5"]),
     ("train.json", '[{"text": "a"},\n{"text" "b"}]', ["line 2", "column 9"]),
-    ("train.jsonl.gz", '{"text": "a"}', ["gzip"]),
     ("train.parquet", "PAR1 but not really", ["parquet"]),
 ]
 ROWS = [
@@ -57,14 +53,12 @@ ROWS = [
     ([f"a{n},{n}" for n in range(30)], {}, [LABEL, "30 different values", "`data.task`"]),
     (["a,x", "b,y"], {}, ["`data.train`", "at least 3 different examples", "has 2"]),
 ]
-NO_FILES = ["*.parquet", "no/a.csv", "x" * 5000, "~nobody-here/a.csv"]
+NO_FILES = ["*.parquet", "x" * 5000, "~nobody-here/a.csv"]
 CHATS = [
     (jsonl_of({"prompt": "", "completion": "b"}), ["row 1 of 'train.jsonl'", "`prompt` ''", "`completion` 'b'"]),
     (jsonl_of({"prompt": "a", "completion": None}), ["text", "None"]),
     (jsonl_of({"prompt": "a"}), ["'train.jsonl'", "['prompt']", "`data.prompt`", "`data.messages`"]),
     (jsonl_of({"messages": "hi"}), ["list of messages", "'hi'"]),
-    (talk("hi"), ["`role` and `content`", "'hi'"]),
-    (talk(), ["assistant's", "[]"]),
     (talk(USER), ["assistant's", "'user'"]),
     (talk(said("user", [{"type": "image", "url": "x"}])), ["must have a text", "image"]),
     (talk(said("bot", "hi")), ["system, developer, user, assistant, tool", "'bot'"]),
@@ -76,7 +70,6 @@ CHATS = [
     (talk(USER, {**CALLING, "tool_calls": [{"name": "get", "arguments": "7"}]}), ["object"]),
     (talk(USER, {**CALLING, "tool_calls": "get()"}), ["JSON list", "'get()'"]),
     (talk(USER, {**ANSWER, "weight": 0.5}), ["weight 0", "0.5", "message 2"]),
-    (talk(USER, {**ANSWER, "weight": "0"}), ["weight 0", "'0'", "message 2"]),
     (talk(USER, {**ANSWER, "weight": 0}), ["whose weight is not 0"]),
     (talk(USER, ANSWER, tools="get"), ["JSON list", "`tools`", "'get'"]),
 ]
@@ -124,12 +117,6 @@ CASES = [
         {"train.jsonl": jsonl_of(labelled("x"), labelled({"a": 1}))},
         {},
         ["row 2", "must have texts"],
-    ),
-    (
-        "table",
-        {"train.jsonl": jsonl_of(labelled([["a"]]), labelled(None))},
-        {},
-        ["row 1", "must have texts"],
     ),
     (
         "table",

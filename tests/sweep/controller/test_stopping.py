@@ -70,10 +70,3 @@ def test_nothing_is_stopped_without_an_untrained_score_of_the_metric():
     scores = {"accuracy": 0.1, "loss": 9.0}
     assert explain(scores, untrained={}) is None
     assert explain(scores, untrained={"loss": 0.1}) is None
-
-
-def test_lower_is_better_for_text():
-    metric = ScoreMetric(name="bits_per_byte", direction="minimize")
-    untrained = {"bits_per_byte": 2.0}
-    assert explain({"bits_per_byte": 2.1, "loss": 1.0}, untrained=untrained, metric=metric)
-    assert explain({"bits_per_byte": 1.9, "loss": 1.0}, untrained=untrained, metric=metric) is None

@@ -109,23 +109,6 @@ def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content)
     assert (config.optim.lr, dict(config.optim.arguments)) == (0.1, {"momentum": 0.9, "dampening": 0.2})
 
 
-def test_a_list_for_a_setting_that_is_always_a_list_is_its_value_and_no_choice(read, content):
-    words = ["method.exclude=[k_proj,o_proj]", "method.targets=[q_proj,v_proj]"]
-    words += ["logger=[tensorboard,csv]", "arms.lora.callbacks=[lr_monitor,device_stats]"]
-    definition = read(content, *words, "confirm.seeds=[3,5]")
-    lora, full = (arms_of(definition)[name] for name in ("lora", "full"))
-    assert set(lora.space) == {"method.rank", "optim.lr"}
-    config = lora.base
-    assert config.method.targets == ("q_proj", "v_proj")
-    assert config.method.exclude == ("k_proj", "o_proj")
-    assert (list(config.logger), list(config.callbacks)) == (["tensorboard", "csv"], ["lr_monitor", "device_stats"])
-    assert list(full.base.callbacks) == []
-    assert {arm.sweep_config.confirm.seeds for arm in definition.arms} == {(3, 5)}
-    content["settings"] = {"data": "table", "data.train": "topics.csv", "model": "tiny", "model.kind": "classifier"}
-    arms = arms_of(read(content, "data.columns=[label,title,text]"))
-    assert {arm.base.data.columns for arm in arms.values()} == {("label", "title", "text")}
-
-
 def test_a_swept_group_leaves_its_settings_alone(read, content):
     content["settings"]["schedule.warmup_fraction"] = 0.5
     lora = arms_of(read(content, "arms.lora.schedule=choice(linear,cosine)"))["lora"]
@@ -134,25 +117,15 @@ def test_a_swept_group_leaves_its_settings_alone(read, content):
     assert {config.schedule.warmup_fraction for config in lora.corner_configs} == {0.5}
 
 
-def test_paths_of_files_are_kept_absolute_so_that_a_sweep_goes_on_from_anywhere(read, content, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_paths_of_files_are_kept_absolute_so_that_a_sweep_goes_on_from_anywhere(read, content, here):
     for name in ("a.txt", "b.txt", "train"):
-        (tmp_path / name).write_text("some text")
+        (here / name).write_text("some text")
     content["settings"] |= {"data": "text", "data.train": "./a.txt"}
     definition = read(content, "data.validation='*.txt'", "arms.lora.data.test=b.txt")
-    assert definition.raw["file"]["settings"]["data.train"] == str(tmp_path / "a.txt")
-    assert definition.raw["overrides"]["data.validation"] == str(tmp_path / "*.txt")
-    assert definition.raw["overrides"]["arms.lora.data.test"] == str(tmp_path / "b.txt")
+    assert definition.raw["file"]["settings"]["data.train"] == str(here / "a.txt")
+    assert definition.raw["overrides"]["data.validation"] == str(here / "*.txt")
+    assert definition.raw["overrides"]["arms.lora.data.test"] == str(here / "b.txt")
     assert read(content, "data.train=train").raw["overrides"]["data.train"] == "train"  # may be a split of the hub
-
-
-@pytest.mark.parametrize(
-    "override", ["method.rank_pattern={down_proj:2}", "++arms.lora.method.rank_pattern.down_proj=2"]
-)
-def test_a_mapping_by_layer_is_a_value_and_no_range(read, content, override):
-    lora = arms_of(read(content, override))["lora"]
-    assert lora.base.method.rank_pattern == {"down_proj": 2}
-    assert not any(key.startswith("method.rank_pattern") for key in lora.space)
 
 
 def test_a_definition_comes_back_from_its_record(read, content):

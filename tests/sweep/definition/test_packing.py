@@ -102,11 +102,10 @@ def test_arms_that_train_weights_of_the_base_have_it_unquantised(read, content):
     assert quantizations(definition) == {"frozen": {"nf4"}, "lora": {"nf4"}, "full": {"none"}, "head": {"none"}}
 
 
-def test_a_model_of_the_sweep_may_be_quantised_by_its_file(read, content, tmp_path, monkeypatch):
-    folder = tmp_path / "conf" / "model"
+def test_a_model_of_the_sweep_may_be_quantised_by_its_file(read, content, here):
+    folder = here / "conf" / "model"
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text("defaults: [causal_lm, _self_]\nname: mine\npath: own/name\nquantization: nf4\n")
-    monkeypatch.chdir(tmp_path)
     content["settings"]["model"] = "mine"
     assert quantizations(read(content))["full"] == {"none"}
     content["settings"]["model"] = "tiny"

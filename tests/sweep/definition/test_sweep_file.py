@@ -3,7 +3,6 @@
 import pytest
 
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.definition.overrides import Overrides
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
 
@@ -13,26 +12,13 @@ def refuse(words, function, *arguments, **named):
     assert [word for word in words if word not in str(raised.value)] == []
 
 
-def test_a_sweep_is_found_by_path_or_name(write_file, content, tmp_path, monkeypatch):
+def test_a_sweep_is_found_by_path_or_name(write_file, content, here):
     path = write_file(content)
     assert find_sweep_file(str(path)) == path
     assert find_sweep_file("quickstart").name == "quickstart.yaml"
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "sweeps").mkdir()
-    (tmp_path / "sweeps" / "quickstart.yaml").write_text("name: mine\n")
-    assert find_sweep_file("quickstart") == tmp_path / "sweeps" / "quickstart.yaml"
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("nothing.yaml", ["'nothing.yaml'", "or a YAML file"]),
-        ("some/where", ["'some/where'", "or a YAML file"]),
-        ("quickstat", ["'quickstat'", "`quickstart`"]),
-    ],
-)
-def test_a_sweep_that_is_not_there_is_refused(name, words):
-    refuse(words, find_sweep_file, name)
+    (here / "sweeps").mkdir()
+    (here / "sweeps" / "quickstart.yaml").write_text("name: mine\n")
+    assert find_sweep_file("quickstart") == here / "sweeps" / "quickstart.yaml"
 
 
 @pytest.mark.parametrize(
@@ -49,10 +35,6 @@ def test_a_file_that_is_no_sweep_is_refused_and_no_code_runs(read, here, text):
     assert not (here / "ran").exists()
 
 
-def test_a_misspelt_field_of_an_arm_on_the_command_line_is_named():
-    refuse(["`arms.lora.trails`", "Did you mean `trials`?"], Overrides.parse, {"arms.lora.trails": 3})
-
-
 LORA = "arms", "lora"
 
 
@@ -67,20 +49,12 @@ LORA = "arms", "lora"
         (["arms"], {str(number): {} for number in range(101)}, ["`arms`", "1 to 100 arms", "has 101"]),
         ([*LORA, "space", "method.rank"], list(range(1, 1002)), ["`method.rank`", "at most 1,000", "has 1,001"]),
         (["settings", "sweep.output"], "a\0b", ["`sweep.output`", "NUL", r"'a\x00b'"]),
-        (["settings", "model.path"], "a\0b", ["`model.path`", "NUL"]),
         ([*LORA, "spaces"], {}, ["`arms.lora.spaces`", "`arms.lora.space`"]),
-        ([*LORA, "trials"], "six", ["`arms.lora.trials`", "a whole number", "'six'"]),
         (["arms", "frozen", "trials"], 2, ["`arms.frozen.trials`", "2", "Add a `space`"]),
-        (["settings", "optim.lrr"], 1, ["`frozen`", "`optim.lrr`", "`optim.lr`"]),
-        ([*LORA, "settings", "method"], "lorra", ["`method`", "'lorra'", "`lora`"]),
-        ([*LORA, "space", "method.rnk"], [1], ["`method.rnk`", "`method.rank`"]),
         ([*LORA, "space", "method.rank"], [4, 0], ["`lora`", "`method.rank >= 1`", "0"]),
-        ([*LORA, "space", "optim.lr"], {"low": 0.1, "high": 0.01}, ["`lora`", "`optim.lr`", "`low <= high`"]),
         ([*LORA, "space", "optim.beta1"], {"low": 0.5, "high": 1.5}, ["`lora`", "optim.beta1", "1.5"]),
-        (["settings", "sampler"], "tpee", ["`sampler`", "'tpee'", "`tpe`"]),
         ([*LORA, "confirm_each"], "method.rnak", ["confirm_each", "method.rnak", "method.rank"]),
         ([*LORA, "confirm_each"], "optim.lr", ["confirm_each", "optim.lr", "a list"]),
-        ([*LORA, "confirm_each"], 3, ["confirm_each", "3"]),
         (["arms", "lora-rank-2"], {"settings": {"method": "lora"}}, ["lora-rank-2", "rename"]),
     ],
 )
@@ -97,15 +71,10 @@ def test_a_wrong_key_or_value_of_a_file_is_refused(read, content, path, value, w
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["optim.lrr=1"], ["`optim.lrr`", "`optim.lr`"]),
         (["method.rnk=1"], ["`method.rnk`", "at least one arm (frozen, full, lora)", "`method.rank`"]),
         (["arms.lorra.optim.lr=1"], ["`arms.lorra.optim.lr`", "at least one arm (frozen, full, lora)"]),
-        (["arms.lora.method.rnk=1"], ["`lora`", "`method.rnk`", "`method.rank`"]),
-        (["arms.lora.trials=many"], ["`arms.lora.trials`", "a whole number", "'many'"]),
-        (["trials=4"], ["`trials` is not a setting"]),
         (["arms.lora={trials: 2}"], ["`arms.lora={...}`", "a new arm", "`arms.lora.KEY=VALUE`"]),
         (["arms.lora=2"], ["`arms.lora`", "null", "but got 2", "`arms.lora.KEY=VALUE`"]),
-        (["arms.lroa=null"], ["`arms.lroa=null`", "`arms.lora`"]),
         (["~arms.lora"], ["~arms.lora", "`arms.ARM=null`"]),
         (["+experiment=quick_check"], ["+experiment=quick_check", "`lorasweep train`"]),
         (["output=mine"], ["`output`", "'mine'", "`sweep.output=DIR`"]),

@@ -20,7 +20,6 @@ from lorasweep.sweep.cost import estimate_cost
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.measure import scale_up, train_briefly
 from lorasweep.tasks.preferences.dpo import Dpo
-from lorasweep.tasks.preferences.settings import DpoConfig
 from lorasweep.tasks.splits import build_objective
 from lorasweep.tasks.task import read_source
 from lorasweep.training.evaluation import evaluate_model, score_split
@@ -243,12 +242,6 @@ def test_the_test_split_is_scored_at_its_first_use_and_nothing_twice(tmp_path, c
     assert inputs.data.test() is inputs.data.test()
     assert sum(calls) == 3 * 24
     assert len(read_files(tmp_path)) == 3
-
-
-def test_pairs_of_answers_are_learned_by_dpo_with_its_defaults():
-    chosen = compose_run({"data": "preferences", "data.train": "pairs.jsonl"}).objective
-    assert chosen == DpoConfig(beta=0.1, label_smoothing=0.0)
-    assert (chosen.slot_keys, replace(chosen, beta=0.3).shared) == (("beta",), chosen)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
 """The split of the standard library: fixed by names, disjoint, with nothing of a held-out module in pre-training."""
 
 import pytest
-from tests.data.conftest import make_data
 from write_stdlib import NUM_PRETRAINING_BUCKETS, assign_bucket, get_module_key
 
-from lorasweep.tasks.task import read_source
 from lorasweep.tasks.text.stdlib import read_stdlib
 from lorasweep.training.inputs import load_inputs
 
@@ -27,12 +25,6 @@ def test_no_packaged_module_was_pretrained_on():
     source = read_stdlib("stdlib_code")
     names = [document.name for split in (source.train, source.validation, source.test()) for document in split.items]
     assert all(assign_bucket(get_module_key(name)) >= NUM_PRETRAINING_BUCKETS for name in names)
-
-
-def test_embedded_text_comes_as_documents_in_its_own_splits():
-    source = read_source(make_data("stdlib_docs"))
-    assert (source.label_kind, source.label_names, source.notes) == (None, (), ())
-    assert source.test() is source.test()
 
 
 def test_a_share_of_the_training_documents_is_whole_and_contains_every_smaller_share(make_config):
