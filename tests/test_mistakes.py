@@ -20,7 +20,6 @@ TYPOS = [
     (["sweep", "quickstart", "optim.learning_rate=1e-3"], ["`optim.learning_rate`", "Did you mean `optim.lr`?"]),
     (["sweep", "quickstart", "lora_r=4"], ["`lora_r`", "Did you mean `method.rank`?"]),
     (["sweep", "quickstart", "method.lora_alpha=4"], ["Did you mean `method.alpha`?"]),
-    (["sweep", "quickstart", "num_train_epochs=2"], ["Did you mean `sweep.epochs`?"]),
     (["sweep", "quickstart", "trials=4"], ["Did you mean `sweep.trials`?"]),
     (["sweep", "quickstart", "arms.lora.trails=3"], ["`arms.lora.trails`", "Did you mean `trials`?"]),
     (["sweep", "quickstart", "arms.lroa.trials=3"], ["Did you mean `arms.lora.trials`?"]),
@@ -44,7 +43,6 @@ TYPOS = [
 ]
 TYPES = [
     (["train", "trainer.max_steps=many"], ["`trainer.max_steps` must be a whole number", "'many'"]),
-    (["train", "trainer.batch_size=2.5"], ["`trainer.batch_size` must be a whole number", "2.5"]),
     (["train", "optim.lr=high"], ["`optim.lr` must be a number", "'high'"]),
     (["train", "trainer.progress=maybe"], ["`trainer.progress` must be true or false"]),
     (["train", "seed=-1"], ["`seed", ">= 0"]),
@@ -55,7 +53,6 @@ TYPES = [
 RANGES = [
     (["train", "method.rank=0"], ["`method.rank >= 1` must hold, but got 0"]),
     (["train", "optim.lr=-1"], ["`optim.lr > 0` must hold"]),
-    (["train", "method.dropout=1.5"], ["`method.dropout < 1` must hold"]),
     (["sweep", "quickstart", "confirm.seeds=2000"], ["`confirm.seeds"]),
     (["sweep", "quickstart", "confirm.margin=200%"], ["`confirm.margin`"]),
     (["sweep", "quickstart", "sweep.epochs=0"], ["`sweep.epochs > 0` must hold"]),

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from lorasweep.config.build import as_settings, build
 from lorasweep.config.components import Component, find_class, instantiate
 from lorasweep.errors import ConfigError
 
@@ -16,15 +15,6 @@ QMC = "optuna.samplers.QMCSampler"
 
 def named(target, **arguments):
     return Component(target=target, arguments=arguments)
-
-
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-def test_a_part_inside_of_a_part_is_made():
-    inner = {"_target_": TPE, "n_startup_trials": 25}
-    outer = named("optuna.samplers.PartialFixedSampler", fixed_params={"optim.lr": 0.1}, base_sampler=inner)
-    made = instantiate(outer, key="sampler", expected=SAMPLER)
-    assert type(made._base_sampler) is optuna.samplers.TPESampler
-    assert made._base_sampler._n_startup_trials == 25
 
 
 def test_what_the_caller_hands_over_is_the_same_object_and_wins():
@@ -69,12 +59,3 @@ def test_a_module_that_fails_when_it_is_imported_is_one_sentence(tmp_path, monke
         ConfigError, match=r"`sampler._target_` must be .* got 'broken_module.Sampler': RuntimeError: no"
     ):
         find_class("broken_module.Sampler", key="sampler", expected=SAMPLER)
-
-
-def test_settings_of_a_part_are_the_same_after_a_round_trip():
-    given = {"_target_": QMC, "seed": 25, "inner": {"_target_": TPE}, "list": [1]}
-    made = build(Component, given, key="sampler")
-    assert (made.target, made.name) == (QMC, "QMCSampler")
-    assert as_settings(made) == given
-    with pytest.raises(ConfigError, match=r"`sampler._target_` must be set, but is missing"):
-        build(Component, {"seed": 25}, key="sampler")

@@ -83,16 +83,13 @@ def test_a_new_head_trains_and_is_saved(tmp_path):
     ("settings", "message"),
     [
         ({}, "must make None with `method.config`"),
-        ({"peft_type": "vra"}, "must make 'vra' with `method.config`"),
         ({"peft_type": "VERA", "target_module": ["q_proj"]}, "VERA.*`method.config`.*'target_module'"),
         ({"peft_type": "VERA", "target_modules": ["q_prj"]}, "VERA .*`method.config`.*target_modules"),
-        ({"peft_type": "VERA", "r": 0, **TARGETS}, "VERA .*`method.config`"),
         ({**LORA, "megatron_config": {"a": 1}, "megatron_core": "os"}, "LORA .*'os'"),
         ({**LORA, "init_lora_weights": "what"}, "'what'"),
         ({**LORA, "init_lora_weights": "olora"}, "as it is, but got .olora"),
         ({**LORA, "init_lora_weights": "eva"}, "no calls or data, .* 'eva'"),
         ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2}, "must replace layers .* PREFIX_TUNING"),
-        ({"peft_type": "XLORA"}, "XLORA"),
         ({"peft_type": "ADALORA", "total_step": 9, **TARGETS}, "no calls or data, .* 'ADALORA'"),
     ],
 )

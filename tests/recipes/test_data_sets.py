@@ -48,8 +48,6 @@ def test_the_types_of_axolotl(read, entry, expected):
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("chatml.intel", {"data.prompt": "question"}),
-        ("llama3.ultra", {"data.prompt": "prompt"}),
         ("chatml.argilla", {"data.prompt": "instruction", "data.chosen": "chosen_response"}),
         ("chat_template.default", {"data.prompt": "messages", "data.chosen": "chosen"}),
     ],

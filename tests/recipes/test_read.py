@@ -246,11 +246,8 @@ def test_lora_plus_is_a_setting_of_the_arms_of_lora(read):
     [
         ({"optimizer": "adamw_bnb_8bit"}, ("optimizer", "32-bit states")),
         ({"lora_target_modules": None}, ("lora_target_modules", "all linear layers")),
-        ({"chat_template": "llama3"}, ("chat_template", "model's own chat template")),
-        ({"train_on_inputs": True}, ("train_on_inputs", "only answers are scored")),
         ({"load_in_4bit": None, "load_in_8bit": True}, ("load_in_8bit", "16 bits")),
         ({"trust_remote_code": True}, ("trust_remote_code", "model.trust_remote_code=true")),
-        ({"deepspeed": "zero2.json"}, ("deepspeed", "several GPUs")),
         ({"liger_rope": True}, ("liger_rope", "rounding")),
     ],
 )
@@ -299,10 +296,8 @@ def test_what_is_refused_names_the_key_and_the_reason(read, tmp_path, values, ch
     [
         "",
         "- base_model",
-        "just text",
         "base_model: [",
         "base_model: !!python/object/apply:os.system [echo]",
-        "base_model: 2024-99-99",
         "base_model: \x00",
         "model: org/base\nlr: 1",
     ],

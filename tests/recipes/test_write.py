@@ -301,10 +301,8 @@ def test_a_wrong_file_or_arm_is_one_sentence(sweep, capsys, case):
 @pytest.mark.parametrize(
     "words",
     [
-        "--format axolotl",
         "--format axolotl --out new",
         "--format axolotl --into theirs.yaml --out new",
-        "--format axolotl --into missing.yaml",
         "--format axolotl --into s",
     ],
 )

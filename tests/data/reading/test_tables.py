@@ -89,12 +89,6 @@ def test_files_without_a_header_are_read_by_the_given_columns(write, name, conte
     assert read(path, columns=["label", "title", "text"], **rules) == [("so, and so", "x"), ("NA", "01")]
 
 
-@pytest.mark.parametrize("last", [{"label": "two"}, {"label": ["a"]}, {"label": 1, "other": 1}])
-def test_rows_of_a_json_file_may_be_of_different_types(write, last):
-    rows = [{"text": "first", "label": 0}, {"text": "end", **last}]
-    assert read(write("a.jsonl", "\n".join(map(json.dumps, rows))))[-1] == ("end", last["label"])
-
-
 def test_row_is_named_by_its_file_and_number(write):
     def refuse(word, text, label, group):
         if text == word:

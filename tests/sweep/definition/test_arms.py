@@ -97,18 +97,6 @@ def test_the_settings_of_the_sweep_are_set_once(read, content, words, of_arm):
         read(content, *words)
 
 
-def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content):
-    content["arms"]["lora"]["settings"]["optim"] = "sgd"
-    content["arms"]["lora"]["space"] |= {"optim.dampening": {"low": 0.0, "high": 0.5}}
-    words = ["optim.lr=tag(log,interval(0.01,1.0))", "arms.lora.optim.momentum=choice(0,0.9)"]
-    lora = arms_of(read(content, *words))["lora"]
-    assert lora.space["optim.momentum"] == Range(choices=[0, 0.9])
-    assert lora.space["optim.dampening"] == Range(low=0.0, high=0.5)
-    assert lora.space["optim.lr"] == Range(low=0.01, high=1.0, log=True)
-    config = lora.compose({"method.rank": 1, "optim.lr": 0.1, "optim.momentum": 0.9, "optim.dampening": 0.2})
-    assert (config.optim.lr, dict(config.optim.arguments)) == (0.1, {"momentum": 0.9, "dampening": 0.2})
-
-
 def test_a_swept_group_leaves_its_settings_alone(read, content):
     content["settings"]["schedule.warmup_fraction"] = 0.5
     lora = arms_of(read(content, "arms.lora.schedule=choice(linear,cosine)"))["lora"]

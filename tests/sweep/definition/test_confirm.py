@@ -86,12 +86,10 @@ def test_seeds_make_no_difference_to_the_frozen_base_of_a_language_model_alone(d
         ({}, ["arms.lora.trainer.max_steps=10"], "Arms train on unequal numbers of tokens per trial"),
         ({}, ["arms.lora.trainer.max_steps=9"], None),
         ({}, ["confirm.seeds=1"], "`confirm.seeds` is 1"),
-        ({}, ["confirm.seeds=2"], "`confirm.seeds` is 2"),
         ({}, ["confirm.seeds=3"], None),
         ({}, ["arms.lora.trials=20"], None),  # an arm with more dimensions needs more trials
         ({"full": None}, ["confirm.seeds=3"], None),  # a share of the best arm's gain
         ({"frozen": None}, ["confirm.seeds=3"], "`confirm.margin` is 5%"),
-        ({"full": None}, ["confirm.seeds=3", "confirm.margin=0.01"], None),
         ({"full": None}, ["confirm.seeds=0"], None),
         ({"full": None, "other": OTHER}, ["confirm.seeds=3", "confirm.margin=0.01"], None),
         ({}, ["confirm.seeds=3", "method.alpha=33"], "lora reaches a factor on B A (such as α/r) above 16"),

@@ -18,13 +18,11 @@ def parse(override):
     [
         ("method.targets=[q_proj,v_proj]", ["q_proj", "v_proj"]),
         ("module.new_modules=[head]", ["head"]),
-        ("data.labels=[bad,good]", ["bad", "good"]),
         ("logger=[csv,tensorboard]", ["csv", "tensorboard"]),
         ("method.rank_pattern={low: 1, high: 2}", {"low": 1, "high": 2}),  # names of layers
         ("data.template_arguments={high: 2}", {"high": 2}),
         ("trainer.strategy={_target_: a.B, low: 1}", {"_target_": "a.B", "low": 1}),
         ("confirm.seeds=[3,6]", [3, 6]),
-        ("worker.setup=[a,b]", ["a", "b"]),
     ],
 )
 def test_a_list_or_mapping_for_a_setting_that_holds_one_is_its_value(override, value):
@@ -36,7 +34,6 @@ def test_a_list_or_mapping_for_a_setting_that_holds_one_is_its_value(override, v
     [
         ("method.rank=1,4", Range(choices=[1, 4])),
         ("schedule=linear,cosine", Range(choices=["linear", "cosine"])),
-        ("trainer.strategy=ddp,fsdp", Range(choices=["ddp", "fsdp"])),
         ("method.rank=interval(1,8)", Range(low=1, high=8, is_whole=True)),
         ("trainer.early_stop_evaluations=interval(2,4)", Range(low=2, high=4, is_whole=True)),  # an int or null
         ("optim.lr={low: 1, high: 2}", Range(low=1.0, high=2.0)),

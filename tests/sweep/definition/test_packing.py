@@ -128,12 +128,9 @@ def test_arms_on_different_bases_share_no_packs(read, content):
 @pytest.mark.parametrize(
     ("num", "slots", "workers", "sizes"),
     [
-        (9, 4, 1, [3, 3, 3]),
-        (14, 8, 1, [7, 7]),
         (7, 4, 1, [4, 3]),
         (8, 8, 3, [3, 3, 2]),
         (2, 8, 5, [1, 1]),
-        (3, 1, 1, [1, 1, 1]),
         (0, 4, 2, []),
     ],
 )

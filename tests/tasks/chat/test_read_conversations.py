@@ -10,7 +10,6 @@ from tests.data.conftest import SPLITS, jsonl_of, said
     ("columns", "settings"),
     [
         (("prompt", "completion"), {}),
-        (("prompt", "response"), {}),
         (("question", "answer"), {}),
         (("so", "and so"), {"prompt": "so", "completion": "and so"}),
     ],

@@ -115,8 +115,7 @@ RENDERED = {
         [("<|s|>You help.<|end|>\n" + START + "yes<|end|>", "yes<|end|>")],
     ),
     "marks what is scored": ((MARKED, TALK[:2], {}), [(START + "Well: yes<|end|>", "yes<|end|>")]),
-    "today": ((DATED, TALK[:2], {}), [("<|s|>26 Jul 2024<|end|>" + START + "yes<|end|>", "yes<|end|>")]),
-    "another day": (
+    "the day of the settings": (
         (DATED, TALK[:2], {"template_date": "2031-01-02"}),
         [("<|s|>02 Jan 2031<|end|>" + START + "yes<|end|>", "yes<|end|>")],
     ),

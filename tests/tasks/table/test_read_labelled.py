@@ -22,12 +22,9 @@ def learn(values, *, task="auto", class_names=()):
         (["pos", " neg", "pos "], "single_label", ("neg", "pos")),
         (["10", "9", "9"], "single_label", ("9", "10")),
         ([10, 9.0, "9"], "single_label", ("9", "10")),
-        (["-1", "1"], "single_label", ("-1", "1")),
         (["007", "7"], "single_label", ("007", "7")),
         ([True, False], "single_label", ("false", "true")),
-        (["b", "1"], "single_label", ("1", "b")),
         (["1", "0.5"], "regression", ()),
-        ([1, 0.5], "regression", ()),
         (["1e-3", "5"], "regression", ()),
     ],
 )
