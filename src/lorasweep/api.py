@@ -352,7 +352,11 @@ def _define(
     elif named is not None and sys.stderr.isatty():
         on_note(f"{named.name}: loads torch, the model and the data")
     session = _start_session(began_s, on_note)
-    return session, session.define(named, typed), typed
+    if named is None:
+        from lorasweep.sweep.draft import draft_definition
+
+        named = draft_definition(typed, session.inputs_cache, on_note=on_note)
+    return session, named, typed
 
 
 def _start_session(began_s: float, on_note: OnNote) -> Session:

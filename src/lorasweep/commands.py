@@ -51,7 +51,8 @@ def sweep(arguments: argparse.Namespace) -> Outcome:
     except SweepInterrupted as interrupt:
         from lorasweep.results import load_sweep
 
-        return _say_how_to_resume(load_sweep(interrupt.folder))
+        say_error(f"stopped. To resume type `lorasweep sweep --resume {interrupt.folder}`")
+        return Outcome(load_sweep(interrupt.folder), INTERRUPTED_EXIT_CODE)
     _show_report(result, verbose=arguments.verbose)
     return Outcome(result, _say_unconfirmed(result))
 
@@ -95,11 +96,9 @@ def status(arguments: argparse.Namespace) -> Outcome:
     now = read_status(_choose_sweep(arguments.folder))
     show(render_status(now))
     if now.state == "complete":
-        from lorasweep.report.terminal import list_lines
         from lorasweep.results import load_sweep
 
-        for question, headline, _ in list_lines(load_sweep(now.folder).findings):
-            say(f"{question} {headline}")
+        say(repr(load_sweep(now.folder)))
     return Outcome(now)
 
 
@@ -301,17 +300,12 @@ def help(arguments: argparse.Namespace) -> Outcome:
     elif parser is not None:
         say(parser.format_help().removesuffix("\n"))
     elif name in files:
-        lines = files[name].read_text(encoding="utf-8").splitlines()
-        say(
-            "\n".join(line.removeprefix("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
-        )
+        head = itertools.takewhile(lambda line: line.startswith("#"), files[name].read_text("utf-8").splitlines())
+        say("\n".join(line.removeprefix("# ") for line in head))
     elif not shown:
         keys = [part for one in settings for part in (one.key, one.key.partition(".")[0], *one.options)]
-        names = [*arguments.commands, *files, *keys]
-        same = [one.key for one in settings if one.key.endswith(f".{name.rpartition('.')[2]}")][:1]
-        near = suggest_nearest(name, names) or "".join(f" Did you mean `{key}`?" for key in same)
-        if option:
-            near = suggest_nearest(name, [f"{group}={kind}" for one in settings for kind in one.options])
+        of_group = [f"{group}={kind}" for one in settings for kind in one.options] if option else []
+        near = suggest_nearest(name, of_group or [*arguments.commands, *files, *keys])
         raise ConfigError(
             f"`lorasweep help` must get a setting, a group, a command or a sweep, but got {shorten(name)}.{near}"
         )
@@ -333,28 +327,13 @@ def help(arguments: argparse.Namespace) -> Outcome:
 
 def _show_report(result: SweepResult, *, verbose: bool) -> None:
     """Prints the answers and the table of a sweep, the page, and what to type next."""
-    from lorasweep.report.terminal import list_commands, render_terminal
+    from lorasweep.report.terminal import render_terminal
+    from lorasweep.report.text import PURPOSES
 
     show(render_terminal(result.findings, verbose=verbose))
     say(f"report: {result.report}")
     if not verbose:
         say(f"All findings: lorasweep compare {result.folder} --verbose")
-        for purpose, command in list_commands(result.findings):
-            say(f"{purpose}: {command}")
-
-
-def _say_how_to_resume(result: SweepResult) -> Outcome:
-    from lorasweep.sweep.status import count_ended, read_status
-
-    arms = read_status(result.folder).arms
-    done, asked, what = sum(count_ended(arm.trials) for arm in arms), sum(arm.row.trials for arm in arms), "trials"
-    if done >= asked:
-        done, asked = sum(count_ended(arm.confirm) for arm in arms), sum(arm.num_confirm for arm in arms)
-        what = "confirm runs"
-    remedy = f"lorasweep sweep --resume {result.folder}"
-    try:
-        say_error(f"stopped with {done} of {asked} {what} done. To resume type:")
-        say_note(f"    {remedy}")
-    except KeyboardInterrupt:  # a further Ctrl-C
-        raise KeyboardInterrupt(f"To resume type `{remedy}`") from None
-    return Outcome(result, INTERRUPTED_EXIT_CODE)
+        for one in result.findings.recommended:
+            for purpose, command in one.commands.items():
+                say(f"{PURPOSES[purpose].format(one.subject.name)}: {command}")

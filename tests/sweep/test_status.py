@@ -13,7 +13,6 @@ from rich.console import Console
 from tests.sweep.conftest import UNTRAINED
 
 import lorasweep.sweep.status as status_file
-from lorasweep.commands import _say_how_to_resume
 from lorasweep.config.data import ScoreMetric
 from lorasweep.errors import RecordError
 from lorasweep.record import (
@@ -157,19 +156,8 @@ def test_swept_steps_count_in_the_time_left(running):
     assert (done, total) == (100, 100 + 300 + 2 * 200)  # trials to come have the mean of those so far
 
 
-def test_a_sweep_that_was_killed_is_interrupted(folder, capsys):
+def test_a_sweep_that_was_killed_is_interrupted(folder):
     assert read_status(folder).as_json()["status"] == load_sweep(folder).status == "interrupted"
-
-
-def test_a_sweep_that_is_stopped_says_how_much_of_its_stage_is_done(folder, capsys):
-    _say_how_to_resume(load_sweep(folder))
-    assert "stopped with 4 of 7 trials done" in capsys.readouterr().err
-    trials = [trial(number, "complete", 1.5) for number in range(2)]
-    confirm = [confirm_row(0, "complete", 1.5), confirm_row(1, "running")]
-    given = {"arms": [arm("lora", trials=2)], "settings": [setting()], "looks": [3], "confirm_seeds": [0, 1, 2]}
-    write_record(sweep_record(trials=trials, confirm=confirm, **given), folder)
-    _say_how_to_resume(load_sweep(folder))
-    assert "stopped with 1 of 3 confirm runs done" in capsys.readouterr().err
 
 
 def test_the_time_left_is_that_of_the_steps_left(running):

@@ -15,6 +15,7 @@ from typing import Any
 
 from lorasweep.config.command_line import format_override
 from lorasweep.config.run import LR, MIN_STEPS, STEPS_KEY
+from lorasweep.config.sweep import ENOUGH_SEEDS
 from lorasweep.disk import is_running
 from lorasweep.record import ArmRow
 from lorasweep.report.caveats import Learning, find_bounds
@@ -22,8 +23,6 @@ from lorasweep.report.evidence.verdicts import Answer, NextStep, StepName
 from lorasweep.report.recommend import choose_arm
 from lorasweep.report.sweep_data import SweepData
 
-MIN_USEFUL_SEEDS = 3
-"""Number of seeds that is advised where one seed was used. Fewer give a warning."""
 OTHER_ANSWERS = ("present", "retained")
 """Answers that the sweep does not state as questions."""
 SEEDS_RATIOS = (2, 4)
@@ -57,7 +56,7 @@ def find_next_step(answer: Answer, data: SweepData, learning: Learning) -> NextS
     if blocking.blocker == "no margin":
         return NextStep(name="none", needs=("no margin",))
     if blocking.blocker == "one seed":
-        seeds = max(MIN_USEFUL_SEEDS, *record.looks)  # an unplanned look may not be below the planned ones
+        seeds = max(ENOUGH_SEEDS, *record.looks)  # an unplanned look may not be below the planned ones
         return _add_seeds(seeds, data)
     numbers, is_asked = [ratio * max(record.looks) for ratio in SEEDS_RATIOS], answer.name not in OTHER_ANSWERS
     enough = numbers if not is_asked and blocking.blocker == "few seeds" else []
@@ -154,7 +153,7 @@ def _had_more_seeds(data: SweepData) -> bool:
     """Returns whether the sweep was resumed with more seeds, beyond those that give an error at all."""
     typed = [change.settings.get("confirm.seeds", 0) for change in data.record.changes]
     looks = [look for seeds in typed for look in (seeds if isinstance(seeds, list | tuple) else [seeds])]
-    return any(isinstance(look, int) and look > MIN_USEFUL_SEEDS for look in looks)
+    return any(isinstance(look, int) and look > ENOUGH_SEEDS for look in looks)
 
 
 def _add_seeds(num_seeds: int, data: SweepData) -> NextStep:

@@ -48,12 +48,6 @@ def _render_answers(findings: Findings) -> Iterator[Text]:
         yield from (Text(f"  {line}", no_wrap=True, overflow="ignore") for line in lines)
 
 
-def list_commands(findings: Findings) -> Iterator[tuple[str, str]]:
-    """Yields each command that uses the recommended settings, with its purpose."""
-    for one in findings.recommended:
-        yield from ((text.PURPOSES[name].format(one.subject.name), command) for name, command in one.commands.items())
-
-
 def _draw_subjects(data: SweepData) -> Table:
     """Returns a table with a row for each subject. It lacks columns of the page, to fit into 80 characters."""
     columns = text.list_columns(data)

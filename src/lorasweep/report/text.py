@@ -8,7 +8,7 @@ from typing import Any
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY
-from lorasweep.config.sweep import ENOUGH_TRIALS, parse_margin
+from lorasweep.config.sweep import ENOUGH_SEEDS, ENOUGH_TRIALS, parse_margin
 from lorasweep.record import QuestionName
 from lorasweep.report.caveats import Fault
 from lorasweep.report.evidence.estimates import Interval
@@ -24,7 +24,6 @@ from lorasweep.report.evidence.verdicts import (
     Verdict,
 )
 from lorasweep.report.facts import Findings, list_subject_rows
-from lorasweep.report.next_step import MIN_USEFUL_SEEDS
 from lorasweep.report.recommend import Recommendation, choose_subject
 from lorasweep.report.sweep_data import SubjectResult, SweepData
 from lorasweep.wording import (
@@ -97,15 +96,8 @@ OUTSIDE: Mapping[AnswerName, str] = {
     "retained": "Verdicts on what was forgotten are outside the 5 %.",
 }
 """A sentence for each kind of answer that the sweep does not state beforehand."""
-NO_EXAMPLE_SCORES = (
-    "Single test examples have no scores here, so intervals are over seeds alone: other test data may differ by more."
-)
 MAX_HARMLESS_CUT = 0.1
 """The share of training examples above which those that are cut off may explain that nothing was learned."""
-OTHER_SEARCH_METRIC = (
-    "The search chose settings by another metric than that of the verdicts, so the intervals do not include the chance "
-    "in the search."
-)
 
 
 def name_question(answer: Answer, data: SweepData) -> str:
@@ -159,7 +151,7 @@ def _describe_weakness(answer: Answer, data: SweepData) -> str:
     row, parts = answer.good or answer.rows[-1], []
     if not row.is_settled:
         return ""
-    if row.num_seeds < MIN_USEFUL_SEEDS:
+    if row.num_seeds < ENOUGH_SEEDS:
         parts.append(f"{row.num_seeds} seed{'s' if row.num_seeds > 1 else ''}")
     full = data.find_subject(row.reference) if answer.name == "as_good_as_full" else None
     if full and full.row.space and len(full.trials) < ENOUGH_TRIALS and row.verdict != "worse":
@@ -399,12 +391,8 @@ def _describe_cut_off(findings: Findings) -> list[str]:
     return [said] if cut_off else []
 
 
-def list_notes(findings: Findings) -> list[str]:
-    """Returns the sentences that are neither an answer nor a warning, the most important first."""
-    return [*_list_notes(findings)]
-
-
-def _list_notes(findings: Findings) -> Iterator[str]:
+def list_notes(findings: Findings) -> Iterator[str]:
+    """Yields the sentences that are neither an answer nor a warning, the most important first."""
     data, record, evidence = findings.data, findings.data.record, findings.data.evidence
     yield from [] if findings.has_many_cut_off else _describe_cut_off(findings)
     if evidence.means and data.other_metric:
@@ -441,9 +429,9 @@ def _list_notes(findings: Findings) -> Iterator[str]:
         yield from (OUTSIDE[name] for name in OUTSIDE if name in others)
         yield _describe_margin(data)
     if evidence.means and not evidence.scores.num_examples:
-        yield NO_EXAMPLE_SCORES
+        yield "Single test examples have no scores, so intervals are over seeds alone: other test data may differ more."
     if evidence.means and record.verdict_metric.name != record.search_metric.name:
-        yield OTHER_SEARCH_METRIC
+        yield "The search chose settings by another metric than that of the verdicts, which no interval includes."
     yield from (*evidence.scores.problems, *record.warnings, *record.notes)
 
 

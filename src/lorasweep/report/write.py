@@ -91,7 +91,7 @@ def build_summary(findings: Findings) -> dict[str, Any]:
         "steps_saved": data.steps_saved,
         "base": {"score": data.best_score("frozen")},
         "subjects": list_subject_rows(data),
-        "sentences": text.list_notes(findings),
+        "sentences": [*text.list_notes(findings)],
         "recommended": [
             {
                 "subject": one.subject.name,

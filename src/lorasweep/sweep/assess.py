@@ -89,29 +89,25 @@ def _describe_test_data(definition: Definition, inputs_cache: InputsCache) -> No
     test = splits.test()
     groups = set(test.groups)
     if len(groups) == 1:
-        return Note(
-            kind="sweep",
-            text=f"All test examples ({len(test)}) are in one group ({groups.pop()!r}), which says nothing about other "
-            "groups: verdicts will hold for this group alone. Give test data of at least 20 groups.",
-        )
-    of_groups = f" in {len(groups):,} groups" if groups and len(groups) < len(test) else ""
-    text, number = f"The verdicts rest on {len(test):,} test examples{of_groups}", len(groups) or len(test)
-    further = "; four times as many settle half the difference."
-    if splits.metric != "accuracy":
-        return Note(kind="sweep", text=text + further)
-    shown = POWER * math.sqrt(ASSUMED_DISAGREEMENT / number)
-    text += f": they probably show a difference of {100 * shown:.1f} points of accuracy"
+        text = f"All test examples ({len(test)}) are in one group ({groups.pop()!r}), which says nothing about other "
+        text += "groups: verdicts will hold for this group alone. Give test data of at least 20 groups."
+        return Note(kind="sweep", text=text)
+    number, of_groups = len(groups) or len(test), f" in {len(groups):,} groups" if 0 < len(groups) < len(test) else ""
+    text, shown = f"The verdicts rest on {len(test):,} test examples{of_groups}", 0.0
     margin, constant = parse_margin(confirm.margin), score_constant_answer(definition, inputs_cache).get("accuracy", 0)
     # a base is seldom worse than the most frequent label, so this is the largest gain
     unit = (1 - constant or 1.0) if margin.is_share_of_gain else 1.0
+    if splits.metric == "accuracy":
+        shown = POWER * math.sqrt(ASSUMED_DISAGREEMENT / number)
+        text += f": they probably show a difference of {100 * shown:.1f} points of accuracy"
     if shown <= margin.value * unit or not list_questions(definition):
-        return Note(kind="sweep", text=text + further)
+        return Note(kind="sweep", text=f"{text}; four times as many settle half the difference.")
     enough = math.ceil(ASSUMED_DISAGREEMENT * (POWER / (margin.value * unit)) ** 2)
     larger = math.ceil(1000 * shown / unit) / 1000
     most, typed = ("at most ", f"{100 * larger:g}%") if margin.is_share_of_gain else ("", f"{larger:g}")
-    return Note(
-        kind="warning",
-        text=f"{text}, but `confirm.margin` ({confirm.margin}) is {most}{100 * margin.value * unit:.1f} points, so "
-        f"most answers will stay open. Give {enough:,} test {'groups' if of_groups else 'examples'} (`data.test=FILE`)"
-        + (f", or a larger margin (`confirm.margin={typed}`)." if larger < 1 else "."),
+    text += (
+        f", but `confirm.margin` ({confirm.margin}) is {most}{100 * margin.value * unit:.1f} points, so most answers "
     )
+    text += f"will stay open. Give {enough:,} test {'groups' if of_groups else 'examples'} (`data.test=FILE`)"
+    text += f", or a larger margin (`confirm.margin={typed}`)." if larger < 1 else "."
+    return Note(kind="warning", text=text)

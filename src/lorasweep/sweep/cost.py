@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from lorasweep.config.run import MIN_STEPS, STEPS_KEY, RunConfig
-from lorasweep.config.sweep import ENOUGH_TRIALS, SlurmWorkers
+from lorasweep.config.sweep import ENOUGH_SEEDS, ENOUGH_TRIALS, SlurmWorkers
 from lorasweep.errors import ConfigError
 from lorasweep.record import QuestionName
 from lorasweep.sweep.controller.proposals import find_batch_start
@@ -22,8 +22,6 @@ from lorasweep.wording import format_seconds, format_share, join_words
 
 INTERVAL_KEY = "trainer.eval_every_steps"
 OPEN = "small differences stay open"
-MIN_SEEDS = 3
-"""Minimum number of confirm seeds that `--minutes` leaves. Fewer seeds leave nearly every question open."""
 MIN_TRIALS = 6
 """Minimum number of trials that `--minutes` leaves to the arm with most. Fewer can't search two decades of rates."""
 MIN_EXAMPLES = 200
@@ -303,7 +301,7 @@ def _overlap(key: str, other: str) -> bool:
 def _cut_seeds(definition: Definition) -> Iterator[Cut]:
     seeds, looks = definition.sweep_config.confirm.seeds, definition.sweep_config.confirm.list_looks()
     fewer = [looks[:end] for end in range(len(looks) - 1, 0, -1)]
-    for kept in [*fewer, (MIN_SEEDS,)] if looks and looks[0] > MIN_SEEDS else fewer:
+    for kept in [*fewer, (ENOUGH_SEEDS,)] if looks and looks[0] > ENOUGH_SEEDS else fewer:
         value = kept[-1] if isinstance(seeds, int) else list(kept)
         yield Cut("seeds", {"confirm.seeds": value}, f"at most {kept[-1]} of {looks[-1]} seeds ({OPEN})")
 

@@ -55,8 +55,6 @@ LENGTHS = (128, 256, 512, 1024, 2048)
 MAX_STEPS = 900
 """Upper bound of the steps that `sweep.epochs` sets, because a sweep trains dozens of runs. `MIN_STEPS` is the lower
 one."""
-MAX_SHORTER_FRACTION = 0.05
-"""A sweep that follows a file and trains less than it by more than this fraction says so."""
 MAX_BALANCED_SHARE = 0.8
 """Share of the most frequent label up to which accuracy is a good metric."""
 MIN_LABEL_SHARE = 0.05
@@ -169,7 +167,6 @@ def draft_sweep(
         notes.append(f"Of {sum(sizes.values()):,} examples, {listed} are taken from `data.train`.")
     metric = {} if any(key.startswith("data.metric") for key in chosen) else {"data.metric": inputs.splits.metric}
     numbered = {**chosen, **metric, **_choose_numbers(inputs, chosen, recipe, kind=kind)}
-    shorter = _describe_shorter(inputs, numbered, recipe) if recipe else {}
     arms, comments = _build_arms(inputs, recipe, kind=kind, ranks=ranks)
     for key, bounds in find_task(kind).searched.items():
         if "present" in arms and key not in typed and key in numbered:
@@ -181,7 +178,7 @@ def draft_sweep(
     _set_keys_of_arms(kept, {key: value for key, value in of_arms.items() if key not in left_out})
     comments |= _list_comments(numbered, inputs, recipe, has_full="full" in kept)
     of_sweep = {**SWEEP_SETTINGS, **of_sweep}
-    content = {"name": path.stem, **shorter, "settings": {**numbered, **of_sweep}, "arms": kept}
+    content = {"name": path.stem, "settings": {**numbered, **of_sweep}, "arms": kept}
     facts = [
         *([f"Cut to a time, {given_up}"] if given_up else []),
         *(note.text for note in inputs.describe_lost(config, has_test=True)),
@@ -323,19 +320,6 @@ def choose_length(inputs: RunInputs, *, needed: int | None = None) -> int:
     lengths, limit = inputs.data.train.row_lengths, MAX_CUT_SHARE * len(inputs.data.train)
     fitting = (length for length in LENGTHS if int((lengths > length).sum()) <= limit)
     return min(needed or next(fitting, LENGTHS[-1]), inputs.max_positions or LENGTHS[-1])
-
-
-def _describe_shorter(inputs: RunInputs, settings: Mapping[str, Any], recipe: Recipe) -> dict[str, str]:
-    """Returns a description of a sweep that trains less than the recipe; empty if it trains as much."""
-    steps, batch_size = recipe.settings.get(STEPS_KEY), recipe.settings["trainer.batch_size"]
-    examples = steps * batch_size if steps else recipe.epochs * len(inputs.data.train)
-    share = settings[STEPS_KEY] * settings["trainer.batch_size"] / examples
-    if share > 1 / (1 + MAX_SHORTER_FRACTION):
-        return {}
-    return {
-        "description": f"Each run sees 1/{1 / share:.2g} of the tokens of {recipe.path.name}: with longer training the "
-        "best learning rate may be lower."
-    }
 
 
 def count_steps(epochs: float, num_examples: int, batch_size: int, *, is_bounded: bool = True) -> int:

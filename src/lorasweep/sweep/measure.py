@@ -152,14 +152,11 @@ def limit_rates(definition: Definition, rates: Sequence[Rates], inputs_cache: In
 
 def plan_looks(definition: Definition, inputs_cache: InputsCache) -> list[float]:
     """Returns the seconds of a sweep up to each look, by rates of the last day; empty if an arm has none."""
-    rates = list[Rates]()
-    for arm in definition.arms:
-        if not any(arm.name in group.arms for group in rates):
-            if (known := _read_rates(_find_rates_file(definition, arm, inputs_cache))) is None:
-                return []
-            rates.append(known)
+    kept = [_read_rates(_find_rates_file(definition, arm, inputs_cache)) for arm in definition.arms]
+    rates = [group for group in kept if group]  # a group's file has the name of its first arm
     num_looks = max(1, len(definition.sweep_config.confirm.list_looks()))
-    return [estimate_cost(definition, rates, look=number).high_s for number in range(num_looks)]
+    is_known = sum(len(group.arms) for group in rates) == len(definition.arms)
+    return [estimate_cost(definition, rates, look=n).high_s for n in range(num_looks)] if is_known else []
 
 
 def _find_rates_file(definition: Definition, arm: Arm, inputs_cache: InputsCache) -> Path:

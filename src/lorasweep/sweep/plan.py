@@ -18,8 +18,6 @@ from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.definition.confirm import count_confirm_runs
 from lorasweep.wording import format_bytes, format_count, format_seconds_range
 
-LONG_PLAN_S = 3600
-"""A longer sweep gets the hint that `--minutes` cuts it."""
 MAX_NAME_WIDTH = 16
 """Longest name of an arm that never wraps in 80 columns."""
 
@@ -99,7 +97,5 @@ def _list_notes(definition: Definition, rates: Sequence[Rates]) -> Iterator[str]
     where = f"with {workers} workers as fast as this machine" if workers > 1 else "on this machine"
     condition = "as busy as when it was measured" if describe_load(rates) else "if it does nothing else"
     yield f"Time {where}, {condition}: {total} ({parts}).{range_note}"
-    if longest.high_s > LONG_PLAN_S:
-        yield "`--minutes N` cuts a sweep to a time of your choice, and says what that gives up."
     if longest.confirm_s > cost.confirm_s:
         yield f"If every question stays open to the last look: {format_seconds_range(longest.low_s, longest.high_s)}."

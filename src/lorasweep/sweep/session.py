@@ -21,7 +21,7 @@ from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, grow_definition, read_saved_definition, reopen_sweep
 from lorasweep.sweep.cost import FittedSweep, Rates, count_workers, fit_minutes
 from lorasweep.sweep.definition.arms import Definition
-from lorasweep.sweep.draft import complete_definition, draft_definition, draft_sweep
+from lorasweep.sweep.draft import complete_definition, draft_sweep
 from lorasweep.sweep.fingerprints import compute_fingerprints
 from lorasweep.sweep.measure import MeasuredTooLong, limit_rates, measure_sweep, plan_looks
 from lorasweep.sweep.plan import SweepPlan
@@ -59,10 +59,6 @@ class Session:
         """`began_s` is the monotonic time at which the command began, from which `minutes` count."""
         self.inputs_cache = InputsCache()
         self._began_s, self._on_note = began_s, on_note
-
-    def define(self, named: Definition | None, overrides: Mapping[str, Any]) -> Definition:
-        """Returns the sweep that was named, or the one that is drafted for the data of the overrides."""
-        return named or draft_definition(overrides, self.inputs_cache, on_note=self._on_note)
 
     def plan(
         self, definition: Definition, *, minutes: float | None, typed: Mapping[str, Any], anew: bool = False

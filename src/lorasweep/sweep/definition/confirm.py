@@ -10,7 +10,7 @@ import zlib
 from dataclasses import astuple
 
 from lorasweep.config.run import LR, RunConfig
-from lorasweep.config.sweep import parse_margin
+from lorasweep.config.sweep import ENOUGH_SEEDS, parse_margin
 from lorasweep.record import Question, QuestionName, list_confirm_runs
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.wording import join_words
@@ -22,9 +22,6 @@ SIZE_KEYS = ("method.rank", "method.dim")
 
 WARNED_TOKENS_RATIO = 1.25
 """Ratio of two arms' training tokens from which a sweep warns that more training may decide the comparison."""
-MIN_RELIABLE_SEEDS = 3
-"""Fewer confirm seeds give a warning. A 95 % interval over seeds reaches 12.7 standard errors to each side with two
-seeds, 4.3 with three and 2.8 with five (Student's t)."""
 MAX_LAW_FACTOR = 16.0
 """Largest factor on B A, such as α/r, at which the rate law holds (docs/decisions.md, "Where u ends")."""
 
@@ -93,10 +90,10 @@ def find_warnings(definition: Definition) -> list[str]:
             f"Arms train on unequal numbers of tokens per trial ({listed}): a better score may come from more training."
         )
     confirm = definition.sweep_config.confirm
-    if 0 < (num_seeds := max(confirm.list_looks(), default=0)) < MIN_RELIABLE_SEEDS:
+    if 0 < (num_seeds := max(confirm.list_looks(), default=0)) < ENOUGH_SEEDS:
         warnings.append(
             f"`confirm.seeds` is {num_seeds}. One seed gives no interval, and two give a very wide one. Take "
-            f"`confirm.seeds={MIN_RELIABLE_SEEDS}` or more."
+            f"`confirm.seeds={ENOUGH_SEEDS}` or more."
         )
     answers = definition.arms[0].base.data.generated
     if not num_seeds and answers and not answers.on_validation:
