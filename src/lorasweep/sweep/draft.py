@@ -57,8 +57,6 @@ MAX_STEPS = 900
 one."""
 MAX_BALANCED_SHARE = 0.8
 """Share of the most frequent label up to which accuracy is a good metric."""
-MIN_LABEL_SHARE = 0.05
-"""Share of the rarest label from which accuracy shows whether it is learned."""
 DEFAULT_WIDTH = 768
 COMMENT_WIDTH = 116
 Place: TypeAlias = tuple[str, ...]
@@ -372,12 +370,8 @@ def _list_comments(
     train, trainer = inputs.data.train, compose_run(settings).trainer
     others = [name for name in inputs.data.objective.metrics if name != inputs.splits.metric]
     constant = inputs.splits.score_constant_answer(inputs.splits.validation).get("accuracy", 0.0)
-    counts = train.facts.get("labels") or {"": len(train)}  # empty for numbers, none for text
-    rarest = min(counts.values()) / len(train)
     advice = f"; one label has {format_share(constant)} of the examples, so matthews says more"
     is_advised = "matthews" in others and constant > MAX_BALANCED_SHARE
-    if not is_advised and "f1" in others and rarest < MIN_LABEL_SHARE:
-        is_advised, advice = True, f"; a label has {format_share(rarest)} of the examples, so f1 says more"
     epochs = trainer.max_steps * trainer.batch_size / len(train)
     lengths = train.sequences["input_ids"].lengths.double()
     longest = int(lengths.max())
