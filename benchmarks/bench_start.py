@@ -2,9 +2,9 @@
 
     python benchmarks/bench_start.py [SWEEP] [key=value ...] [--rounds 3]
 
-Each round starts `lorasweep sweep` as a new process, which ends before its first optimizer step. Processor time is that
-of all threads, so it stays comparable while other work runs. The last part is everything after loading: the folder,
-trials that train nothing, the size of the pack, and forward and backward pass of the first step.
+Each round starts `lorasweep sweep` as a new process, which ends before the first optimizer step of a worker. Processor
+time is that of all its processes, so it stays comparable while other work runs. The last part is everything after
+loading: the folder, the workers, trials that train nothing, and forward and backward pass of the first step.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import psutil
 from lorasweep import cli
 from lorasweep.training.torch_variables import quick_imports
 
-marks = []
+marks, first = [], psutil.Process()
 def mark():
-    marks.append((time.process_time(), time.time() - psutil.Process().create_time()))
+    times = [one.cpu_times() for one in (first, *first.children(recursive=True))]
+    marks.append((sum(one.user + one.system for one in times), time.time() - first.create_time()))
 
 with quick_imports():
     from lorasweep import api
@@ -36,6 +37,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 def end(*_):
     mark()
     print("marks " + json.dumps(marks), flush=True)
+    first.kill()  # its workers end with it
     os._exit(0)
 
 load = inputs.load_inputs

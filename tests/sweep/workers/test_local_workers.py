@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -58,7 +59,12 @@ def test_several_workers_end_with_the_sweep_of_one(begin, work, packed, runs, al
     assert not (folder.path / "packs").exists()
 
 
-def test_the_pack_of_a_worker_that_died_goes_on_in_another(begin, work, packed, runs, alone, tmp_path):
+@pytest.mark.parametrize(
+    ("die", "how"), [(lambda: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL"), (lambda: sys.exit(0), "exit code 0")]
+)
+def test_the_pack_of_a_worker_that_ended_early_goes_on_in_another(
+    begin, work, packed, runs, alone, tmp_path, die, how
+):
     score, mark = runs.score, tmp_path / "died"
 
     def die_once(config, step):
@@ -67,7 +73,7 @@ def test_the_pack_of_a_worker_that_died_goes_on_in_another(begin, work, packed, 
                 mark.touch(exist_ok=False)
             except FileExistsError:
                 return score(config, step)
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         return score(config, step)
 
     runs.score = die_once
@@ -76,7 +82,7 @@ def test_the_pack_of_a_worker_that_died_goes_on_in_another(begin, work, packed, 
     assert mark.exists()
     assert table_of(folder.path) == alone
     warnings = read_sweep(folder.path).warnings
-    assert [said for said in warnings if "SIGKILL" in said], warnings
+    assert [said for said in warnings if how in said], warnings
 
 
 def test_workers_that_always_die_end_the_sweep_with_a_sentence(begin, work, packed, runs, monkeypatch):

@@ -191,6 +191,9 @@ class Controller:
             trials, trial = self._find(assignment)
             trials.held.pop(trial.number, None)
 
+    def holds_pack(self, worker: str) -> bool:
+        return any(worker in trials.held.values() for trials in self.stage.arms.values())
+
     def release_worker(self, worker: str) -> None:
         """Releases the packs of a worker that died. They are handed out again before any other trial.
 

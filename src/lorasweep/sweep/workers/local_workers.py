@@ -197,11 +197,12 @@ class LocalWorkers:
             member.connection.send(answer)
 
     def _end(self, member: _Member) -> None:
-        """Forgets a worker that has ended, and releases its pack if it died."""
+        """Forgets a worker that has ended, and releases its pack if it ended before the pack, as with `sys.exit()`."""
         self._members.remove(member)
         member.connection.close()
         member.process.join()  # its files are closed a moment before its exit code is known
-        if code := member.process.exitcode:
+        code = member.process.exitcode or 0
+        if code or self._controller.holds_pack(member.name):
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             self._controller.warn(
                 f"A worker process died ({how}); another one continues its pack. If the system killed it because "
