@@ -3,8 +3,8 @@
     python benchmarks/bench_trainer.py [--slots 8] [--steps 40] [--rows 4]
 
 A pack of LoRA trials of `tiny` trains by the code of a sweep (`train_runs`). Timers are around the step's own calls
-(forward and backward pass, clipping, optimizer), around the loader, and around our callback. The rest is the Trainer: its
-loop, its connectors, and the calls of hooks. The first steps are left out, and there is no evaluation.
+(forward and backward pass, clipping, optimizer), around the loader, and around our callback. The rest is the Trainer:
+its loop, its connectors, and the calls of hooks. The first steps are left out, and there is no evaluation.
 """
 
 from __future__ import annotations

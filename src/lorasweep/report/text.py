@@ -378,7 +378,7 @@ def describe_fault(fault: Fault) -> str:
     names, values = [f"`{name}`" for name in fault.values], [*fault.values.values()]
     if fault.name == "regret":
         above = join_words([f"{value:.2g} margins for {name}" for name, value in zip(names, values, strict=True)])
-        return f"An untried setting is expected to be better by {above} on validation data, so the luck of the search may decide."
+        return f"On validation data an untried setting is expected to be better by {above}; luck may decide."
     arms = join_words([f"{name} ({format_setting(value)})" for name, value in zip(names, values, strict=True)])
     end, better = ("lower", "lower") if fault.name == "lower end" else ("upper", "higher")
     return f"The best `{fault.key}` of {arms} lies at the {end} end of its range, so {better} values may be better."

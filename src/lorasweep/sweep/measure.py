@@ -268,9 +268,8 @@ def _compare_steps(config: RunConfig, split: SplitFacts, *, num_steps: int) -> f
 
 def _count_trained(config: RunConfig, inputs: RunInputs, measured: RunRecord | None = None) -> int:
     """Returns the trained parameters of a run, from a run that was measured, or the shapes of a prepared model."""
-    if (
-        measured and as_settings(config)["method"] == measured.config["method"]
-    ):  # does not copy a large model again under `full`
+    # a run that was measured needs no copy, which is large under `full`
+    if measured and as_settings(config)["method"] == measured.config["method"]:
         return measured.trainable_params
     parameters = prepare_model(config, inputs.base).parameters()
     return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)

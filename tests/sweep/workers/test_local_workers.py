@@ -62,9 +62,7 @@ def test_several_workers_end_with_the_sweep_of_one(begin, work, packed, runs, al
 @pytest.mark.parametrize(
     ("die", "how"), [(lambda: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL"), (lambda: sys.exit(0), "exit code 0")]
 )
-def test_the_pack_of_a_worker_that_ended_early_goes_on_in_another(
-    begin, work, packed, runs, alone, tmp_path, die, how
-):
+def test_the_pack_of_a_worker_that_ended_early_goes_on_in_another(begin, work, packed, runs, alone, tmp_path, die, how):
     score, mark = runs.score, tmp_path / "died"
 
     def die_once(config, step):
