@@ -69,7 +69,8 @@ def test_a_signal_stops_a_sweep_with_a_checkpoint_and_the_words_to_resume_it(
     assert "another one has 'sweep' open" in finish("sweep", "--resume", "sweep", code=2)  # that disturbs nothing
     session.send(number)
     assert session.wait() == 130, session.output
-    assert session.output.splitlines()[-1].strip() == "lorasweep sweep --resume sweep"
+    assert "`lorasweep sweep --resume sweep`" in session.output.splitlines()[-1]
+    assert "worker process" not in session.output  # a worker that stops in the middle of its pack is no fault
     assert "Traceback" not in session.output
     record = read_sweep(folder)
     assert record.status == "interrupted"

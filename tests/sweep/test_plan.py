@@ -381,7 +381,7 @@ def test_full_fine_tuning_keeps_trials_with_which_verdicts_on_it_hold(content, w
     definition = read_definition(write_file(content), ["confirm.seeds=0", "trainer.max_steps=60"])
     fitted = fit(definition, 0.82)  # 8 trials of 6 s
     assert [arm.trials for arm in fitted.definition.arms] == [8]
-    assert "8 of 12 trials an arm" in fitted.given_up
+    assert "8 of 12 trials of `full`" in fitted.given_up
     with pytest.raises(ConfigError, match="at least"):
         fit(definition, 0.6)
 

@@ -226,7 +226,9 @@ def list_cells(answer: Answer, data: SweepData) -> list[tuple[str, str, str]]:
         form = format_share_estimate if row.is_share else format_estimate
         text = form(value, interval, decimals=decimals if row.is_share else digits)
         against = f" against {name_value(row.reference, data)}" if several else ""
-        cells.append((name_value(row.subject, data).strip("`"), text + against, row.verdict))
+        waits = row.blocker == "another value"
+        verdict = f"{row.verdict}: {BLOCKERS['another value']}" if waits else row.verdict
+        cells.append((name_value(row.subject, data).strip("`"), text + against, verdict))
     return cells
 
 

@@ -380,7 +380,7 @@ def _cut_trials(definition: Definition, *, typed: Collection[str]) -> Iterator[C
         yield Cut(
             "trials",
             {"sweep.trials": shared, **own},
-            f"{number} of {most} trials an arm (a better learning rate may be missed)",
+            f"{number} of {most} trials of `{largest.name}` (a better learning rate may be missed)",
         )
 
 

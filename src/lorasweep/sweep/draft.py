@@ -260,7 +260,9 @@ def _choose_data(
     for name, kind in {**fitting, **kinds}.items():
         if (found := find_task(kind).recognise(given)) is not None:
             unused = [column for column in columns if column not in found.columns]
-            notes = [f"Columns that are not used: {shorten(unused, 400)}."] if unused else []
+            taken = ", ".join(f"`{key}={value}`" for key, value in {"data": name, **found.settings}.items())
+            notes = [f"Chosen: {taken}. Type another one if that is wrong."]
+            notes += [f"Columns that are not used: {shorten(unused, 400)}."] if unused else []
             if "data.text" in found.settings and (texts_beside := [one for one in unused if _has_texts(columns[one])]):
                 notes.append(f"For pairs of texts add `data.text_pair={texts_beside[0]}`.")
             if is_expected:

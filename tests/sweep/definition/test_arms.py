@@ -42,6 +42,14 @@ def test_an_override_reaches_every_arm_that_has_the_key_and_numbers_of_trials_fo
     assert trials == {"frozen": 1, "full": 2, "lora": 5}  # full searches one key, so it has half of the trials
 
 
+def test_the_nearest_number_of_trials_wins_and_a_typed_one_over_those_of_the_file(read, content):
+    content.setdefault("settings", {})["sweep.trials"] = 6
+    content["arms"]["full"]["trials"] = 8
+    del content["arms"]["lora"]["trials"]
+    assert {arm.name: arm.trials for arm in read(content).arms} == {"frozen": 1, "full": 8, "lora": 6}
+    assert {arm.name: arm.trials for arm in read(content, "sweep.trials=4").arms} == {"frozen": 1, "full": 2, "lora": 4}
+
+
 @pytest.mark.parametrize(
     ("override", "key", "expected"),
     [

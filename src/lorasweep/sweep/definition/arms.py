@@ -281,7 +281,8 @@ def fold(name: str, file: SweepFile, typed: Overrides, *, common: Layer, sweep_c
         if is_quantised and not is_own and options["method"].get("name") not in METHODS_ON_QUANTISED_BASE:
             settings[QUANTIZATION] = "none"
         corners = tuple(compose_run({**settings, **params, **TRIAL_SETTINGS}) for params in _list_corners(space))
-    num_trials = _count_trials(name, arm, fields, space, shared=sweep_config.sweep.trials)
+    typed_number, shared = typed.values.get("sweep.trials"), sweep_config.sweep.trials or DEFAULT_TRIALS
+    num_trials = _count_trials(name, arm, fields, space, typed_number=typed_number, shared=shared)
     each = fields.get("confirm_each", arm.confirm_each)
     if each and (each not in space or len(space[each].choices) < 2):
         raise ConfigError(
@@ -308,10 +309,13 @@ def _list_corners(space: Space) -> list[dict[str, Any]]:
     return [*corners, {key: values[-1] for key, values in ends.items()}] if len(ends) > 1 else corners
 
 
-def _count_trials(name: str, arm: ArmConfig, fields: Mapping[str, Any], space: Space, *, shared: int | None) -> int:
+def _count_trials(
+    name: str, arm: ArmConfig, fields: Mapping[str, Any], space: Space, *, typed_number: int | None, shared: int
+) -> int:
     """Returns the number of trials of an arm.
 
-    A number that is typed for the arm (in `fields`) wins over `sweep.trials` (`shared`), which wins over the file's.
+    A number that is typed for the arm (in `fields`) wins over a typed `sweep.trials` (`typed_number`), which wins over
+    the arm's in the file, which wins over the sweep's there (`shared`).
     """
     trials: int | None = fields.get("trials", None if arm.space and not space else arm.trials)
     if not space and (trials or 1) != 1:
@@ -320,9 +324,8 @@ def _count_trials(name: str, arm: ArmConfig, fields: Mapping[str, Any], space: S
         )
     if not space:
         return 1
-    if trials and (fields.get("trials") or not shared):
+    if trials and (fields.get("trials") or not typed_number):
         return trials
-    shared = shared or DEFAULT_TRIALS
     return math.ceil(shared / 2) if searches_one_key(space) else shared  # one dimension needs fewer trials
 
 

@@ -202,7 +202,7 @@ class LocalWorkers:
         member.connection.close()
         member.process.join()  # its files are closed a moment before its exit code is known
         code = member.process.exitcode or 0
-        if code or self._controller.holds_pack(member.name):
+        if code or (self._controller.holds_pack(member.name) and not self._stop.value):
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             self._controller.warn(
                 f"A worker process died ({how}); another one continues its pack. If the system killed it because "
