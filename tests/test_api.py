@@ -126,6 +126,13 @@ def test_figures_table_and_weights_are_there_and_loading_reads_what_running_retu
     pandas.testing.assert_frame_equal(again.trials_dataframe(), result.trials_dataframe())
 
 
+def test_a_complete_sweep_that_is_resumed_without_changes_stays_as_it_is(result):
+    before = (result.folder / "sweep.json").read_bytes()
+    result.report.unlink()
+    assert lorasweep.resume_sweep(result.folder, progress=None).report.exists()
+    assert (result.folder / "sweep.json").read_bytes() == before
+
+
 def test_a_resumed_sweep_gets_its_seeds_and_tells_its_progress(result):
     seen = []
     resumed = lorasweep.resume_sweep(result.folder, overrides=["confirm.seeds=2"], progress=seen.append)

@@ -15,7 +15,7 @@ CLASSIFIER = ["train", "model=classifier", MODEL, "data=table"]
 TABLE = ["sweep", "sentences", MODEL, "data.train=rows.csv"]
 TYPOS = [
     (["sweep", "quickstat"], ["Did you mean `quickstart`?"]),
-    (["plan", "mini.yml"], ["or a YAML file, but got 'mini.yml'. Did you mean `mini.yaml`?"]),
+    (["plan", "mini.yml"], ["but 'mini.yml' does not. Did you mean `mini.yaml`?"]),
     (["sweep", "quickstart", "method.rnak=4"], ["`method.rnak`", "Did you mean `method.rank`?"]),
     (["sweep", "quickstart", "optim.learning_rate=1e-3"], ["`optim.learning_rate`", "Did you mean `optim.lr`?"]),
     (["sweep", "quickstart", "lora_r=4"], ["`lora_r`", "Did you mean `method.rank`?"]),
@@ -49,6 +49,8 @@ TYPES = [
     (["sweep", "quickstart", "confirm.seeds=three"], ["`confirm.seeds`", "'three'"]),
     (["sweep", "quickstart", "confirm.margin=small"], ["`confirm.margin`", "such as `5%`"]),
     (["sweep", "quickstart", "method.rank"], ["`key=value`", "method.rank"]),
+    (["new", "a.yaml", MODEL], ["must have data, `data.train=FILE`", "but got `model.path`"]),
+    (["new", "none/a.yaml", MODEL, "data.train=rows.csv"], ["the folder of `FILE.yaml` must exist, but 'none'"]),
 ]
 RANGES = [
     (["train", "method.rank=0"], ["`method.rank >= 1` must hold, but got 0"]),
@@ -95,7 +97,7 @@ COLUMNS = [
     ),
 ]
 ORDERS = [
-    (["sweep"], ["or `data.train=FILE`, or `data.path=HUB-ID data.train=SPLIT`, but got nothing."]),
+    (["sweep"], ["must have data, `data.train=FILE` or `data.path=HUB-ID data.train=SPLIT`, or be one"]),
     (["sweep", "done"], ["To resume it, or to add to it, type `lorasweep sweep --resume done`."]),
     (["plan", "./done"], ["`lorasweep sweep --resume ./done`"]),
     (["sweep", "quickstart", "--resume", "done"], ["must be left out with `--resume`"]),

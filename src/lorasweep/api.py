@@ -81,10 +81,12 @@ def new_sweep(
         raise ConfigError(f"`FILE.yaml` must have the suffix .yaml, but got {str(path)!r}.")
     if path.exists():
         raise ConfigError(f"`FILE.yaml` must be a new file, but {str(path)!r} exists already. Name another one.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"the folder of `FILE.yaml` must exist, but {str(path.parent)!r} does not.")
     from lorasweep.sweep.definition.typed import check_typed
 
     settings, recipe = parse_overrides(overrides), None
-    check_typed(settings)
+    check_typed(settings, needs_data=like is None and from_hub is None)
     if like is not None:
         has_data = from_hub is not None or not settings.keys().isdisjoint(("data", "data.path", "data.train"))
         recipe = read_recipe(Path(like), has_data=has_data)
@@ -204,9 +206,12 @@ def resume_sweep(folder: str | Path, *, overrides: Overrides = (), progress: Pro
         RecordError: The folder is not a sweep, is damaged, or another process runs it.
         LoraSweepError: The sweep can't continue.
     """
-    read_sweep(Path(folder))  # without torch, so that a wrong folder is refused at once, or one that is in use
+    # without torch, so that a wrong folder is refused at once, or one that is in use
+    record = read_sweep(Path(folder))
     with ExitStack() as undo:
         take_lock(Path(folder), undo)
+    if record.status == "complete" and not overrides:  # perhaps it was killed before its report was written
+        return _finish(Path(folder))
     session = _start_session(time.monotonic(), _ignore)
     return _train(session, session.reopen(Path(folder), changes=parse_overrides(overrides)), progress=progress)
 
@@ -370,6 +375,11 @@ def _train(session: Session, opened: SweepFolder, *, progress: Progress) -> Swee
     folder = opened.path
     if not session.train(opened, progress=progress):
         raise SweepInterrupted(f"To resume the sweep call `lorasweep.resume_sweep({str(folder)!r})`", folder=folder)
+    return _finish(folder)
+
+
+def _finish(folder: Path) -> SweepResult:
+    """Writes the report of a complete sweep and returns its result."""
     from lorasweep.report.write import write_report
 
     result = load_sweep(folder)

@@ -76,7 +76,7 @@ def format_share(value: float | None) -> str:
     """Returns a fraction in percent: `41 %`, `2.3 %`, `0.04 %`."""
     if value is None:
         return UNKNOWN
-    percent = 100 * value
+    percent = 100 * value + 0.0  # no -0
     return f"{percent:.0f} %" if abs(percent) >= 9.95 or percent == 0 else f"{percent:.2g} %"
 
 

@@ -75,7 +75,7 @@ def test_the_setting_has_a_row_on_what_is_untried(tmp_path):
     findings = read_findings(build_rank_sweep(tmp_path, {1: 1.8, 4: 1.7, 16: 1.662}))
     (answer,) = find_answers(findings, "setting")
     (row,) = answer.rows
-    assert (row.subject, row.verdict, answer.state) == ("lora-rank-16", "sufficient", "settled")
+    assert (row.subject, row.verdict, answer.state) == ("lora-rank-16", "settled", "settled")
     assert row.value == pytest.approx(0.001 / findings.data.evidence.gain)
     (recommended,) = build_summary(findings)["recommended"]
     assert recommended["params"] == {"method.rank": 16, "optim.lr": 0.0102}

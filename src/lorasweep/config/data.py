@@ -220,8 +220,8 @@ class RowSettings(SplitSettings):
     columns: tuple[str, ...] | None
     """Names of all columns of csv, tsv and txt files without a header; null takes the names from the first line."""
     delimiter: Delimiter
-    """Character between two fields. `auto`: a comma in csv files, a tab in tsv and txt files. Fields may stand in
-    quotes, except between tabs."""
+    """Character between two fields. `auto`: a tab in tsv and txt files; in csv files a comma, or a semicolon if the
+    first line has some and no comma. Fields may stand in quotes, except between tabs."""
     max_length: AtLeastTwo
     """Maximum number of tokens per example, >= 2. Longer examples are cut off."""
     max_train_examples: Positive | None

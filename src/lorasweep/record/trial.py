@@ -82,21 +82,21 @@ class Trial:
     """Seed of initial values, data order and dropout of a confirm run. All subjects have the same seeds."""
     search_score: float | None = None
     """The best value on validation data of the metric by which the search chooses."""
-    test_scores: dict[str, Number] = field(default_factory=dict)
+    test_scores: dict[str, Number] = field(default_factory=dict, repr=False)
     """Every metric of a confirm run on test data; empty in the search, which reads no test data."""
     run: RunPath
     """The run's folder, relative to the sweep's (`name_run`)."""
     reason: str | None = None
     """Why the trial failed, was stopped or does not fit in memory."""
-    values: dict[Count, Number] = field(default_factory=dict)
+    values: dict[Count, Number] = field(default_factory=dict, repr=False)
     """The search's metric on validation data at each evaluation, by step."""
-    order: Count = 0
+    order: Count = field(default=0, repr=False)
     """Position in the order in which a stage hands out new trials, from 0.
 
     If the trial's worker is gone and the trial is handed out again, the position stays the same."""
     pack: Annotated[str, Field(pattern=f"^({FOLDER_NAME})?$")] = ""
     """The pack in which the trial trains, named by the folder of its first run. A trial alone is a pack too."""
-    sampler_state: dict[str, Any] = field(default_factory=dict)
+    sampler_state: dict[str, Any] = field(default_factory=dict, repr=False)
     """Values that a sampler set by `_target_` stores with a trial, such as the generation of a genetic algorithm."""
     record: RunRecord | None = field(default=None, init=False, repr=False, compare=False)
     """The run's record, once the report has read it; not part of `sweep.json`."""

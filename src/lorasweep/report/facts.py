@@ -156,7 +156,7 @@ def _answer_setting(data: SweepData, learning: Learning) -> Answer:
         arm=choice.subject.arm,
         subject=choice.subject.name,
         reference=None,
-        verdict="sufficient" if is_small else "open",
+        verdict="settled" if is_small else "open",
         value=regret / gain if regret is not None and gain else regret,
         is_share=gain is not None,
         blocker=None if is_small else "few trials",

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorasweep.config.data import ScoreMetric
+from lorasweep.config.data import METRIC_RANGES, ScoreMetric
 from lorasweep.disk import is_running
 from lorasweep.errors import RecordError
 from lorasweep.record import (
@@ -29,7 +29,7 @@ from lorasweep.record import (
     read_run,
     read_sweep,
 )
-from lorasweep.report.evidence.estimates import Estimate, Interval, estimate_means
+from lorasweep.report.evidence.estimates import UNBOUNDED, Estimate, Interval, estimate_means
 from lorasweep.report.evidence.evidence import (
     Evidence,
     build_evidence,
@@ -49,9 +49,9 @@ class Setting:
     """On validation data: that of the trial, or the predicted one."""
     trial: int | None
     """Number of the trial in its arm; None if the setting is predicted, and no trial has tried it."""
-    run: Trial | None
+    run: Trial | None = field(repr=False)
     """A run with this setting, which has the record and the curve: the trial, or the first complete confirm run."""
-    row: SettingRow | None
+    row: SettingRow | None = field(repr=False)
     """Its row in the sweep's record, with its expected regret; None before the confirm stage."""
 
     @property
@@ -335,5 +335,7 @@ def _build_subject(subject: Subject, row: ArmRow, record: SweepRecord) -> Subjec
         best = Setting(params=tried.params, score=tried.search_score, trial=tried.number, run=tried, row=chosen)
     elif chosen is not None:
         run = next((run for run in runs if run.is_complete and run.record), None)
-        best = Setting(params=chosen.params, score=chosen.score, trial=None, run=run, row=chosen)
+        low, high = METRIC_RANGES.get(record.search_metric.name, UNBOUNDED)  # the search's model knows no bounds
+        score = None if chosen.score is None else min(max(chosen.score, low), high)
+        best = Setting(params=chosen.params, score=score, trial=None, run=run, row=chosen)
     return SubjectResult(subject=subject, row=row, trials=tuple(trials), best=best, confirm_runs=tuple(runs))

@@ -38,14 +38,13 @@ from lorasweep.sweep.definition.arms import Definition, read_definition
 from lorasweep.sweep.definition.confirm import MAX_LAW_FACTOR
 from lorasweep.sweep.definition.overrides import ARM_FIELDS, Overrides
 from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS, make_paths_absolute
-from lorasweep.sweep.definition.typed import COLUMNS, ROW_DATA, ROW_KEYS
+from lorasweep.sweep.definition.typed import COLUMNS, DATA_KEYS, ROW_DATA, ROW_KEYS
 from lorasweep.tasks import DATA, PLAIN_TEXT
 from lorasweep.tasks.task import GivenTable, find_task
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.wording import format_count, format_share, join_words, shorten, suggest_nearest
 
-DATA_KEYS = frozenset(("data", "data.train", "data.path"))
 SOURCE_KEYS = ("data.path", "data.train", "data.subset", "data.revision")
 RANKS = (1, 4, 16, 64)
 EPOCHS = 3
@@ -114,12 +113,6 @@ def draft_sweep(
     expected, typed = dict[str, Any](), settings
     if recipe is not None:
         settings, expected = _follow_recipe(recipe, settings)
-    if not DATA_KEYS & settings.keys():
-        given = f"`{'`, `'.join(settings)}`" if settings else "nothing"
-        raise ConfigError(
-            "a sweep must have a name (`lorasweep sweep quickstart`) or a file, or `data.train=FILE`, or "
-            f"`data.path=HUB-ID data.train=SPLIT`, but got {given}."
-        )
     of_sweep = {key: value for key, value in settings.items() if key.split(".")[0] in SWEEP_GROUPS}
     of_arms = {key: value for key, value in settings.items() if key.startswith("arms.")}
     left_out = [key for key, value in of_arms.items() if key.count(".") == 1 and value is None]

@@ -96,7 +96,6 @@ class Session:
             fitted, _ = self._fit(definition, rates, minutes, typed=settings)
             settings = {**settings, **fitted.overrides}
             draft = draft_sweep(path, settings, self.inputs_cache, recipe=recipe, given_up=fitted.given_up)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, draft.text)
         return NewSweep(
             path=path,

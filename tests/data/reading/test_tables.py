@@ -89,6 +89,11 @@ def test_files_without_a_header_are_read_by_the_given_columns(write, name, conte
     assert read(path, columns=["label", "title", "text"], **rules) == [("so, and so", "x"), ("NA", "01")]
 
 
+def test_a_csv_file_without_commas_in_its_first_line_has_semicolons(write):
+    assert read(write("news.csv", "label;text\n1,5;a, b\n")) == [("a, b", "1,5")]
+    assert read(write("news.csv", 'label,text\nx,"a; b"\n')) == [("a; b", "x")]
+
+
 def test_row_is_named_by_its_file_and_number(write):
     def refuse(word, text, label, group):
         if text == word:

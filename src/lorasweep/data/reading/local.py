@@ -83,7 +83,7 @@ def read_file(path: Path, config: RowSettings, choose: ChooseColumns) -> Table:
 
 
 def _read_delimited(path: Path, config: RowSettings, choose: Callable[[Sequence[str]], list[str]]) -> Table:
-    delimiter = DEFAULT_DELIMITERS[find_suffix(path)] if config.delimiter == "auto" else config.delimiter
+    delimiter = _find_delimiter(path) if config.delimiter == "auto" else config.delimiter
     try:
         with warnings.catch_warnings(action="error", category=ParserWarning):  # rows with more fields than the header
             frame = pandas.read_csv(
@@ -105,6 +105,16 @@ def _read_delimited(path: Path, config: RowSettings, choose: Callable[[Sequence[
         raise ValueError(f"{first_line(error)}. {hint}") from error
     frame.columns = [str(name).strip() for name in frame.columns]
     return Table(name=str(path), columns={name: frame[name].tolist() for name in choose(list(frame.columns))})
+
+
+def _find_delimiter(path: Path) -> Delimiter:
+    """Returns the delimiter by suffix; the semicolon for a csv file whose first line has some and no comma."""
+    delimiter = DEFAULT_DELIMITERS[find_suffix(path)]
+    if delimiter == "comma":  # spreadsheets write semicolons where a comma is the decimal point
+        with open_text(path) as file:
+            first = file.readline()
+        delimiter = "semicolon" if ";" in first and "," not in first else delimiter
+    return delimiter
 
 
 def _read_json(path: Path, config: RowSettings, choose: Callable[[Sequence[str]], list[str]]) -> Table:

@@ -11,9 +11,9 @@ from typing import Literal
 from lorasweep.record import QuestionName
 from lorasweep.report.evidence.estimates import Interval
 
-Verdict = Literal["better", "equivalent", "not worse", "worse", "sufficient", "insufficient", "open"]
+Verdict = Literal["better", "equivalent", "not worse", "worse", "sufficient", "insufficient", "settled", "open"]
 """The words of every output: terminal, page, CSV, JSON and TensorBoard. `not worse`: not by more than the margin."""
-POSITIVE_VERDICTS: tuple[Verdict, ...] = ("better", "equivalent", "not worse", "sufficient")
+POSITIVE_VERDICTS: tuple[Verdict, ...] = ("better", "equivalent", "not worse", "sufficient", "settled")
 NEGATIVE_VERDICTS: tuple[Verdict, ...] = ("worse", "insufficient")
 AnswerName = QuestionName | Literal["setting", "present", "retained"]
 """`setting`: α and learning rate. `present`: fixed settings beside those that the sweep found. `retained`: what was

@@ -16,24 +16,39 @@ from lorasweep.models.paths import find_local_path
 from lorasweep.sweep.definition.overrides import Overrides
 from lorasweep.tasks import DATA
 
-COLUMNS = ("text", "text_pair", "label", "prompt", "input", "completion", "messages", "chosen", "rejected", "group")
+COLUMNS = (
+    *("text", "text_pair", "label", "group"),
+    *("prompt", "input", "completion", "messages", "chosen", "rejected"),
+    *("anchor", "positive"),
+)
 """Settings of data that name columns of a table."""
 UNDECIDED = ("model", "data", "objective", "module", "datamodule", "metric")
 """Groups whose settings depend on the data, which a draft reads later."""
+DATA_KEYS = frozenset(("data", "data.train", "data.path"))
+"""Settings that name the data; one of them is enough."""
 ROW_DATA = next(name for name, kind in DATA.items() if issubclass(kind, RowSettings))
 """A value of `data` for tables, with whose settings the first one is read."""
 ROW_KEYS = frozenset(f"data.{field.name}" for field in fields(RowSettings)) - {"data.name", "data.metric"}
 """Settings that say how rows are read, whatever they hold."""
 
 
-def check_typed(settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError if a setting of a sweep that will be drafted is wrong, or names what does not exist."""
+def check_typed(settings: Mapping[str, Any], *, needs_data: bool = True) -> None:
+    """Raises ConfigError if a setting of a sweep that will be drafted is wrong, missing, or names what does not exist.
+
+    `needs_data` is False if something else names the data.
+    """
     typed = Overrides.parse(settings).values
     check_files(typed)  # first, because it takes no time
     for key in typed:
         near = (one for one in DECLARED_TYPES if f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}."))
         if key.startswith(("model.", "data.")) and not any(near):
             raise ConfigError(f"`{key}` is not a setting.{suggest_setting(key, DECLARED_TYPES)}", key=key)
+    if needs_data and DATA_KEYS.isdisjoint(typed):
+        given = f"`{'`, `'.join(typed)}`" if typed else "nothing"
+        raise ConfigError(
+            "a sweep must have data, `data.train=FILE` or `data.path=HUB-ID data.train=SPLIT`, or be one that has a "
+            f"name (`lorasweep sweep quickstart`), but got {given}."
+        )
     decided = {key: value for key, value in typed.items() if key.partition(".")[0] not in UNDECIDED}
     compose_run(
         {"model": "tiny", **{key: x for key, x in decided.items() if key.partition(".")[0] not in SWEEP_GROUPS}}
