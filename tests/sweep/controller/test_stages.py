@@ -163,5 +163,6 @@ def test_seeds_of_different_arms_share_even_packs_and_are_scored_after_them(begi
     assert work(folder)
     confirmed = [[name.partition("-confirm")[0] for name in pack] for pack in runs.begun if "-confirm" in pack[0]]
     assert sorted(confirmed) == [["frozen"], ["full"], ["full"], ["full"], ["lora"] * 3, ["other"] * 3]
+    assert [len(pack) for pack in confirmed] == [3, 3, 1, 1, 1, 1]  # the large ones first
     assert counts(folder.path) == ASKED | {"other": 3}
     assert len(runs.scored) == 10

@@ -82,6 +82,8 @@ class Controller:
         """
         self._advance_stage()
         plan = list(self._plan_packs(slots))
+        if self.confirm is not None:  # all runs are known: large packs first, so that workers end together
+            plan.sort(key=len, reverse=True)
         # First the packs of workers that are gone, in the order in which they were handed out.
         abandoned = [trial for trials, trial in self._list_running() if trial.number not in trials.held]
         if abandoned:
