@@ -70,7 +70,7 @@ def _run_command(arguments: Sequence[str]) -> Outcome:
     if hasattr(parsed, "overrides") and not any(other.startswith("-") for other in others):
         parsed.overrides = [*parsed.overrides, *others]  # argparse does not take overrides after a flag
     elif others:
-        options = sorted({*re.findall(r"--[\w-]+", known.get(name, parser).format_help())})
+        options = sorted({*re.findall(r"--[\w-]+", known.get(name, parser).format_help())} - {"--help"})
         raise ConfigError(
             f"`{others[0]}` must be an option of `lorasweep {name}` ({', '.join(options)}), but is none."
             f"{suggest_nearest(others[0], options)}"

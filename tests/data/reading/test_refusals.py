@@ -100,7 +100,7 @@ CASES = [
     *(("table", {file: content}, {"train": file}, [f"'{file}'", *words]) for file, content, words in FILES),
     # columns of test data, which are checked before a row is read
     ("table", {"train.csv": GOOD, "test.csv": "txt,label\nb,y\n"}, {}, ["`data.text`", "'test.csv'", "Did you mean"]),
-    ("table", {"train.csv": GOOD, "test.csv": "text;label\nb;y\n"}, {}, ["['text;label']", "`data.delimiter`"]),
+    ("table", {"train.csv": GOOD, "test.csv": "text|label\nb|y\n"}, {}, ["['text|label']", "`data.delimiter`"]),
     (
         "table",
         {"train.csv": "text,label,by\na,x,1\n", "test.csv": GOOD},
