@@ -40,6 +40,8 @@ class RunningTraining:
     first_step: int = 0
     """The step at which it began or was resumed."""
     began_s: float = 0.0
+    text: str = ""
+    """What is said instead, if other processes train."""
 
     def note(self, phase: str, step: int, num_steps: int) -> None:
         """Takes the phase and the steps done so far, as `training.progress.OnPhase`."""
@@ -49,6 +51,8 @@ class RunningTraining:
 
     def describe(self) -> str:
         """Returns `training, step 24 of 60, about 1 min 28 s left`; empty if nothing trains."""
+        if self.text:
+            return self.text
         if self.phase == "saving" and self.step >= self.num_steps:
             return ""
         seconds, done = time.monotonic() - self.began_s, self.step - self.first_step

@@ -147,6 +147,14 @@ def test_reasons_are_shown_and_a_late_sweep_says_what_it_still_needs(running):
     assert read_status(running).late == ""
 
 
+def test_the_time_left_is_the_planned_one_at_first_and_that_of_the_pace_at_last(running):
+    row, given = trial(0, "running"), {"arms": [arm("lora", trials=1)], "planned_s": [100.0]}
+    for step, makespan_s, left in ((0, 10, 110), (4, 100, 75), (7, 70, 0.125 * (70 + 12.5))):
+        row.values = {step: 1.5}
+        write_record(sweep_record(trials=[row], makespan_s=makespan_s, **given), running)
+        assert read_status(running).seconds_left == pytest.approx(left, abs=1)
+
+
 def test_swept_steps_count_in_the_time_left(running):
     rows = [trial(0, "complete", 1.5), trial(1, "running")]
     rows[0].params, rows[0].values = {"trainer.max_steps": 100}, {100: 1.5}

@@ -381,7 +381,7 @@ def describe_fault(fault: Fault) -> str:
     """Returns a sentence on why settings may not be the best."""
     names, values = [f"`{name}`" for name in fault.values], [*fault.values.values()]
     if fault.name == "regret":
-        above = join_words([f"{value:.2g} margins for {name}" for name, value in zip(names, values, strict=True)])
+        above = join_words([f"{value:.1f} margins for {name}" for name, value in zip(names, values, strict=True)])
         return f"On validation data an untried setting is expected to be better by {above}; luck may decide."
     arms = join_words([f"{name} ({format_setting(value)})" for name, value in zip(names, values, strict=True)])
     end, better = ("lower", "lower") if fault.name == "lower end" else ("upper", "higher")

@@ -121,20 +121,30 @@ class SweepStatus:
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds up to the look that is due, if a step takes as long as so far.
+        """Estimated seconds up to the look that is due.
 
-        None before `MIN_DONE_SHARE` of the steps, because the time so far is mostly that of loading.
+        The mean, weighted by the share of the steps that are done, of what the pace so far says and of what the plan
+        says, because the time so far is at first mostly that of loading. Without a plan the pace alone, and None before
+        `MIN_DONE_SHARE` of the steps.
         """
         done, total = self.count_steps()
-        return None if done <= MIN_DONE_SHARE * total else self.elapsed_s * max(total - done, 0) / done
+        share = min(done / total, 1.0) if total else 0.0
+        if (planned_s := self.planned_s) is not None:
+            return (1 - share) * (self.elapsed_s + (1 - share) * planned_s)
+        return None if share <= MIN_DONE_SHARE else self.elapsed_s * (1 - share) / share
+
+    @property
+    def planned_s(self) -> float | None:
+        """Seconds from the start of the sweep up to the look that is due, as they were planned; None without a plan."""
+        return next(iter(self.record.planned_s[len(self.record.looks_done) :]), None)
 
     @property
     def late(self) -> str:
         """A sentence if the sweep will probably take longer than planned up to the next look; empty otherwise."""
-        planned_s, left = self.record.planned_s[len(self.record.looks_done) :], self.seconds_left
-        if not self.is_running or not planned_s or left is None or self.elapsed_s + left <= LATE_RATIO * planned_s[0]:
+        planned_s, left = self.planned_s, self.seconds_left
+        if not self.is_running or planned_s is None or left is None or self.elapsed_s + left <= LATE_RATIO * planned_s:
             return ""
-        return f"late: {format_seconds(planned_s[0])} were planned, and it needs about {format_seconds(left)} more"
+        return f"late: {format_seconds(planned_s)} were planned, and it needs about {format_seconds(left)} more"
 
     def as_json(self) -> dict[str, Any]:
         """Returns what `lorasweep status --json` prints."""
@@ -212,6 +222,13 @@ def _build_bar(status: SweepStatus) -> RenderableType:
     text = f"{done / max(total, 1):.0%} of {total:,} steps"
     grid.add_row(text, ProgressBar(total=max(total, 1), completed=done, width=BAR_WIDTH, complete_style="cyan"))
     return grid
+
+
+def _describe_trials(status: SweepStatus) -> str:
+    """Returns `all trials, step 24 of 60, about 1 min 28 s left`; empty if no step is left."""
+    (done, total), left = status.count_steps(), status.seconds_left
+    time_left = f", about {format_seconds(left)} left" if left else ""
+    return f"all trials, step {done:,} of {total:,}{time_left}" if done < total else ""
 
 
 def describe_time_left(status: SweepStatus) -> str:
@@ -303,7 +320,7 @@ def show_progress(folder: Path, console: Console, *, verbose: bool = False) -> I
     def show(status: SweepStatus) -> None:
         record, is_first = status.record, not statuses
         if record.workers != 1:  # other processes train
-            RUNNING_TRAINING.note("all trials", *status.count_steps())
+            RUNNING_TRAINING.text = _describe_trials(status)
         statuses[:] = [status]
         say(f"sweep {record.name} in {status.folder}")
         say(f"to watch it: tensorboard --logdir {status.folder}, or optuna-dashboard {status.folder / JOURNAL_FILE}")
