@@ -49,7 +49,7 @@ TYPES = [
     (["sweep", "quickstart", "confirm.seeds=three"], ["`confirm.seeds`", "'three'"]),
     (["sweep", "quickstart", "confirm.margin=small"], ["`confirm.margin`", "such as `5%`"]),
     (["sweep", "quickstart", "method.rank"], ["`key=value`", "method.rank"]),
-    (["new", "a.yaml", MODEL], ["must have data, `data.train=FILE`", "but got `model.path`"]),
+    (["new", "a.yaml", MODEL], ["`data.train=FILE`", "but got `model.path`"]),
     (["new", "none/a.yaml", MODEL, "data.train=rows.csv"], ["the folder of `FILE.yaml` must exist, but 'none'"]),
 ]
 RANGES = [
@@ -97,7 +97,7 @@ COLUMNS = [
     ),
 ]
 ORDERS = [
-    (["sweep"], ["must have data, `data.train=FILE` or `data.path=HUB-ID data.train=SPLIT`, or be one"]),
+    (["sweep"], ["(`data.train=FILE`, or `data.path=HUB-ID data.train=SPLIT`), but got nothing."]),
     (["sweep", "done"], ["To resume it, or to add to it, type `lorasweep sweep --resume done`."]),
     (["plan", "./done"], ["`lorasweep sweep --resume ./done`"]),
     (["sweep", "quickstart", "--resume", "done"], ["must be left out with `--resume`"]),

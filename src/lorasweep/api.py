@@ -83,12 +83,12 @@ def new_sweep(
         raise ConfigError(f"`FILE.yaml` must be a new file, but {str(path)!r} exists already. Name another one.")
     if not path.parent.is_dir():
         raise ConfigError(f"the folder of `FILE.yaml` must exist, but {str(path.parent)!r} does not.")
-    from lorasweep.sweep.definition.typed import check_typed
+    from lorasweep.sweep.definition.typed import DATA_KEYS, check_typed
 
     settings, recipe = parse_overrides(overrides), None
     check_typed(settings, needs_data=like is None and from_hub is None)
     if like is not None:
-        has_data = from_hub is not None or not settings.keys().isdisjoint(("data", "data.path", "data.train"))
+        has_data = from_hub is not None or not DATA_KEYS.isdisjoint(settings)
         recipe = read_recipe(Path(like), has_data=has_data)
     on_note("reads the model and the data; first loads torch, which takes seconds")
     session = _start_session(began_s, on_note)

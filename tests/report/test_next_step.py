@@ -13,7 +13,7 @@ from lorasweep.record import read_sweep
 from lorasweep.report.evidence.evidence import Evidence
 from lorasweep.report.facts import read_findings
 from lorasweep.report.next_step import find_next_step
-from lorasweep.report.text import describe_step
+from lorasweep.report.text import describe_headline, describe_step
 
 from .conftest import STEPS, build_rank_sweep, build_sweep
 
@@ -141,3 +141,12 @@ def test_a_question_that_seeds_cannot_settle_has_its_remedy(tmp_path, monkeypatc
     rows = tuple(replace(row, blocker=row.blocker and blocker) for row in answer.rows)
     step = find_next_step(replace(answer, rows=rows), findings.data, findings.learning)
     assert reason in describe_step(step)
+
+
+def test_a_headline_names_all_that_a_new_sweep_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(Evidence, "may_settle", lambda *_, **__: False)
+    findings = read_findings(SWEEPS["open"](tmp_path))
+    answer = next(answer for answer in findings.answers if answer.name == "smallest")
+    assert answer.needs == ("few examples", "few seeds")
+    headline = describe_headline(answer, findings.data)
+    assert all(need in headline for need in answer.needs)

@@ -14,6 +14,7 @@ from tests.sweep.conftest import UNTRAINED
 
 import lorasweep.sweep.status as status_file
 from lorasweep.config.data import ScoreMetric
+from lorasweep.console import RunningTraining
 from lorasweep.errors import RecordError
 from lorasweep.record import (
     ArmRow,
@@ -153,6 +154,24 @@ def test_the_time_left_is_the_planned_one_at_first_and_that_of_the_pace_at_last(
         row.values = {step: 1.5}
         write_record(sweep_record(trials=[row], makespan_s=makespan_s, **given), running)
         assert read_status(running).seconds_left == pytest.approx(left, abs=1)
+
+
+@pytest.mark.parametrize("step", [0, 8])
+def test_no_sweep_is_late_before_its_first_step_or_after_its_last(running, step):
+    row = trial(0, "running")
+    row.values = {step: 1.5}
+    write_record(sweep_record(arms=[arm("lora", trials=1)], trials=[row], planned_s=[10.0]), running)
+    assert read_status(running).late == ""
+
+
+def test_steps_and_time_left_are_of_all_trials_where_other_processes_train(running, monkeypatch):
+    monkeypatch.setattr(status_file, "RUNNING_TRAINING", made := RunningTraining())
+    row = trial(0, "running")
+    row.values = {4: 1.5}
+    given = {"arms": [arm("lora", trials=1)], "workers": 2, "planned_s": [1e4]}
+    write_record(sweep_record(trials=[row], **given), running)
+    with show_progress(running, Console(file=io.StringIO())):
+        assert re.fullmatch("all trials, step 4 of 8, about .* left", made.describe())
 
 
 def test_swept_steps_count_in_the_time_left(running):

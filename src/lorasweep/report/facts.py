@@ -95,7 +95,7 @@ def read_findings(folder: Path, record: SweepRecord | None = None) -> Findings:
             answer = replace(answer, missing="not learned")  # equal failures are equivalent, and that is no answer
         step = find_next_step(answer, data, learning)
         is_known = any(other.next == step for other in answers)  # a step is said once
-        answers.append(answer if is_known else replace(answer, next=step))
+        answers.append(replace(answer, next=None if is_known else step, needs=step.needs if step else ()))
     return Findings(
         data=data,
         answers=tuple(answers),

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorasweep.config.data import METRIC_RANGES, ScoreMetric
+from lorasweep.config.data import ScoreMetric
 from lorasweep.disk import is_running
 from lorasweep.errors import RecordError
 from lorasweep.record import (
@@ -29,7 +29,7 @@ from lorasweep.record import (
     read_run,
     read_sweep,
 )
-from lorasweep.report.evidence.estimates import UNBOUNDED, Estimate, Interval, estimate_means
+from lorasweep.report.evidence.estimates import Estimate, Interval, estimate_means
 from lorasweep.report.evidence.evidence import (
     Evidence,
     build_evidence,
@@ -335,7 +335,5 @@ def _build_subject(subject: Subject, row: ArmRow, record: SweepRecord) -> Subjec
         best = Setting(params=tried.params, score=tried.search_score, trial=tried.number, run=tried, row=chosen)
     elif chosen is not None:
         run = next((run for run in runs if run.is_complete and run.record), None)
-        low, high = METRIC_RANGES.get(record.search_metric.name, UNBOUNDED)  # the search's model knows no bounds
-        score = None if chosen.score is None else min(max(chosen.score, low), high)
-        best = Setting(params=chosen.params, score=score, trial=None, run=run, row=chosen)
+        best = Setting(params=chosen.params, score=chosen.score, trial=None, run=run, row=chosen)
     return SubjectResult(subject=subject, row=row, trials=tuple(trials), best=best, confirm_runs=tuple(runs))

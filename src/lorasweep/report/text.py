@@ -128,8 +128,8 @@ def describe_headline(answer: Answer, data: SweepData) -> str:
         return f"{because} Best so far: {describe_full_setting(best)}." if best else because
     first, blocking = answer.rows[0], answer.blocking
     why = f"open: {BLOCKERS[blocking.blocker]}" if blocking and blocking.blocker else "open"
-    if answer.next and len(answer.next.needs) > 1:
-        why = "open: because of few seeds and few test examples"
+    if len(answer.needs) > 1:
+        why = f"open: because of {join_words(list(answer.needs))}"
     if answer.name == "setting":
         setting = describe_full_setting(data.find_subject(first.subject))
         return f"{capitalize(setting if first.is_settled else f'open: {setting}')}."

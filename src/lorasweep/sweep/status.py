@@ -50,7 +50,7 @@ MAX_REASONS = 3
 LATE_RATIO = 1.25
 """A sweep is late if it will take longer than planned by more than this factor. A machine's speed varies by as much."""
 MIN_DONE_SHARE = 0.05
-"""The time left is estimated after this share of the optimizer steps."""
+"""The pace is trusted after this share of the optimizer steps, because the time before is mostly that of loading."""
 BAR_WIDTH = 30
 POLL_INTERVAL_S = 1.0
 """Seconds between two reads of a sweep's record."""
@@ -123,15 +123,19 @@ class SweepStatus:
     def seconds_left(self) -> float | None:
         """Estimated seconds up to the look that is due.
 
-        The mean, weighted by the share of the steps that are done, of what the pace so far says and of what the plan
-        says, because the time so far is at first mostly that of loading. Without a plan the pace alone, and None before
-        `MIN_DONE_SHARE` of the steps.
+        The mean of what the pace says and of what the plan says, weighted by the share of the steps that is done and
+        the share that is left. Without a plan the pace alone, and None before `MIN_DONE_SHARE`.
         """
-        done, total = self.count_steps()
-        share = min(done / total, 1.0) if total else 0.0
+        share = self.done_share
         if (planned_s := self.planned_s) is not None:
             return (1 - share) * (self.elapsed_s + (1 - share) * planned_s)
         return None if share <= MIN_DONE_SHARE else self.elapsed_s * (1 - share) / share
+
+    @property
+    def done_share(self) -> float:
+        """The share of the optimizer steps up to the look that is due."""
+        done, total = self.count_steps()
+        return min(done / total, 1.0) if total else 0.0
 
     @property
     def planned_s(self) -> float | None:
@@ -142,7 +146,8 @@ class SweepStatus:
     def late(self) -> str:
         """A sentence if the sweep will probably take longer than planned up to the next look; empty otherwise."""
         planned_s, left = self.planned_s, self.seconds_left
-        if not self.is_running or planned_s is None or left is None or self.elapsed_s + left <= LATE_RATIO * planned_s:
+        is_known = self.is_running and MIN_DONE_SHARE < self.done_share < 1
+        if not is_known or planned_s is None or left is None or self.elapsed_s + left <= LATE_RATIO * planned_s:
             return ""
         return f"late: {format_seconds(planned_s)} were planned, and it needs about {format_seconds(left)} more"
 

@@ -61,7 +61,7 @@ def search(arm, *, num, base=math.inf):
 
 
 def predict(arm, trials, rank, *, direction="minimize"):
-    return predict_best(arm, trials, get_subject(arm, rank), metric=ScoreMetric(name="loss", direction=direction))
+    return predict_best(arm, trials, get_subject(arm, rank), metric=ScoreMetric(name="unbounded", direction=direction))
 
 
 def get_subject(arm, value):
@@ -101,6 +101,12 @@ def test_equal_predictions_keep_a_tried_trial():
     for rank in RANKS:
         found = predict(arm, trials, rank)
         assert found.trial == min(trial.number for trial in trials if trial.params["method.rank"] == rank)
+
+
+def test_a_predicted_accuracy_is_at_most_1():
+    arm, metric = build_arm(), ScoreMetric(name="accuracy", direction="maximize")
+    trials = number_trials([make(trial.params, value=1.01) for trial in search(arm, num=8)])
+    assert predict_best(arm, trials, get_subject(arm, RANKS[0]), metric=metric).score == 1.0
 
 
 def test_an_accuracy_at_its_ceiling_leaves_no_hope_of_much_more():

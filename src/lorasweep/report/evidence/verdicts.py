@@ -103,6 +103,8 @@ class Answer:
     """Why there are no rows."""
     next: NextStep | None = None
     """What to do if it is open; None if an earlier answer has the same step, or if no step probably helps."""
+    needs: tuple[Blocker, ...] = ()
+    """What a new sweep needs, also if an earlier answer has the same step."""
 
     @property
     def good(self) -> AnswerRow | None:

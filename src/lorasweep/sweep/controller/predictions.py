@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorasweep.config.data import ScoreMetric
+from lorasweep.config.data import METRIC_RANGES, ScoreMetric
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.record import SettingRow, Subject, Trial, is_number
 from lorasweep.sweep.controller.encoding import (
@@ -232,13 +232,14 @@ def predict_best(
     step = max(len(placed) // REGRET_CANDIDATES, 1)
     draws = surrogate.draw(np.concatenate([placed[best : best + 1], placed[::step]]), num_draws=REGRET_DRAWS)
     draws = np.maximum(draws, _find_lowest_cost([sign * score for _, score in results]))
+    low, high = METRIC_RANGES.get(metric.name, (-math.inf, math.inf))  # the Gaussian process predicts beyond it
     return SettingRow(
         subject=subject.name,
         arm=arm.name,
         setting=0,  # the confirm stage numbers them
         params=candidates[best],
         trial=list(tried)[best] if best < len(tried) else None,
-        score=sign * float(mean[best]),
+        score=min(max(sign * float(mean[best]), low), high),
         regret=float((draws[:, 0] - draws.min(axis=1)).mean()) if arm.space else None,
     )
 

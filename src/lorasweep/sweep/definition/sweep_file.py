@@ -90,12 +90,11 @@ def find_sweep_file(name: str) -> Path:
     path = Path(name)
     if path.is_file() and (path.suffix in (".yaml", ".yml") or "/" in name):
         return path
+    near = suggest_nearest(path.name, [*(other.name for other in path.parent.glob("*.y*ml")), *files])
     if path.suffix in (".yaml", ".yml"):
-        near = suggest_nearest(path.name, [other.name for other in path.parent.glob("*.y*ml")])
         raise ConfigError(f"the file of a sweep must exist, but {name!r} does not.{near}")
     raise ConfigError(
-        f"a sweep must be one of {', '.join(sorted(files))} or a YAML file, but got {name!r}."
-        f"{suggest_nearest(name, files)}"
+        f"a sweep must be one of {', '.join(sorted(files))} or a YAML file, but got {name!r}.{near}"
         f"{f' Name data by `data.train={name}`.' if Path(name).is_file() else ''}"
     )
 

@@ -16,11 +16,8 @@ from lorasweep.models.paths import find_local_path
 from lorasweep.sweep.definition.overrides import Overrides
 from lorasweep.tasks import DATA
 
-COLUMNS = (
-    *("text", "text_pair", "label", "group"),
-    *("prompt", "input", "completion", "messages", "chosen", "rejected"),
-    *("anchor", "positive"),
-)
+PAIR_COLUMNS = ("chosen", "rejected", "anchor", "positive")
+COLUMNS = ("text", "text_pair", "label", "prompt", "input", "completion", "messages", *PAIR_COLUMNS, "group")
 """Settings of data that name columns of a table."""
 UNDECIDED = ("model", "data", "objective", "module", "datamodule", "metric")
 """Groups whose settings depend on the data, which a draft reads later."""
@@ -46,8 +43,8 @@ def check_typed(settings: Mapping[str, Any], *, needs_data: bool = True) -> None
     if needs_data and DATA_KEYS.isdisjoint(typed):
         given = f"`{'`, `'.join(typed)}`" if typed else "nothing"
         raise ConfigError(
-            "a sweep must have data, `data.train=FILE` or `data.path=HUB-ID data.train=SPLIT`, or be one that has a "
-            f"name (`lorasweep sweep quickstart`), but got {given}."
+            "a sweep must have a name (`lorasweep sweep quickstart`) or data (`data.train=FILE`, or `data.path=HUB-ID "
+            f"data.train=SPLIT`), but got {given}."
         )
     decided = {key: value for key, value in typed.items() if key.partition(".")[0] not in UNDECIDED}
     compose_run(

@@ -182,7 +182,8 @@ def learn_labels(values: Sequence[Any], *, task: str, class_names: Sequence[str]
         raise ConfigError(
             f"{key} must have classes of several examples each, but has {len(used)} different values in {len(values)} "
             "examples. Name another column, or set `data.task` (regression for numbers). Prompts with answers need "
-            "`data=chat data.prompt=COLUMN data.completion=COLUMN`, pairs of answers `data.chosen` and `data.rejected`."
+            "`data=chat data.prompt=COLUMN data.completion=COLUMN`, pairs of texts for an embedder `data=embeddings`, "
+            "pairs of answers `data.chosen` and `data.rejected`."
         )
     # whole numbers by value, so that 9 comes before 10, and names after them
     names = tuple(class_names) or tuple(
