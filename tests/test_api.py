@@ -1,5 +1,6 @@
 """The Python API runs, resumes and reads sweeps and runs, and raises what the command line would say."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -119,6 +120,8 @@ def test_dataframes_have_a_row_per_trial_run_and_step(result):
 def test_figures_table_and_weights_are_there_and_loading_reads_what_running_returned(result):
     assert all(figure.data for figure in result.figures().values())
     assert "bits per byte" in result.table()
+    facts = r"<p .*>Runs of 4 steps \(.* epochs of .* training examples\), in fp32 on cpu\.</p>"
+    assert re.search(facts, result.report.read_text())
     assert str(result.load_run(result.best("lora"))).startswith("complete: bits_per_byte ")
     names = {name for name, _ in result.load_run(result.best("lora")).load_model().named_parameters()}
     assert any("lora_a" in name for name in names)
@@ -126,11 +129,12 @@ def test_figures_table_and_weights_are_there_and_loading_reads_what_running_retu
     pandas.testing.assert_frame_equal(again.trials_dataframe(), result.trials_dataframe())
 
 
-def test_a_complete_sweep_that_is_resumed_without_changes_stays_as_it_is(result):
+def test_a_complete_sweep_that_is_resumed_without_changes_stays_as_it_is(result, capsys):
     before = (result.folder / "sweep.json").read_bytes()
     result.report.unlink()
-    assert lorasweep.resume_sweep(result.folder, progress=None).report.exists()
+    assert lorasweep.resume_sweep(result.folder).report.exists()
     assert (result.folder / "sweep.json").read_bytes() == before
+    assert "is complete. `sweep.trials=NUMBER`" in capsys.readouterr().err
 
 
 def test_a_resumed_sweep_gets_its_seeds_and_tells_its_progress(result):
@@ -174,9 +178,12 @@ def test_a_resumed_sweep_keeps_the_warnings_of_workers_and_drops_those_that_a_ch
     assert not any("`confirm.seeds` is" in warning for warning in warnings)
 
 
-def test_a_measurement_that_takes_all_minutes_ends_with_one_sentence():
-    with pytest.raises(ConfigError, match="measuring a few steps alone took"):
+def test_a_measurement_that_takes_all_minutes_and_long_ends_with_one_sentence(monkeypatch):
+    with pytest.raises(ConfigError, match="`--minutes` must be at least 1 for"):
         lorasweep.plan_sweep(SWEEP, minutes=1e-4)
+    monkeypatch.setattr("lorasweep.sweep.session.MIN_MEASURING_S", 0.0)
+    with pytest.raises(ConfigError, match="measuring a few steps alone took"):
+        lorasweep.plan_sweep(SWEEP, minutes=1e-4, measure=True)
 
 
 def test_overrides_as_words_and_as_a_mapping_are_the_same_run(tmp_path):

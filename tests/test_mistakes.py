@@ -71,7 +71,7 @@ FILES = [
     ([*TABLE, "data.test=rows.csv"], ["`data.train`, `data.validation` and `data.test` must be different"]),
     ([*TABLE, "data.test=tests.csv"], ["`data.test` must name an existing file"]),
     (["new", "a.txt", "data.train=rows.csv"], ["suffix .yaml, but got 'a.txt'"]),
-    (["new", "mini.yaml", "data.train=rows.csv"], ["exists already. Name another one."]),
+    (["new", "mini.yaml", "data.train=rows.csv"], ["exists already. Remove it, or name another one."]),
     (["new", "a.yaml", "--like", "no.yaml"], ["a training file must be a YAML file", "no.yaml"]),
     (["new", "a.yaml", "--like", "mini.yaml"], ["must be a training file of axolotl, TRL or LLaMA-Factory"]),
     (["sweep", "./notes.txt"], ["notes.txt: `just words` is not a setting."]),

@@ -80,7 +80,9 @@ def new_sweep(
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"`FILE.yaml` must have the suffix .yaml, but got {str(path)!r}.")
     if path.exists():
-        raise ConfigError(f"`FILE.yaml` must be a new file, but {str(path)!r} exists already. Name another one.")
+        raise ConfigError(
+            f"`FILE.yaml` must be a new file, but {str(path)!r} exists already. Remove it, or name another one."
+        )
     if not path.parent.is_dir():
         raise ConfigError(f"the folder of `FILE.yaml` must exist, but {str(path.parent)!r} does not.")
     from lorasweep.sweep.definition.typed import DATA_KEYS, check_typed
@@ -211,6 +213,8 @@ def resume_sweep(folder: str | Path, *, overrides: Overrides = (), progress: Pro
     with ExitStack() as undo:
         take_lock(Path(folder), undo)
     if record.status == "complete" and not overrides:  # perhaps it was killed before its report was written
+        if isinstance(progress, str):
+            say_note(f"{folder} is complete. `sweep.trials=NUMBER` or `confirm.seeds=NUMBER` would train more.")
         return _finish(Path(folder))
     session = _start_session(time.monotonic(), _ignore)
     return _train(session, session.reopen(Path(folder), changes=parse_overrides(overrides)), progress=progress)

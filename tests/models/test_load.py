@@ -90,6 +90,7 @@ REFUSED = {
         ["can't be loaded"],
     ),
     "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], {}, ["tokenizer"]),
+    "tokenizer of nothing": (change(vocab_size=10**6), {}, ["the files of its tokenizer", "model of 1,000,000"]),
     "own code": (
         change(model_type="own", auto_map={"AutoConfig": "own.OwnConfig"}),
         {},

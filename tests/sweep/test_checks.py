@@ -186,19 +186,21 @@ def test_a_margin_that_the_test_examples_cannot_show_is_a_warning_with_one_that_
 
 
 @pytest.mark.parametrize(
-    ("groups", "said"),
+    ("groups", "said", "kind"),
     [
-        ((), " test examples; four"),
-        (("a", "b") * 4, " test examples in 2 groups"),
-        (("a",) * 8, "one group ('a')"),
+        ((), " test examples. Four times", "sweep"),
+        (tuple("abcd"), "4 test examples. Four times", "sweep"),
+        (("a", "b") * 4, " test examples are in 2 groups", "warning"),
+        (("a",) * 8, "one group ('a')", "warning"),
     ],
 )
-def test_it_is_said_on_how_much_test_data_the_verdicts_rest(write_file, content, tiny_inputs, groups, said):
+def test_it_is_said_on_how_much_test_data_the_verdicts_rest(write_file, content, tiny_inputs, groups, said, kind):
     definition = read_definition(write_file(content), ["confirm.seeds=3"])
     loaded = tiny_inputs.load(definition.arms[0].base)
     splits = replace(loaded.splits, test=lambda: replace(loaded.splits.test(), groups=groups))
     cache = SimpleNamespace(load=lambda config: replace(loaded, splits=splits))
-    assert any(said in sentence for sentence in assess(definition, cache).others)
+    notes = assess(definition, cache).notes
+    assert any(note.kind == kind and said in note.text for note in notes), notes
 
 
 @pytest.mark.parametrize(

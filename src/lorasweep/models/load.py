@@ -121,6 +121,12 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None 
     with _refuse_damaged_files(config):
         settings = AutoConfig.from_pretrained(str(folder), **shared)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **shared)
+        if 2 * len(tokenizer) < settings.get_text_config().vocab_size:  # transformers makes one without its files
+            raise ConfigError(
+                f"`model.path` must have the files of its tokenizer, such as tokenizer.json, but {config.path!r} gives "
+                f"one of {len(tokenizer)} tokens for a model of {settings.get_text_config().vocab_size:,}. Copy them "
+                "into the model's folder."
+            )
         if config.dropout is not None:
             set_dropout_settings(settings, config.dropout)
         if labels is not None:
@@ -265,8 +271,8 @@ def _to_config_error(error: BaseException, config: ModelConfig) -> ConfigError:
             f"({first_line(error)}). Use `model.attention=auto`."
         )
     return ConfigError(
-        f"`model.path` must be a {config.kind} model with its tokenizer, but {config.path!r} can't be loaded: "
-        f"{describe_error(error)}. Download the model again, or use another model."
+        f"`model.path` must be a model for `model.kind={config.kind}` with its tokenizer, but {config.path!r} can't be "
+        f"loaded: {describe_error(error)}. Download the model again, or use another model."
     )
 
 

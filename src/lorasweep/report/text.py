@@ -315,6 +315,15 @@ def describe_evidence(one: SubjectResult, data: SweepData) -> str:
     return f"{name}: {value}, {describe_unit(answer, data)} ({verdict}{more})"
 
 
+def describe_runs(data: SweepData) -> str:
+    """Returns the steps, epochs and precision of the longest run, which a sweep in little time cuts; empty before."""
+    if (run := data.longest_run) is None:
+        return ""
+    epochs = "" if run.epochs is None else f" ({run.epochs:.2g} epochs of {run.num_train:,} training examples)"
+    where = [run.platform[name] for name in ("precision", "device") if run.platform.get(name)]
+    return f"Runs of {run.steps_planned:,} steps{epochs}{', in ' if where else ''}{' on '.join(where)}."
+
+
 def describe_failure(findings: Findings) -> tuple[str | None, str | None]:
     """Returns the headline and the remedy if nothing is shown to be learned."""
     learning, data = findings.learning, findings.data
@@ -410,7 +419,7 @@ def list_notes(findings: Findings) -> Iterator[str]:
     counts = {"trial": data.trials, "confirm run": data.confirm_runs}
     runs = [f"{len(rows):,} {name}{'' if len(rows) == 1 else 's'}" for name, rows in counts.items() if rows]
     spent = f"{format_seconds(record.makespan_s)}, {format_count(data.tokens_trained)} tokens trained"
-    yield f"{join_words(runs) or 'No run'} in {spent}{saving}."
+    yield f"{join_words(runs) or 'No run'} in {spent}{saving}. {describe_runs(data)}".rstrip()
     if record.status != "complete":
         yield f"The sweep is {record.status}: {sum(row.trials for row in record.arms)} trials were asked for."
     yield from (describe_fault(fault) for fault in findings.faults if fault.key not in (LR, ""))

@@ -16,6 +16,8 @@ from lorasweep.wording import Note, format_share
 
 POWER = 1.96 + 0.84
 """Standard errors of a difference that is found with a probability of 80 % at a level of 5 %."""
+MIN_GROUPS = 20
+"""With fewer groups of test examples a verdict says little about other groups."""
 ASSUMED_DISAGREEMENT = 0.1
 """Assumed share of test examples on which two trained settings differ, in the mean over their seeds."""
 
@@ -58,6 +60,9 @@ def _list_notes(definition: Definition, inputs_cache: InputsCache) -> Iterator[N
     for text in (*explain_bases(definition), *explain_solo_arms(definition)):
         yield Note(kind="sweep", text=text)
     if has_test:
+        if not any(arm.base.method.trains_all for arm in definition.arms):
+            text = "Whether LoRA is as good as full fine-tuning is not asked: no arm has `method=full`."
+            yield Note(kind="sweep", text=text)
         yield _describe_test_data(definition, inputs_cache)
 
 
@@ -88,10 +93,10 @@ def _describe_test_data(definition: Definition, inputs_cache: InputsCache) -> No
     splits, confirm = inputs_cache.load(definition.arms[0].base).splits, definition.sweep_config.confirm
     test = splits.test()
     groups = set(test.groups)
-    if len(groups) == 1:
-        text = f"All test examples ({len(test)}) are in one group ({groups.pop()!r}), which says nothing about other "
-        text += "groups: verdicts will hold for this group alone. Give test data of at least 20 groups."
-        return Note(kind="sweep", text=text)
+    if 0 < len(groups) < min(MIN_GROUPS, len(test)):
+        which = f"{len(groups)} groups" if len(groups) > 1 else f"one group ({groups.pop()!r})"
+        text = f"All {len(test):,} test examples are in {which}, so verdicts say little about other groups. "
+        return Note(kind="warning", text=f"{text}Give test data of at least {MIN_GROUPS} groups.")
     number, of_groups = len(groups) or len(test), f" in {len(groups):,} groups" if 0 < len(groups) < len(test) else ""
     text, shown = f"The verdicts rest on {len(test):,} test examples{of_groups}", 0.0
     margin, constant = parse_margin(confirm.margin), score_constant_answer(definition, inputs_cache).get("accuracy", 0)
@@ -101,7 +106,7 @@ def _describe_test_data(definition: Definition, inputs_cache: InputsCache) -> No
         shown = POWER * math.sqrt(ASSUMED_DISAGREEMENT / number)
         text += f": they probably show a difference of {100 * shown:.1f} points of accuracy"
     if shown <= margin.value * unit or not list_questions(definition):
-        return Note(kind="sweep", text=f"{text}; four times as many settle half the difference.")
+        return Note(kind="sweep", text=f"{text}. Four times as many show a difference half as large.")
     enough = math.ceil(ASSUMED_DISAGREEMENT * (POWER / (margin.value * unit)) ** 2)
     larger = math.ceil(1000 * shown / unit) / 1000
     most, typed = ("at most ", f"{100 * larger:g}%") if margin.is_share_of_gain else ("", f"{larger:g}")

@@ -264,7 +264,7 @@ def describe_load(rates: Sequence[Rates]) -> str:
     if share <= MAX_BUSY_SHARE:
         return ""
     return (
-        f"Measured while other work kept {format_share(share)} of the cores busy, so it may be faster. "
+        f"Measured while other work kept {format_share(share)} of the cores busy, so the times change with that work. "
         "`lorasweep plan --measure` measures anew."
     )
 

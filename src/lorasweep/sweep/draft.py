@@ -256,7 +256,7 @@ def _choose_data(
             taken = ", ".join(f"`{key}={value}`" for key, value in {"data": name, **found.settings}.items())
             notes = [f"Chosen: {taken}. Type another one if that is wrong."]
             notes += [f"Columns that are not used: {shorten(unused, 400)}."] if unused else []
-            if "data.text" in found.settings and (texts_beside := [one for one in unused if _has_texts(columns[one])]):
+            if "data.text" in found.settings and (texts_beside := [one for one in unused if given.has_texts(one)]):
                 notes.append(f"For pairs of texts add `data.text_pair={texts_beside[0]}`.")
             if is_expected:
                 return dict(expected), notes
@@ -264,11 +264,6 @@ def _choose_data(
             of_texts = texts if found.texts and all(isinstance(value, str) for value in values) else {}
             return {"data": name, **found.settings, **of_texts}, notes
     raise ConfigError(f"`data` must be set, because no task recognises the columns {shorten(list(columns), 400)}.")
-
-
-def _has_texts(values: Sequence[Any]) -> bool:
-    """Returns whether most values of a column are texts of several words."""
-    return sum(isinstance(value, str) and " " in value.strip() for value in values) > len(values) / 2
 
 
 def _find_kind(settings: Mapping[str, Any]) -> type[DataSettings]:

@@ -32,6 +32,8 @@ from lorasweep.training.inputs import InputsCache
 from lorasweep.training.stop_signal import StopSignal
 from lorasweep.wording import format_seconds
 
+MIN_MEASURING_S = 60.0
+"""Seconds that a measurement may take even for fewer `minutes`, so that an error can say how many are needed."""
 END_S = 3.0
 """Seconds of `minutes` that are kept for the report at the end of a sweep."""
 OnNote: TypeAlias = Callable[[str], None]
@@ -192,7 +194,7 @@ class Session:
                     definition,
                     self.inputs_cache,
                     on_progress=lambda phrase: self._on_note(add_clock(phrase)),
-                    is_late=lambda: minutes is not None and measure_time() > 60 * minutes,
+                    is_late=lambda: minutes is not None and measure_time() > max(60 * minutes, MIN_MEASURING_S),
                     anew=anew,
                 )
         except MeasuredTooLong:

@@ -30,6 +30,16 @@ class GivenTable:
     unsure_header: str | None = None
     """The file whose first line may be a row of data instead of the names of the columns."""
 
+    def has_texts(self, column: str) -> bool:
+        """Returns whether most values of a column are texts of several words."""
+        values = self.columns[column]
+        return sum(isinstance(value, str) and " " in value.strip() for value in values) > len(values) / 2
+
+    def has_different_texts(self, column: str) -> bool:
+        """Returns whether most values of a column are texts of several words that differ, unlike labels."""
+        values = self.columns[column]
+        return self.has_texts(column) and len(set(map(str, values))) > len(values) / 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recognised:

@@ -143,6 +143,7 @@ def test_pairs_that_share_an_anchor_or_a_positive_are_in_one_split(make_run):
     assert all(parts)
     assert sum(map(len, ids)) == len(ids[0] | ids[1] | ids[2])
     assert len(set(splits.train.groups)) < len(splits.train)
+    assert [any("each anchor ranks" in note for note in part.notes) for part in parts] == [False, True, True]
 
 
 def test_training_passages_are_distractors_of_other_splits_alone(make_run):
@@ -263,11 +264,15 @@ def test_a_draft_recognises_columns_and_its_sweep_ends_with_verdicts(embedder, h
         (("question", "answer"), {"model": "embedder"}, True),
         (("first", "second"), {}, False),
         (("first", "second"), {"data.anchor": "first", "data.positive": "second"}, True),
+        (("first", "second"), {"model.path": "FOLDER"}, True),
+        (("first", "second", "label"), {"model.path": "FOLDER"}, False),
+        (("first", "label"), {"model.path": "FOLDER"}, False),
     ],
 )
-def test_columns_that_may_be_of_another_task_are_left_to_it(columns, settings, is_found):
-    table = GivenTable(columns={name: ["a text"] for name in columns}, settings=settings)
-    assert (recognise_pairs(table) is not None) == is_found
+def test_columns_that_may_be_of_another_task_are_left_to_it(columns, settings, is_found, embedder):
+    values = {name: ["a label" if name == "label" else f"the text {number}" for number in range(5)] for name in columns}
+    settings = {key: str(embedder) if value == "FOLDER" else value for key, value in settings.items()}
+    assert (recognise_pairs(GivenTable(columns=values, settings=settings)) is not None) == is_found
 
 
 def test_examples_are_shown_with_their_names(make_run):

@@ -6,6 +6,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorasweep.data.reading.tables import choose_columns, open_tables, parse_rows, require_text
@@ -129,11 +130,15 @@ def _join_groups(pairs: list[Pair], parents: dict[int, int]) -> list[Pair]:
 def recognise_pairs(table: GivenTable) -> Recognised | None:
     """Returns the columns of pairs; None if they may as well be of another task, and the user asks for no embedder."""
     names, settings = list(table.columns), table.settings
-    is_asked = settings.get("model") == "embedder" or settings.keys() & {"data.anchor", "data.positive"}
     found = _find_columns(settings.get("data.anchor"), settings.get("data.positive"), names)
     if found is None:
         return None
     negatives = settings.get("data.negatives") or [name for name in names if NEGATIVE_COLUMN.fullmatch(name)]
+    is_asked = settings.get("model") == "embedder" or settings.keys() & {"data.anchor", "data.positive"}
+    # a folder of sentence-transformers is often the base of a classifier, but neither of two texts is its label
+    is_embedder = (Path(str(settings.get("model.path"))) / "modules.json").is_file()
+    if is_embedder and {*found, *negatives} == {*names}:
+        is_asked = is_asked or all(table.has_different_texts(name) for name in found)
     is_usual = found[0] in ANCHOR_COLUMNS and found[1] in POSITIVE_COLUMNS
     # a question with an answer may be a chat, and two sentences with a label are a table
     is_clear = found[1] == "positive" or found[0] in ("anchor", "query") or {*found, *negatives} == {*names}

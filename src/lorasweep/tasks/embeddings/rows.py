@@ -47,10 +47,12 @@ def build_pairs(
     is_cut = (sequences.pop("full_length").values > config.max_length).view(len(pairs), -1).any(1)
     # 63 bits, because torch's integers have a sign
     ids = torch.tensor([content_key([text]) >> 1 for pair in pairs for text in pair.list_texts()])
+    num_passages = len(torch.unique(ids.view(len(pairs), -1)[:, 1:]))
+    ranked = f"In {examples.name} each anchor ranks {num_passages:,} passages; with more, scores are lower."
     return Rows(
         name=examples.name,
         fingerprint=examples.fingerprint,
-        notes=examples.notes,
+        notes=examples.notes if examples.name == "train" else (*examples.notes, ranked),
         groups=tuple(str(pair.group) for pair in pairs),
         sequences=sequences,
         columns={"text_id": ids},
@@ -62,6 +64,6 @@ def build_pairs(
             "bytes": sum(len(text.encode()) for pair in examples.items for text in pair.list_texts()),
             "truncated": int(is_cut.sum()),
             "fingerprint": examples.fingerprint,
-            "passages": len(torch.unique(ids.view(len(pairs), -1)[:, 1:])),
+            "passages": num_passages,
         },
     )

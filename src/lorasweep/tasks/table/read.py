@@ -223,7 +223,7 @@ def _parse_number(value: Any) -> float:
         with suppress(ValueError):
             if math.isfinite(number := float(value)):
                 return number
-    raise ValueError(f"must have a finite number as label, but has {shorten(value)}")
+    raise ValueError(f"must have a finite number, such as 0.5, as label, but has {shorten(value)}")
 
 
 def recognise_labelled(table: GivenTable) -> Recognised:
