@@ -54,7 +54,7 @@ coverage: $(DEV) ## the same tests, and the lines and branches of src that they 
 test-fast: $(DEV) ## those of them that take at most a few seconds each
 	$(PYTEST) $(PARALLEL) $(QUICK)
 
-test-all: check docs ## before a release, about an hour: every test of every marker, and numeric tests as other processors compute
+test-all: check docs ## before a release, about half an hour: every test of every marker, and numeric tests as other processors compute
 	$(PYTEST) $(PARALLEL) -m 'not cluster'
 	$(MAKE) test-processors test-clusters
 
