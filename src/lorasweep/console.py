@@ -41,7 +41,7 @@ class RunningTraining:
     """The step at which it began or was resumed."""
     began_s: float = 0.0
     text: str = ""
-    """What is shown if other processes train."""
+    """What is shown instead during a sweep."""
 
     def note(self, phase: str, step: int, num_steps: int) -> None:
         """Takes the phase and the steps done so far, as `training.progress.OnPhase`."""

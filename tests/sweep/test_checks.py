@@ -207,7 +207,7 @@ def test_it_is_said_on_how_much_test_data_the_verdicts_rest(write_file, content,
     ("labels", "said"),
     [
         (["a", "b", "a"], ["`data.train`", "at least 30 rows", "3"]),
-        (["a", "b"] * 20 + ["c"], ["`data.label`", "'c': 1"]),
+        (["a", "b"] * 20 + ["c"], ["`data.label=label`", "'c': 1", "name another column"]),
     ],
 )
 def test_too_few_rows_are_refused_by_new_and_sweep(here, capsys, labels, said):

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from tests.conftest import SHORT_RUN
 
+import lorasweep.sweep.cost as cost_file
 import lorasweep.sweep.measure as measure_file
 from lorasweep.errors import ConfigError, OutOfMemory
 from lorasweep.sweep.cost import Rates, estimate_cost, fit_minutes, list_cuts
@@ -109,7 +110,7 @@ def test_a_plan_says_how_long_the_last_look_takes(content, write_file, rates_of,
 
 def test_a_measurement_beside_other_work_is_said_first(content, write_file, rates_of):
     content["arms"] = {"lora": content["arms"]["lora"]}
-    definition = read_definition(write_file(content))
+    definition = read_definition(write_file(content), ["worker.num=64"])  # no core is said to be idle
     shown = {}
     for share in (0.1, 0.9):
         console = Console(record=True, width=200, file=io.StringIO())
@@ -356,6 +357,26 @@ def test_test_examples_are_cut_only_where_scoring_them_is_slow(quickstart):
 
     assert list_examples(test_s=1.0) == {"data.max_validation_blocks"}
     assert list_examples(test_s=20.0) == {"data.max_validation_blocks", "data.max_test_blocks"}
+
+
+@pytest.mark.parametrize(
+    ("threads", "workers", "said"),
+    [("1", 1, "Trains on 1 of 4 cores"), ("2", 1, "2 of 4"), ("1", 2, "2 of 4"), ("4", 1, ""), ("", 1, "")],
+)
+def test_cores_that_omp_num_threads_keeps_idle_are_said_where_a_time_is(
+    quickstart, monkeypatch, threads, workers, said
+):
+    monkeypatch.setattr(cost_file, "count_cores", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    definition = quickstart.with_overrides({"worker.num": workers})
+    rates, shown = step_rates(definition), Console(file=io.StringIO(), width=200)
+    counted = [replace(group, trained_params=dict.fromkeys(group.arms, 1)) for group in rates]
+    shown.print(render_plan(definition, counted))
+    with pytest.raises(ConfigError) as refused:
+        fit_minutes(definition, rates, 0.1)
+    for text in (fit_minutes(definition, rates, 9).given_up, str(refused.value), shown.file.getvalue()):
+        assert said in text
+        assert ("`OMP_NUM_THREADS` is" in text) is bool(said)
 
 
 def test_fewer_examples_are_cut_where_scoring_takes_the_time(quickstart, write_file, content):

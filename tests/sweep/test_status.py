@@ -164,14 +164,31 @@ def test_no_sweep_is_late_before_its_first_step_or_after_its_last(running, step)
     assert read_status(running).late == ""
 
 
-def test_steps_and_time_left_are_of_all_trials_where_other_processes_train(running, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 1, 2])  # 0: before the controller has opened the sweep
+def test_steps_and_time_left_are_of_all_trials(running, monkeypatch, workers):
     monkeypatch.setattr(status_file, "RUNNING_TRAINING", made := RunningTraining())
     row = trial(0, "running")
     row.values = {4: 1.5}
-    given = {"arms": [arm("lora", trials=1)], "workers": 2, "planned_s": [1e4]}
+    given = {"arms": [arm("lora", trials=1)], "workers": workers, "planned_s": [1e4]}
     write_record(sweep_record(trials=[row], **given), running)
     with show_progress(running, Console(file=io.StringIO())):
         assert re.fullmatch("all trials, step 4 of 8, about .* left", made.describe())
+    assert made.describe() == ""
+
+
+def test_the_line_moves_while_one_process_trains(running, monkeypatch):
+    monkeypatch.setattr(status_file, "RUNNING_TRAINING", made := RunningTraining())
+    monkeypatch.setattr(status_file, "POLL_INTERVAL_S", 0.01)
+    row, given = trial(0, "running"), {"arms": [arm("lora", trials=1)], "planned_s": [1e4]}
+    write_record(sweep_record(trials=[row], workers=0, **given), running)
+    with show_progress(running, Console(file=io.StringIO())):
+        assert made.describe().startswith("all trials, step 0 of 8")
+        row.values = {4: 1.5}
+        write_record(sweep_record(trials=[row], workers=1, **given), running)
+        end = time.monotonic() + 60
+        while "step 4" not in made.describe():
+            assert time.monotonic() < end
+            time.sleep(0.01)
 
 
 def test_swept_steps_count_in_the_time_left(running):

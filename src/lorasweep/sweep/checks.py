@@ -86,9 +86,10 @@ def check_rows(config: DataSettings, splits: Splits) -> None:
     for one in facts:
         counts.update(one.get("labels", {}))
     if few := {name: number for name, number in counts.items() if 0 < number < MIN_CLASS_ROWS}:
+        column = getattr(config, "label", "")  # often found and not typed
         raise ConfigError(
-            f"`data.label` must have at least {MIN_CLASS_ROWS} rows of each class, but has {shorten(few, 200)}. Add "
-            "rows, remove these, or name another column."
+            f"`data.label={column}` must be a column with at least {MIN_CLASS_ROWS} rows of each class, but "
+            f"{shorten(column)} has {shorten(few, 200)}. Add rows, remove these, or name another column."
         )
 
 

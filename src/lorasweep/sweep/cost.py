@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -11,13 +12,14 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from lorasweep.config.run import MIN_STEPS, STEPS_KEY, RunConfig
-from lorasweep.config.sweep import ENOUGH_SEEDS, ENOUGH_TRIALS, SlurmWorkers
+from lorasweep.config.sweep import ENOUGH_SEEDS, ENOUGH_TRIALS, LocalWorker, SlurmWorkers
 from lorasweep.errors import ConfigError
 from lorasweep.record import QuestionName
 from lorasweep.sweep.controller.proposals import find_batch_start
 from lorasweep.sweep.definition.arms import Arm, Definition, searches_one_key
 from lorasweep.sweep.definition.confirm import count_confirm_runs, list_questions
 from lorasweep.training.environment import get_device
+from lorasweep.training.torch_variables import count_cores
 from lorasweep.wording import format_seconds, format_share, join_words
 
 INTERVAL_KEY = "trainer.eval_every_steps"
@@ -181,7 +183,7 @@ class Cut(NamedTuple):
     name: str
     overrides: Mapping[str, Any]
     given_up: str
-    """A clause on what it gives up. `{minutes}` stands for the least time that gives up no question here."""
+    """A clause that says what is left. `{minutes}` stands for the least time that gives up no question here."""
 
 
 class FittedSweep(NamedTuple):
@@ -191,7 +193,7 @@ class FittedSweep(NamedTuple):
     overrides: Mapping[str, Any]
     """The cuts that were made."""
     given_up: str
-    """A sentence on what is given up."""
+    """A sentence that says what is left of what is cut, and which questions are not asked."""
 
 
 def fit_minutes(
@@ -241,21 +243,32 @@ def fit_minutes(
         whole_s = estimate(Counter(names[: names.index(name)]))
         made[name] = made[name].replace("{minutes}", str(math.ceil(whole_s / 60)))
     given_up = "; ".join(text for name, text in made.items() if name != "ranks" or "rank" not in made)
-    given_up = given_up or "nothing is given up"
+    given_up = f"cut to {given_up}" if given_up else "nothing is cut"
+    beside = " ".join(filter(None, (describe_cores(definition), describe_load(rates))))
     # with a tolerance, because this message may have named these minutes after an earlier measurement
     if seconds > (1 + MINUTES_TOLERANCE) * 60 * minutes:
         asked = list_questions(smaller)
         answers = join_words([ANSWERED[one.name].format(one=one) for one in asked]) or "which settings are best"
         raise ConfigError(
             f"`--minutes` must be at least {math.ceil(seconds / 60)} for this sweep on this machine, but "
-            f"got {minutes:g}. That time would answer {answers}, and give up: {given_up}. "
-            f"Shorter examples (`data.max_length`) or a smaller model take less. {describe_load(rates)}".rstrip()
+            f"got {minutes:g}. That time would answer {answers}: {given_up}. "
+            f"Shorter examples (`data.max_length`) or a smaller model take less. {beside}".rstrip()
         )
     within = f"within {minutes:g} min"
     if seconds > 60 * minutes:
         within = f"in about {format_seconds(seconds)}, a little more than {minutes:g} min"
-    beside = f" {load}" if (load := describe_load(rates)) else ""
-    return FittedSweep(smaller, overrides, f"{within}: {given_up}.{beside}")
+    return FittedSweep(smaller, overrides, f"{within}: {given_up}. {beside}".rstrip())
+
+
+def describe_cores(definition: Definition) -> str:
+    """Returns a sentence if `OMP_NUM_THREADS` keeps cores of this machine from training; empty otherwise."""
+    threads, config, num = os.environ.get("OMP_NUM_THREADS", ""), definition.sweep_config.worker, count_cores()
+    if not threads.isdecimal() or not isinstance(config, LocalWorker):
+        return ""
+    used = max(int(threads), count_workers(definition))
+    if used >= num or any(get_device(arm.base.trainer).type == "cuda" for arm in definition.arms):
+        return ""
+    return f"Trains on {used} of {num} cores, because `OMP_NUM_THREADS` is {threads}: unset it to take less time."
 
 
 def describe_load(rates: Sequence[Rates]) -> str:
@@ -402,7 +415,7 @@ def _cut_full(definition: Definition) -> Iterator[Cut]:
     full = [arm.name for arm in definition.arms if arm.base.method.trains_all]
     if full and any(arm.space and arm.name not in full for arm in definition.arms):
         lost = (
-            f"the arm {join_words([f'`{name}`' for name in full])}, so whether LoRA is as good as full fine-tuning is "
+            f"no arm {join_words([f'`{name}`' for name in full])}, so whether LoRA is as good as full fine-tuning is "
             "NOT ASKED (`--minutes {minutes}` asks it)"
         )
         yield Cut("full", dict.fromkeys(f"arms.{name}" for name in full), lost)

@@ -171,7 +171,7 @@ def draft_sweep(
     of_sweep = {**SWEEP_SETTINGS, **of_sweep}
     content = {"name": path.stem, "settings": {**numbered, **of_sweep}, "arms": kept}
     facts = [
-        *([f"Cut to a time, {given_up}"] if given_up else []),
+        *([f"To end {given_up}"] if given_up else []),
         *(note.text for note in inputs.describe_lost(config, has_test=True)),
         *notes,
     ]

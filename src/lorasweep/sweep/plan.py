@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lorasweep.record import describe_confirmation
 from lorasweep.sweep.assess import Assessment
-from lorasweep.sweep.cost import Rates, count_workers, describe_load, estimate_cost
+from lorasweep.sweep.cost import Rates, count_workers, describe_cores, describe_load, estimate_cost
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.definition.confirm import count_confirm_runs
 from lorasweep.wording import format_bytes, format_count, format_seconds_range
@@ -77,8 +77,12 @@ def render_plan(definition: Definition, rates: Sequence[Rates]) -> RenderableTyp
             at_most + format_bytes(runs * 4 * trained),  # its best trained weights, in fp32
             format_seconds_range(share * cost.low_s, share * cost.high_s),
         )
-    load = [Text(f"warning: {sentence}") for sentence in [describe_load(rates)] if sentence]
-    return Group(*load, table, *(Text(f"• {note}") for note in _list_notes(definition, rates)))
+    beside = (describe_cores(definition), describe_load(rates))
+    return Group(
+        *(Text(f"warning: {sentence}") for sentence in beside if sentence),
+        table,
+        *(Text(f"• {note}") for note in _list_notes(definition, rates)),
+    )
 
 
 def _list_notes(definition: Definition, rates: Sequence[Rates]) -> Iterator[str]:

@@ -5,6 +5,7 @@ This file only reads the sweep's record, without a lock, so it can show a sweep 
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -324,13 +325,14 @@ def show_progress(folder: Path, console: Console, *, verbose: bool = False) -> I
 
     def show(status: SweepStatus) -> None:
         record, is_first = status.record, not statuses
-        if record.workers != 1:  # other processes train
-            RUNNING_TRAINING.text = _describe_trials(status)
+        RUNNING_TRAINING.text = _describe_trials(status)  # not of the pack that this process may train
         statuses[:] = [status]
         say(f"sweep {record.name} in {status.folder}")
         say(f"to watch it: tensorboard --logdir {status.folder}, or optuna-dashboard {status.folder / JOURNAL_FILE}")
         if record.threads:  # a worker has begun
-            say(f"threads of a worker: {record.threads} (`OMP_NUM_THREADS`), on {record.device}", key="worker")
+            given = os.environ.get("OMP_NUM_THREADS")
+            why = f" (`OMP_NUM_THREADS` is {given})" if given else ""
+            say(f"threads of a worker: {record.threads}{why}, on {record.device}", key="worker")
         for line in (*(f"• {note}" for note in record.notes if verbose), *(f"warning: {w}" for w in record.warnings)):
             say(line)
         for stage in ("trials", "confirm") if not console.is_terminal else ():
@@ -358,8 +360,11 @@ def show_progress(folder: Path, console: Console, *, verbose: bool = False) -> I
         return Group(*map(render_status, statuses))
 
     table = Live(console=console, get_renderable=render, transient=True) if console.is_terminal else nullcontext()
-    with table, report_status(folder, show):
-        yield
+    try:
+        with table, report_status(folder, show):
+            yield
+    finally:
+        RUNNING_TRAINING.text = ""
 
 
 @contextmanager

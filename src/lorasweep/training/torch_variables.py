@@ -47,9 +47,13 @@ def set_torch_variables() -> None:
     # (Ray is then imported first). A spinning thread then keeps other threads of its own step from running, and a step
     # took two to three times as long.
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    shares_cores = "ray" in sys.modules or (threads.isdecimal() and int(threads) < num_cores)
+    shares_cores = "ray" in sys.modules or (threads.isdecimal() and int(threads) < count_cores())
     os.environ["GOMP_SPINCOUNT"] = "0" if shares_cores else str(SPIN_COUNT)
+
+
+def count_cores() -> int:
+    """Returns the number of processor cores on which this process may run."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @contextmanager

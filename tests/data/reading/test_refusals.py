@@ -52,6 +52,7 @@ ROWS = [
     (["a,1", "b,1e999"], REGRESSION, [LABEL, "finite number", "'1e999'"]),
     ([f"a{n},{n}" for n in range(30)], {}, [LABEL, "30 different values", "`data.task`"]),
     (["a,x", "b,y"], {}, ["`data.train`", "at least 3 different examples", "has 2"]),
+    (["a,x", "b,y", "c,x"], {"label": "text"}, ["`data.label`", "different columns", "'text'"]),
 ]
 NO_FILES = ["*.parquet", "x" * 5000, "~nobody-here/a.csv"]
 CHATS = [

@@ -40,5 +40,10 @@ class TableConfig(RowSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if len({self.label, self.text, self.text_pair}) < 3:
+            raise ConfigError(
+                "`data.label`, `data.text` and `data.text_pair` must be different columns, but are "
+                f"{self.label!r}, {self.text!r} and {self.text_pair!r}."
+            )
         if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
             raise ConfigError(f"`data.labels` must be two or more different names, but got {list(self.labels)}.")
