@@ -54,6 +54,7 @@ def test_without_an_arm_the_best_of_all_is_given_and_a_run_is_found_by_all_that_
     assert result.load_run(result.best("lora")).folder == result.load_run(folder).folder == folder
     setting = result.recommended("lora")
     assert result.load_run(setting).folder == find_run(result.folder / "lora")[0]  # that of `export`
+    assert result.folder / setting.run.run == result.load_run(setting).folder
     assert result.load_run(setting).config["method"]["rank"] == setting.params["method.rank"]
     with pytest.raises(ConfigError, match=r"must be the folder of a run.*Call `result.load_run"):
         lorasweep.load_run(setting)
@@ -176,6 +177,13 @@ def test_a_resumed_sweep_keeps_the_warnings_of_workers_and_drops_those_that_a_ch
     warnings = read_sweep(folder).warnings
     assert "A pack broke." in warnings
     assert not any("`confirm.seeds` is" in warning for warning in warnings)
+
+
+def test_what_minutes_cut_is_said_in_the_report_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(Session, "train", lambda self, opened, *, progress: opened.close())
+    with pytest.raises(SweepInterrupted):
+        lorasweep.run_sweep(SWEEP, minutes=60, output=tmp_path / "sweep", progress=None)
+    assert read_sweep(tmp_path / "sweep").notes[0].startswith("To end within 60 min: ")
 
 
 def test_a_measurement_that_takes_all_minutes_and_long_ends_with_one_sentence(monkeypatch):

@@ -165,9 +165,11 @@ def run_sweep(
     session, definition, typed = _define(sweep, overrides, on_note=on_note, measures=minutes is not None)
     if not new and output is None and definition.sweep_config.sweep.output is None:
         _look_for_others(definition.name, on_note)
+    given_up = ""
     if minutes is not None:
-        definition = session.plan(definition, minutes=minutes, typed=typed).definition
-    opened = session.open_new(definition, output=output)
+        plan = session.plan(definition, minutes=minutes, typed=typed)
+        definition, given_up = plan.definition, plan.given_up
+    opened = session.open_new(definition, output=output, given_up=given_up)
     return _train(session, opened, progress=progress)
 
 

@@ -196,7 +196,7 @@ class SweepResult:
     def recommended(self, subject: str | None = None) -> Setting:
         """Returns the recommended setting. Its `params` are the settings of `lorasweep train --from`.
 
-        Its `run` is the trial of the search that had it, if one had; `load_run` returns the run that is exported.
+        Its `run` is the one that is exported, and `load_run` opens it.
 
         Args:
             subject: An arm, or one value of its `confirm_each` key (`lora-rank-8`). None is the whole sweep.
@@ -210,13 +210,9 @@ class SweepResult:
         return find_recommended(self.findings.data, subject, key="subject")[-1]
 
     def load_run(self, run: Trial | Setting | str | Path) -> RunResult:
-        """Returns the run of a trial or in a folder. Of a setting that is confirmed, it is the run that is exported."""
+        """Returns the run of a trial or in a folder. Of a setting, it is the run that is exported."""
         if isinstance(run, str | Path):
             return load_run(run)
-        if not isinstance(run, Trial) and run.row:
-            from lorasweep.report.recommend import find_recommended_run  # noqa: PLC0415 (slow to import)
-
-            return load_run(find_recommended_run(self.folder / run.row.subject)[0])
         trial = run if isinstance(run, Trial) else run.run
         if trial is None:
             raise RecordError("a setting must have a complete run, but this one was only predicted. Resume the sweep.")

@@ -268,6 +268,17 @@ def build_rank_sweep(folder, scores, *, fixed=None, seeds=5, examples=0, noise=0
     return confirm_sweep(folder, seeds=seeds, examples=examples, noise=noise)
 
 
+def drop_full(sweep):
+    """Leaves full fine-tuning out of a sweep's record."""
+
+    def drop(raw):
+        for name in ("arms", "trials", "settings", "confirm"):
+            raw[name] = [row for row in raw[name] if row.get("arm", row.get("name")) != "full"]
+        raw["questions"] = [row for row in raw["questions"] if row["reference"] != "full"]
+
+    edit_json(sweep / "sweep.json", drop)
+
+
 def report(folder):
     """Writes the report of a sweep and returns its findings."""
     findings = read_findings(folder)

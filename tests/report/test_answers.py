@@ -8,13 +8,14 @@ import shutil
 import pytest
 from tests.files import edit_json
 
+from lorasweep.config.sweep import ENOUGH_TRIALS
 from lorasweep.report.facts import list_subject_rows, read_findings
 from lorasweep.report.page import render_page
 from lorasweep.report.terminal import list_lines
-from lorasweep.report.text import list_cells, list_notes, list_warnings
+from lorasweep.report.text import list_cells, list_columns, list_notes, list_warnings
 from lorasweep.report.write import build_summary
 
-from .conftest import build_rank_sweep
+from .conftest import build_rank_sweep, drop_full
 
 
 def find_answers(findings, name):
@@ -79,16 +80,18 @@ def test_the_setting_has_a_row_on_what_is_untried(tmp_path):
     assert row.value == pytest.approx(0.001 / findings.data.evidence.gain)
     (recommended,) = build_summary(findings)["recommended"]
     assert recommended["params"] == {"method.rank": 16, "optim.lr": 0.0102}
-    assert "Rank 16, α 16, learning rate 0.0102 (predicted)." in list_headlines(findings)
+    assert "Rank 16, α 16 (not searched), learning rate 0.0102 (predicted)." in list_headlines(findings)
 
 
-def drop_full(sweep):
-    def drop(raw):
-        for name in ("arms", "trials", "settings", "confirm"):
-            raw[name] = [row for row in raw[name] if row.get("arm", row.get("name")) != "full"]
-        raw["questions"] = [row for row in raw["questions"] if row["reference"] != "full"]
+def test_a_setting_that_few_trials_found_says_so(tmp_path):
+    def keep_few(raw):
+        of_lora = [row for row in raw["trials"] if row["arm"] == "lora"]
+        raw["trials"] = [row for row in raw["trials"] if row not in of_lora[ENOUGH_TRIALS - 1 :]]
 
-    edit_json(sweep / "sweep.json", drop)
+    sweep = build_rank_sweep(tmp_path, {1: 1.8, 4: 1.7, 16: 1.662})
+    edit_json(sweep / "sweep.json", keep_few)
+    (headline,) = [one for one in list_headlines(read_findings(sweep)) if one.startswith("Rank 16, α 16")]
+    assert headline.endswith(f"(predicted), on {ENOUGH_TRIALS - 1} trials alone.")
 
 
 @pytest.mark.parametrize("has_full", [True, False])
@@ -183,3 +186,12 @@ def test_why_the_looks_ended_is_a_note(tmp_path):
     looks = [{"seeds": 5, "open": ["lora-rank-4"], "is_last": True}]
     edit_json(sweep / "sweep.json", lambda raw: raw.update(looks=[3, 5, 10], looks_done=looks))
     assert any("5 were used; more had nothing to settle" in note for note in list_notes(read_findings(sweep)))
+
+
+def test_a_report_without_full_fine_tuning_has_no_place_for_it(tmp_path):
+    sweep = build_rank_sweep(tmp_path, {4: 1.662, 16: 1.66})
+    assert "LoRA against full fine-tuning" in render_page(read_findings(sweep), [])
+    drop_full(sweep)
+    findings = read_findings(sweep)
+    assert "LoRA against full fine-tuning" not in render_page(findings, [])
+    assert "of full's gain" not in list_columns(findings.data)

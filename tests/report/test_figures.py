@@ -40,14 +40,17 @@ def list_bars(figure):
     return [(bar.y[0] - bar.error_y.arrayminus[0], bar.y[0] + bar.error_y.array[0]) for bar in bars]
 
 
-def test_diverged_score_does_not_flatten_the_others_and_is_counted(sweep):
+def test_diverged_score_does_not_flatten_the_others_and_stays_visible_at_the_edge(sweep):
     def diverge(raw):
         next(trial for trial in raw["trials"] if trial["arm"] == "lora")["search_score"] = 90.0
 
     edit_json(sweep / "sweep.json", diverge)
     (figure,) = draw_score_by_lr(load_sweep_data(sweep)).figures
     assert figure.layout.yaxis.range[1] < 2.3
-    assert "1 outside the range" in figure.layout.xaxis.title.text
+    (outside,) = find_traces(figure, symbol="triangle-up")
+    assert outside.y == (figure.layout.yaxis.range[1],)
+    assert "90" in outside.text[0]
+    assert not find_traces(figure, symbol="triangle-down")
 
 
 def test_dots_rings_bars_and_band_over_rank_are_those_of_the_evidence(

@@ -15,7 +15,14 @@ from lorasweep.report.facts import read_findings
 from lorasweep.report.next_step import find_next_step
 from lorasweep.report.text import describe_headline, describe_step
 
-from .conftest import STEPS, build_rank_sweep, build_sweep
+from .conftest import STEPS, build_rank_sweep, build_sweep, drop_full
+
+FULL_FILE = {"arms": {"full": {"settings": {"method": "full"}}}}
+ADDED_FULL = {
+    "settings": {"method": "full"},
+    "space": {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}},
+    "trials": 8,
+}
 
 
 def read_steps(folder):
@@ -95,6 +102,28 @@ def test_where_nothing_is_learned_the_longer_run_is_the_step(tmp_path, steps, ex
         "trainer.max_steps": longer,
         "sweep.output": f"{sweep}-longer",
     }
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "expected"),
+    [
+        ({}, {"sweep.trials": 6}, {"sweep.trials": 6, "arms.full": ADDED_FULL}),
+        (FULL_FILE, {"arms.full": None}, {}),
+        (FULL_FILE, {"arms.full": None, "sweep.trials": 6}, {"sweep.trials": 6, "arms.full.trials": 8}),
+        (FULL_FILE | {"settings": {"sweep.trials": 4}}, {"arms.full": None}, {"arms.full.trials": 8}),
+    ],
+)
+def test_full_fine_tuning_that_is_added_keeps_trials_with_which_verdicts_on_it_hold(
+    tmp_path, file, overrides, expected
+):
+    sweep = build_rank_sweep(tmp_path, {4: 1.7})
+    drop_full(sweep)
+    definition = {"file": file, "overrides": {"worker.num": 1, **overrides}}
+    edit_json(sweep / "sweep.json", lambda raw: raw.update(source="mine.yaml", definition=definition))
+    (step,) = [step for step in read_steps(sweep) if step and step.name == "arm"]
+    command = read_command(step, begin=["lorasweep", "sweep", "mine.yaml"])
+    assert command == {**expected, "sweep.output": f"{sweep}-full"}  # without `worker.num`, which was not typed
+    assert "shows its time" in describe_step(step)
 
 
 def test_a_longer_run_that_learned_nothing_is_not_advised_again(tmp_path):

@@ -141,9 +141,10 @@ def draw_score_by_lr(data: SweepData) -> Panel:
     if not figures:
         return Panel(key="lr", title=title, text="No arm has complete trials at two learning rates.")
     text = (
-        "Dots are complete trials, crosses the best value so far of trials that were stopped early. A ring is the "
-        "trial whose setting was chosen, a diamond a setting that no trial has, with the score that the search's model "
-        "predicts. u = lr · √α is used where α varies under Adam, because the best u is nearly the same at every α."
+        "Dots are complete trials, crosses the best value so far of trials that were stopped early, triangles at an "
+        "edge trials whose score lies outside. A ring is the trial whose setting was chosen, a diamond a setting that "
+        "no trial has, with the score that the search's model predicts. u = lr · √α is used where α varies under Adam, "
+        "because the best u is nearly the same at every α."
     )
     return Panel(key="lr", title=title, text=text, figures=figures)
 
@@ -160,8 +161,8 @@ def _draw_rates(subjects: Sequence[SubjectResult], data: SweepData) -> go.Figure
 
     x_title = f"{'u = lr · √α' if has_u else 'learning rate'} (log scale)"
     figure = build_figure(x_title, format_metric(data.record.search_metric.name))
-    figure.update_xaxes(type="log", exponentformat="e", dtick=1, minor={"ticks": "outside"})
-    colours, scores = choose_colours(data), []
+    figure.update_xaxes(type="log", exponentformat="e", dtick="D2")  # ticks at 1, 2 and 5
+    colours, scores, drawn = choose_colours(data), [], []
     for one in subjects:
         colour = colours[one.name]
         known = [(trial, score) for trial in one.trials if (score := trial.search_score) is not None]
@@ -169,6 +170,7 @@ def _draw_rates(subjects: Sequence[SubjectResult], data: SweepData) -> go.Figure
         complete = [point for point in points if point[1].is_complete]
         stopped = [point for point in points if point[1].state == "stopped"]
         scores += [score for _, _, score in (*complete, *stopped)]
+        drawn.append((one, [*complete, *stopped]))
         add_trials(figure, complete, colour, one.name, showlegend=True)
         add_trials(figure, stopped, colour, one.name, marker={"symbol": "x-thin-open"})
         if (best := one.best) and (x := find_x(best.get_number)):
@@ -180,7 +182,20 @@ def _draw_rates(subjects: Sequence[SubjectResult], data: SweepData) -> go.Figure
     half = 1 + len(ranked) // 2  # the better half is always shown
     full, frozen = data.best_score("full"), data.best_score("frozen")
     set_score_axis(figure, ranked[:half], ranked[half:], full=full, frozen=frozen)
+    for one, points in drawn if scores else ():
+        _draw_outside(figure, points, colours[one.name], one.name)
     return figure
+
+
+def _draw_outside(figure: go.Figure, points: Sequence[tuple[float, Trial, float]], colour: str, name: str) -> None:
+    """Draws a triangle at the edge of a figure for each trial whose score lies outside of the axis."""
+    low, high = figure.layout.yaxis.range
+    for edge, symbol, found in (
+        (low, "triangle-down", [point for point in points if point[2] < low]),
+        (high, "triangle-up", [point for point in points if point[2] > high]),
+    ):
+        if found:
+            add_trials(figure, found, colour, name, marker={"symbol": symbol, "size": 10}, edge=edge)
 
 
 def choose_colours(data: SweepData) -> dict[str, str]:
@@ -234,7 +249,7 @@ def set_score_axis(
     """Sets the range of scores, and draws a line across the figure for each method with a known score.
 
     The range has all of `scores`, and those of `others` and of the methods that are near, so that outliers don't
-    flatten the rest. The title of the x axis says how many of `others` are outside.
+    flatten the rest.
     """
     if not scores:
         return
@@ -247,8 +262,6 @@ def set_score_axis(
     pad = 0.06 * (high - low) or 0.05 * abs(low) or 1.0
     figure.update_yaxes(range=(low - pad, high + pad))
     figure.update_layout(margin={"r": REFERENCE_WIDTH_PX if known else 12})
-    if num_outside := sum(not low - pad <= score <= high + pad for score in others):
-        figure.layout.xaxis.title.text += f"<br>{num_outside} outside the range"
     ranked = sorted(known, key=known.__getitem__)
     for method, score in known.items():
         # so that the names of two close lines do not overlap: the higher is above its line, the other below
@@ -272,14 +285,18 @@ def add_point(
 def add_trials(
     figure: go.Figure, points: Sequence[tuple[Any, Trial, float | None]], colour: str, name: str, **trace: Any
 ) -> None:
-    """Adds runs as points (x, run, score), with their settings as hover text and links to their folders."""
+    """Adds runs as points (x, run, score), with their settings as hover text and links to their folders.
+
+    `trace` may have an `edge`, at which all are drawn instead of at their scores.
+    """
+    edge: float | None = trace.pop("edge", None)
     trace["marker"] = {"opacity": 0.75} | trace.get("marker", {})
     _add_markers(
         figure,
         colour,
         name,
         x=[x for x, _, _ in points],
-        y=[score for _, _, score in points],
+        y=[score if edge is None else edge for _, _, score in points],
         text=[describe_point(_name_run(trial), score, trial.params) for _, trial, score in points],
         customdata=[build_link(trial.run) for _, trial, _ in points],
         **trace,

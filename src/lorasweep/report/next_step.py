@@ -15,7 +15,7 @@ from typing import Any
 
 from lorasweep.config.command_line import format_override
 from lorasweep.config.run import LR, MIN_STEPS, STEPS_KEY
-from lorasweep.config.sweep import ENOUGH_SEEDS
+from lorasweep.config.sweep import ENOUGH_SEEDS, ENOUGH_TRIALS
 from lorasweep.disk import is_running
 from lorasweep.record import ArmRow
 from lorasweep.report.caveats import Learning, find_bounds
@@ -101,23 +101,33 @@ def _name_new_sweep(data: SweepData, overrides: Mapping[str, Any], *, ending: st
     """Returns the command of another sweep of the same file, in a folder of its own; None if there is no file."""
     if not data.record.source:
         return None
+    # `worker` says how and not what, and its number is often chosen by the sweep
+    overrides = {key: value for key, value in overrides.items() if not key.startswith("worker.")}
     words = [shlex.quote(str(Path(data.record.source))), *(format_override(*one) for one in overrides.items())]
     return " ".join(["lorasweep sweep", *words, format_override("sweep.output", f"{data.folder}-{ending}")])
 
 
 def _add_full(data: SweepData) -> NextStep | None:
-    """Returns a new sweep with an arm of full fine-tuning: that of the file, or one at a tenth of LoRA's rates."""
+    """Returns a new sweep with an arm of full fine-tuning: that of the file, or one at a tenth of LoRA's rates.
+
+    It has as many trials as verdicts on it need, also where `--minutes` cut those of LoRA.
+    """
     definition, arms = data.record.definition, data.record.arms
-    overrides, given = definition.get("overrides", {}), definition.get("file", {}).get("arms", {})
+    overrides, file = definition.get("overrides", {}), definition.get("file", {})
+    given = file.get("arms") or {}
     cut = [f"arms.{name}" for name, arm in given.items() if (arm.get("settings") or {}).get("method") == "full"]
     kept = {key: value for key, value in overrides.items() if key not in cut}
+    shared = {**(file.get("settings") or {}), **overrides}.get("sweep.trials")
+    if isinstance(shared, int) and shared < 2 * ENOUGH_TRIALS:  # an arm that searches one key gets half of them
+        trials = [given[key.partition(".")[2]].get("trials") or 0 for key in cut]
+        kept |= {f"{key}.trials": max(ENOUGH_TRIALS, number) for key, number in zip(cut, trials, strict=True)}
     bounds = next((found for row in arms if row.method == "lora" and (found := find_bounds(row.space.get(LR)))), None)
     if not cut and bounds is None:
         return None
     if not cut and bounds:
         low, high = (float(f"{FULL_RATE_RATIO * bound:.2g}") for bound in bounds[:2])
         rates = {"low": low, "high": high, "log": True}
-        kept["arms.full"] = {"settings": {"method": "full"}, "space": {LR: rates}}
+        kept["arms.full"] = {"settings": {"method": "full"}, "space": {LR: rates}, "trials": ENOUGH_TRIALS}
     command = _name_new_sweep(data, kept, ending="full")
     return NextStep(name="arm", command=command) if command else None
 

@@ -16,7 +16,7 @@ from lorasweep.disk import is_running
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.recipes.read import TOOLS, load_table
 from lorasweep.recipes.write import list_changes
-from lorasweep.record import SWEEP_FILE, get_run_folder, is_number, restore_config
+from lorasweep.record import SWEEP_FILE, get_run_folder, restore_config
 from lorasweep.report.caveats import Learning, judge_learning
 from lorasweep.report.evidence.verdicts import NEGATIVE_VERDICTS, POSITIVE_VERDICTS
 from lorasweep.report.sweep_data import Setting, SubjectResult, SweepData, load_sweep_data
@@ -182,17 +182,12 @@ def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def find_recommended_run(source: Path) -> tuple[Path, str]:
-    """Returns the folder of the recommended run, and its name. Arguments and errors as in `read_recommended`.
-
-    It has the best score on validation data of its setting's runs. Test scores decide between arms, and between the
-    values of an arm (`choose_arm`), never between the seeds of one setting.
-    """
+    """Returns the folder of the recommended run, and its name. Arguments and errors as in `read_recommended`."""
     data, one, setting = load_recommended(source, key="SWEEP")
-    assert setting.run is not None  # `find_recommended` refuses others
-    sign, scored = data.record.search_metric.sign, [run for run in one.confirm_runs if run.is_complete and run.record]
-    runs = [run for run in scored if is_number(run.search_score)]
-    run = min(runs, key=lambda run: sign * (run.search_score or 0.0), default=setting.run)
-    best = f", the best of {len(runs)} seeds on validation data" if len(runs) > 1 else ""
+    run = setting.run
+    assert run is not None  # `find_recommended` refuses others
+    num_seeds = sum(run.is_complete for run in one.confirm_runs)
+    best = f", the best of {num_seeds} seeds on validation data" if num_seeds > 1 else ""
     best += " (WARNING: nothing is shown to be learned in this sweep)" if judge_learning(data).has_failed else ""
     return get_run_folder(data.folder, run.run), f"{run.name}{best}"
 

@@ -50,7 +50,9 @@ class Setting:
     trial: int | None
     """Number of the trial in its arm; None if the setting is predicted, and no trial has tried it."""
     run: Trial | None = field(repr=False)
-    """A run with this setting, which has the record and the curve: the trial, or the first complete confirm run."""
+    """The run with this setting that is exported: of its complete confirm runs the best on validation data, by which
+    the search chooses too. Test scores decide between settings, never between the seeds of one. Before the confirm
+    stage the trial."""
     row: SettingRow | None = field(repr=False)
     """Its row in the sweep's record, with its expected regret; None before the confirm stage."""
 
@@ -331,9 +333,9 @@ def _build_subject(subject: Subject, row: ArmRow, record: SweepRecord) -> Subjec
     else:
         tried = next((trial for trial in trials if trial.number == chosen.trial), None)
     best = None
+    run = find_winner([run for run in runs if run.record and is_number(run.search_score)], record=record) or tried
     if tried is not None:
-        best = Setting(params=tried.params, score=tried.search_score, trial=tried.number, run=tried, row=chosen)
+        best = Setting(params=tried.params, score=tried.search_score, trial=tried.number, run=run, row=chosen)
     elif chosen is not None:
-        run = next((run for run in runs if run.is_complete and run.record), None)
         best = Setting(params=chosen.params, score=chosen.score, trial=None, run=run, row=chosen)
     return SubjectResult(subject=subject, row=row, trials=tuple(trials), best=best, confirm_runs=tuple(runs))

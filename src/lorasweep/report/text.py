@@ -76,11 +76,14 @@ STEPS: Mapping[StepName, str] = {
     "complete": "completes the sweep",
     "confirm": "adds the confirm stage",
     "longer": "a longer run, {} steps",
-    "arm": "a new sweep with full fine-tuning",
+    "arm": "a new sweep with full fine-tuning; `plan` instead of `sweep` shows its time",
     "seeds": "{} seeds in all may settle it",
     "trials": "twice the trials, {} in all",
 }
-PURPOSES = {"train": "To train {} on all data", "export": "To get the adapter of the best confirm run of {}"}
+PURPOSES = {
+    "train": "To train {} again on all training data",
+    "export": "To get the adapter of the best confirm run of {}",
+}
 SETTING_NAMES = {"method.name": "method", RANK: "rank", ALPHA: "α", LR: "learning rate", STEPS_KEY: "steps"}
 """The settings that the recommendation shows first, with their names."""
 METHOD_NAMES = {"lora": "LoRA", "full": "full fine-tuning"}
@@ -131,8 +134,10 @@ def describe_headline(answer: Answer, data: SweepData) -> str:
     if len(answer.needs) > 1:
         why = f"open: because of {join_words(list(answer.needs))}"
     if answer.name == "setting":
-        setting = describe_full_setting(data.find_subject(first.subject))
-        return f"{capitalize(setting if first.is_settled else f'open: {setting}')}."
+        one = data.find_subject(first.subject)
+        setting = describe_full_setting(one, is_asked=True)
+        weakness = _describe_weakness(answer, data)
+        return f"{capitalize(f'{setting}{weakness}' if first.is_settled else f'open: {setting}')}."
     if answer.name == "present" and first.is_settled:
         present, found = (describe_full_setting(data.find_subject(name)) for name in (first.subject, first.reference))
         return f"{PRESENT[first.verdict]}. Present: {present}. Found: {found}."
@@ -149,10 +154,13 @@ def describe_headline(answer: Answer, data: SweepData) -> str:
 
 
 def _describe_weakness(answer: Answer, data: SweepData) -> str:
-    """Returns on how little a settled answer rests: few seeds, or few trials of full fine-tuning. Empty otherwise."""
+    """Returns on how little a settled answer rests: few seeds, or few trials. Empty otherwise."""
     row, parts = answer.good or answer.rows[-1], []
     if not row.is_settled:
         return ""
+    if answer.name == "setting":
+        trials = data.list_trials(row.arm)
+        return f", on {len(trials)} trials alone" if len(trials) < ENOUGH_TRIALS else ""
     if row.num_seeds < ENOUGH_SEEDS:
         parts.append(f"{row.num_seeds} seed{'s' if row.num_seeds > 1 else ''}")
     full = data.find_subject(row.reference) if answer.name == "as_good_as_full" else None
@@ -276,14 +284,20 @@ def describe_setting(one: SubjectResult) -> str:
     return f"{settings} (predicted)" if one.best.is_predicted else settings
 
 
-def describe_full_setting(one: SubjectResult | None) -> str:
-    """Returns rank, α, learning rate and the other swept settings of a subject, swept or not."""
+def describe_full_setting(one: SubjectResult | None, *, is_asked: bool = False) -> str:
+    """Returns rank, α, learning rate and the other swept settings of a subject, swept or not.
+
+    With `is_asked` it says whether α was not searched, for the answer on α.
+    """
     if one is None or one.best is None:
         return "no complete trial"
     named = {"rank": RANK, "α": ALPHA, "learning rate": LR}
     others = {short_key(key): value for key, value in one.best.params.items() if key not in named.values()}
     values = {name: one.best.get_number(key) for name, key in named.items()} | others
-    settings = ", ".join(f"{name} {format_setting(value)}" for name, value in values.items() if value is not None)
+    shown = {name: format_setting(value) for name, value in values.items() if value is not None}
+    if is_asked and "α" in shown and ALPHA not in one.row.space:
+        shown["α"] += " (not searched)"
+    settings = ", ".join(f"{name} {value}" for name, value in shown.items())
     return f"{settings} (predicted)" if one.best.is_predicted else settings
 
 
@@ -483,9 +497,10 @@ def list_columns(data: SweepData) -> dict[str, list[str]]:
         if any(score is not None for score, _ in found.values()):
             columns[title] = [*format_means(found).values()]
     shares = [(row["share_of_full_gain"], row["share_interval"]) for row in rows]
+    columns["search score"] = [format_score(score, beside=scores) for score in scores]
+    if data.best_score("full") is not None:
+        columns["of full's gain"] = [format_share_estimate(*share, decimals=decimals) for share in shares]
     return columns | {
-        "search score": [format_score(score, beside=scores) for score in scores],
-        "of full's gain": [format_share_estimate(*share, decimals=decimals) for share in shares],
         "trained": [format_count(row["trainable_params"]) for row in rows],
         "adapter": [format_bytes(row["adapter_bytes"]) for row in rows],
         "memory": [format_bytes(row["peak_memory_bytes"]) for row in rows],

@@ -172,7 +172,7 @@ def write_tensorboard(findings: Findings, folder: Path) -> None:
         mean = data.evidence.mean(one.name)
         for trial in [trial for trial in one.trials if trial.record and trial.state != "running"]:
             scores = {f"best/{search}": trial.search_score}
-            if mean and one.best and trial is one.best.run:
+            if mean and one.best and trial.number == one.best.trial:
                 scores[f"test/{test}"] = mean.value
             _write_row(trial, scores, folder, sweep=data.folder.absolute().name)
 

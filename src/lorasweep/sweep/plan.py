@@ -31,6 +31,8 @@ class SweepPlan:
     rates: tuple[Rates, ...]
     """Measured time and memory of the trainings, for each group of arms that share packs."""
     assessment: Assessment
+    given_up: str = ""
+    """What was cut for `--minutes`, in a sentence."""
 
     def as_json(self) -> dict[str, Any]:
         """Returns what `lorasweep plan --json` prints."""

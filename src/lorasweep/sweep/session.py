@@ -72,11 +72,12 @@ class Session:
         Raises ConfigError if the sweep can't run as asked or in this time, and RunError if a training fails.
         """
         definition, rates = self._measure(definition, minutes=minutes, anew=anew)
+        given_up = ""
         if minutes is not None:
             fitted, rates = self._fit(definition, rates, minutes, typed=typed)
-            definition = fitted.definition
+            definition, given_up = fitted.definition, f"To end {fitted.given_up}"
         assessment = assess(definition, self.inputs_cache)
-        return SweepPlan(definition=definition, rates=tuple(rates), assessment=assessment)
+        return SweepPlan(definition=definition, rates=tuple(rates), assessment=assessment, given_up=given_up)
 
     def write_draft(
         self,
@@ -106,8 +107,8 @@ class Session:
             assessment=assess(draft.definition, self.inputs_cache),
         )
 
-    def open_new(self, definition: Definition, *, output: str | Path | None) -> SweepFolder:
-        """Checks a sweep and creates its folder.
+    def open_new(self, definition: Definition, *, output: str | Path | None, given_up: str = "") -> SweepFolder:
+        """Checks a sweep and creates its folder. Its record notes what was `given_up`.
 
         The folder is `output`, else the setting `sweep.output`, else `outputs/NAME` with the next free number.
         Raises ConfigError if the sweep can't run as asked; then nothing was written.
@@ -127,7 +128,7 @@ class Session:
                 retained=retained,
                 constant_answer=constant_answer,
                 fingerprints=fingerprints,
-                notes=assessment.others,
+                notes=[*filter(None, [given_up]), *assessment.others],
                 warnings=assessment.warnings,
             )
 
