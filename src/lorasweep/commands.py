@@ -165,6 +165,7 @@ def compare(arguments: argparse.Namespace) -> Outcome:
 def export(arguments: argparse.Namespace) -> Outcome:
     from lorasweep import api
     from lorasweep.config.run import require_exportable
+    from lorasweep.disk import require_new_folder
     from lorasweep.record import read_run, restore_config
 
     if (arguments.format in RECIPE_FORMATS) is not (arguments.into is not None):
@@ -178,6 +179,7 @@ def export(arguments: argparse.Namespace) -> Outcome:
         num = "1 line" if len(done.changes) == 1 else f"{len(done.changes) or 'no'} lines"
         say(f"{arguments.into}: {num} changed; {done.evidence}")
         return Outcome()
+    require_new_folder(arguments.out, key="--out", remedy="Name another folder.")  # before what takes seconds
     run, name = api.find_run(arguments.run)
     if run != arguments.run:
         say(f"exporting {name}: {run}")

@@ -72,7 +72,7 @@ def test_the_code_of_an_objective_runs_in_no_export(theirs, capsys, monkeypatch)
     config = compose_run(OWN_MODULE | {"module._target_": "evil.Module", "datamodule._target_": "evil.Data"})
     set_values(theirs / "runs/lora-0000/run.json", {"config": as_settings(config)})
     monkeypatch.setattr("lorasweep.commands.quick_imports", pytest.fail)  # refused before torch is loaded
-    assert feed(*COMMANDS["peft"]) == WRONG_REQUEST
+    assert feed(*COMMANDS["peft"][:-1], "other") == WRONG_REQUEST
     refused = capsys.readouterr().err.splitlines()[-1]
     assert "no model of transformers" in refused
     assert "--trust" not in refused

@@ -72,6 +72,14 @@ def test_settings_of_the_user_are_kept(here):
     assert (settings["data.text"], settings["sweep.trials"]) == ("review", 3)
 
 
+def test_the_comment_on_trials_holds_for_the_arms_of_the_draft(here):
+    draft(MODEL, "data.train=topics.csv")
+    assert "gets half of them" in (here / "mine.yaml").read_text()
+    (here / "mine.yaml").unlink()
+    draft(MODEL, "data.train=topics.csv", "sweep.trials=8", "arms.full.trials=8")
+    assert "gets half of them" not in (here / "mine.yaml").read_text()
+
+
 def test_texts_and_numbers_are_read_as_they_were_drafted(here):
     write_topics(here / "topics.csv", header="no,1e-3,yes\n")
     words = ["data.label='no'", "data.text='1e-3'", "data.group='yes'", "optim.eps=1e-5", "optim.weight_decay=0.25"]

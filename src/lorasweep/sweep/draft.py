@@ -167,7 +167,7 @@ def draft_sweep(
             arms[name]["space"][key] = bounds
     kept = {name: arm for name, arm in arms.items() if f"arms.{name}" not in left_out}
     _set_keys_of_arms(kept, {key: value for key, value in of_arms.items() if key not in left_out})
-    comments |= _list_comments(numbered, inputs, recipe, has_full="full" in kept)
+    comments |= _list_comments(numbered, inputs, recipe, full=kept.get("full"))
     of_sweep = {**SWEEP_SETTINGS, **of_sweep}
     content = {"name": path.stem, "settings": {**numbered, **of_sweep}, "arms": kept}
     facts = [
@@ -352,11 +352,11 @@ def _list_head(
 
 
 def _list_comments(
-    settings: Mapping[str, Any], inputs: RunInputs, recipe: Recipe | None, *, has_full: bool
+    settings: Mapping[str, Any], inputs: RunInputs, recipe: Recipe | None, *, full: Mapping[str, Any] | None
 ) -> dict[Place, str]:
-    """Returns the comments on the settings. They hold without an arm of full fine-tuning too."""
+    """Returns the comments on the settings, which hold without the arm `full` too."""
     searches = ["all ranks of LoRA share one search"]
-    searches += ["an arm that searches one key gets half of them"] if has_full else []
+    searches += ["an arm that searches one key gets half of them"] if full and "trials" not in full else []
     train, trainer = inputs.data.train, compose_run(settings).trainer
     others = [name for name in inputs.data.objective.metrics if name != inputs.splits.metric]
     constant = inputs.splits.score_constant_answer(inputs.splits.validation).get("accuracy", 0.0)
@@ -369,7 +369,7 @@ def _list_comments(
     comments = {
         "confirm.seeds": "numbers of seeds at which the questions are tested",
         "confirm.margin": "smallest difference that matters: a number in the metric's unit, or a share of the gain "
-        f"over `frozen` of {'`full`' if has_full else 'the best rank'}",
+        f"over `frozen` of {'`full`' if full else 'the best rank'}",
         "data.max_validation_examples": "evenly spaced; an evaluation of all takes longer",
         **({"trainer.batch_size": recipe.batch} if recipe else {}),
         "sweep.trials": "; ".join(searches),
