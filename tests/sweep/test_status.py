@@ -361,7 +361,7 @@ def test_a_terminal_shows_a_table_also_where_the_folder_is_away_for_a_while(runn
         os.rename(running / "away.json", running / "sweep.json")
         wait_for(lambda: "made_up: bits_per_byte" in output.getvalue())
     assert "to watch it: tensorboard --logdir" in output.getvalue()
-    assert re.search(r"% of [\d,]+ steps", output.getvalue())
+    assert re.search(r"[\d,]+ of [\d,]+ steps", output.getvalue())
 
 
 def test_a_sweep_in_this_process_is_shown_with_a_line_per_run(begin, work, runs, content):

@@ -225,7 +225,7 @@ def _build_bar(status: SweepStatus) -> RenderableType:
     """Returns a bar of the optimizer steps."""
     done, total = status.count_steps()
     grid = Table.grid(padding=(0, 1))
-    text = f"{done / max(total, 1):.0%} of {total:,} steps"
+    text = f"{done:,} of {total:,} steps"  # the first steps would be 0 %
     grid.add_row(text, ProgressBar(total=max(total, 1), completed=done, width=BAR_WIDTH, complete_style="cyan"))
     return grid
 
