@@ -60,21 +60,23 @@ def rates_of():
     return rates_of
 
 
-def test_the_cost_counts_the_steps_and_evaluations_of_the_sweep(define, rates_of):
+@pytest.mark.parametrize("empty", [0.25, 1.0])
+def test_the_cost_counts_the_steps_and_evaluations_of_the_sweep(define, rates_of, empty, monkeypatch):
+    monkeypatch.setattr(cost_file, "_find_empty_cost", lambda config: empty)
     definition, arms = define("confirm.seeds=3")
     run_s = 0.5 + 8 + 4 * 10
 
     def cost(name, definition=definition, **measured):
         return estimate_cost(definition, [rates_of(arms[name], **measured)])
 
-    # packs share their time; at most, each batch of 4 trials takes whole packs
-    assert cost("lora", slots=3)[:2] == pytest.approx((8 / 3 * run_s, (2 + 2) * run_s))
+    # packs share their time; at most, each batch of 4 trials leaves 2 of 6 slots empty, at their cost
+    assert cost("lora", slots=3)[:2] == pytest.approx((8 / 3 * run_s, 2 * (4 + 2 * empty) / 3 * run_s))
     # confirm runs are scored on test data, and the frozen base is evaluated once
     assert cost("lora", test_s=20.0).confirm_s == 3 * (run_s + 20)
     assert cost("frozen", step_s=0.0).confirm_s == 10.5
     assert cost("lora", final_s=7.0).confirm_s == 3 * (run_s + 7)
     assert cost("lora", definition=define("sampler=qmc")[0], slots=3)[:2] == pytest.approx(  # one batch
-        (8 / 3 * run_s, 3 * run_s)
+        (8 / 3 * run_s, (8 + empty) / 3 * run_s)
     )
     cut = define("sweep.trials=4", "trainer.max_steps=4", "confirm.seeds=2")[0]  # two evaluations
     assert cost("lora", definition=cut) == pytest.approx((4 * 24.5, 4 * 24.5, 2 * 24.5))

@@ -117,7 +117,7 @@ class Rates:
 
 
 class Cost(NamedTuple):
-    """Seconds of the stages of a sweep. The lower end counts empty slots of packs as free, the upper as used."""
+    """Seconds of the stages of a sweep. The lower end counts empty slots of packs as free, the upper at their cost."""
 
     search_low_s: float
     search_high_s: float
@@ -146,21 +146,26 @@ def estimate_cost(definition: Definition, rates: Sequence[Rates], *, look: int =
         arms = [definition.find_arm(name) for name in group.arms]
         if not arms:
             continue
-        config = arms[0].base
-        run_s = group.estimate_run_s(config.num_steps, config.trainer.eval_every_steps)
+        config, slots = arms[0].base, group.slots
+        run_s, empty = group.estimate_run_s(config.num_steps, config.trainer.eval_every_steps), _find_empty_cost(config)
         for arm in arms:
-            batches = Counter(find_batch_start(arm, number) for number in range(arm.trials))
-            low += arm.trials / group.slots * run_s
-            high += sum(math.ceil(size / group.slots) for size in batches.values()) * run_s
-            longest = max(longest, len(batches) * run_s)
+            batches = Counter(find_batch_start(arm, number) for number in range(arm.trials)).values()
+            low += arm.trials / slots * run_s
+            high += sum(_count_packs(size, slots, empty=empty) for size in batches) * run_s
+            shares = [math.ceil(size / workers) for size in batches]
+            longest = max(longest, sum(_count_packs(share, slots, empty=empty) for share in shares) * run_s)
         num_runs = sum(count_confirm_runs(arm, seeds=seeds) for arm in arms)
-        num_packs = num_runs / group.slots
-        confirm += (num_packs + find_empty_cost(config) * (math.ceil(num_packs) - num_packs)) * run_s
-        confirm += num_runs * group.scoring_s
-        longest_confirm = max(longest_confirm, min(1.0, num_packs) * run_s + min(1, num_runs) * group.scoring_s)
+        confirm += _count_packs(num_runs, slots, empty=empty) * run_s + num_runs * group.scoring_s
+        longest_confirm = max(longest_confirm, min(1.0, num_runs / slots) * run_s + min(1, num_runs) * group.scoring_s)
     reference_s = max((group.reference_s for group in rates), default=0.0)
     search_high_s = reference_s + max(high / workers, longest)
     return Cost(reference_s + low / workers, search_high_s, max(confirm / workers, longest_confirm))
+
+
+def _count_packs(num_runs: int, slots: int, *, empty: float) -> float:
+    """Returns the number of packs that the runs take, where an empty slot costs a fraction of one with a run."""
+    filled = num_runs / slots
+    return filled + empty * (math.ceil(filled) - filled)
 
 
 def count_workers(definition: Definition) -> int:
@@ -172,7 +177,7 @@ def count_workers(definition: Definition) -> int:
     return 1 if config.num == "auto" else config.num  # the sweep has replaced `auto` of local workers by a number
 
 
-def find_empty_cost(config: RunConfig) -> float:
+def _find_empty_cost(config: RunConfig) -> float:
     """Returns the assumed cost of an empty slot of a pack, as a fraction of the cost of a slot with a run."""
     return 1.0 if get_device(config.trainer).type == "cuda" else 0.25
 
@@ -226,9 +231,7 @@ def fit_minutes(
         return {key: value for key, value in overrides.items() if not key.startswith(dropped)}
 
     def estimate(counts: Mapping[str, int]) -> float:
-        smaller = definition.with_overrides(list_overrides(counts))
-        cost = estimate_cost(smaller, rates, look=-1)
-        return spent_s + cost.low_s + find_empty_cost(smaller.arms[0].base) * (cost.high_s - cost.low_s)
+        return spent_s + estimate_cost(definition.with_overrides(list_overrides(counts)), rates, look=-1).high_s
 
     def fits(counts: Mapping[str, int]) -> bool:
         return estimate(counts) <= 60 * minutes

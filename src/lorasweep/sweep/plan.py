@@ -98,7 +98,7 @@ def _list_notes(definition: Definition, rates: Sequence[Rates]) -> Iterator[str]
     total = format_seconds_range(cost.low_s, cost.high_s)
     parts = f"search {format_seconds_range(cost.search_low_s, cost.search_high_s)}"
     parts += f", confirm {format_seconds_range(cost.confirm_s, cost.confirm_s)}" if cost.confirm_s else ""
-    range_note = " The upper end is for packs whose steps take as long with empty slots." if " to " in total else ""
+    range_note = " The upper end counts slots of packs that may stay empty." if " to " in total else ""
     workers = count_workers(definition)
     where = f"with {workers} workers as fast as this machine" if workers > 1 else "on this machine"
     condition = "as busy as when it was measured" if describe_load(rates) else "if it does nothing else"
